@@ -1,0 +1,221 @@
+"""Who can run a call, in which order, and why not.
+
+An implementation is a package beside this file. It says whether it can be used at all
+(``unavailable() -> str | None``), whether it serves a call (``unsupported(call) -> str | None``) and has one
+module per operation (``recurrence``, ``attention``) with the functions of the contract. It is imported when it
+is first asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+#: Implementations in order of preference, per operation and device type.
+PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("recurrence", "cpu"): ("native", "numba", "reference"),
+    ("attention", "cpu"): ("native", "numba", "reference"),
+}
+#: On devices without a row in `PREFERENCE`.
+FALLBACK = ("reference",)
+NAMES = ("native", "numba", "reference")
+
+
+class Call(NamedTuple):
+    """What the choice of an implementation may depend on: metadata of a call, never its values.
+
+    Attributes:
+        op: ``"recurrence"`` or ``"attention"``.
+        device: the device type, ``"cpu"`` for example.
+        dtype: dtype of the main input.
+        kind: the cell of a recurrence; empty for attention.
+        features: what the call uses beyond the plain contract, sorted (``"bias"``, ``"causal"``, ``"control"``,
+            ``"grouped"``, ``"mask"``).
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    kind: str = ""
+    features: tuple[str, ...] = ()
+
+
+class Decision(NamedTuple):
+    """One call and what was decided: the chosen implementation, and for each one looked at ``None`` or why not."""
+
+    call: Call
+    chosen: str
+    reasons: dict[str, str | None]
+
+
+class BackendError(RuntimeError):
+    """An implementation that was asked for by name cannot run the call."""
+
+
+_forced: ContextVar[str | None] = ContextVar("seqkernels_backend", default=None)
+_recorder: ContextVar[list[Decision | str] | None] = ContextVar("seqkernels_recorder", default=None)
+_decisions: dict[tuple[str | None, Call], Decision] = {}
+_modules: dict[tuple[str, str], ModuleType] = {}
+_warned: set[Call] = set()
+
+
+def backend(name: str) -> ModuleType:
+    """The package of an implementation, imported on first use.
+
+    Raises:
+        ValueError: no implementation has that name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(map(repr, NAMES))}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def why_not(name: str, call: Call) -> str | None:
+    """``None`` where implementation `name` can run `call`, else the reason why not."""
+    package = backend(name)
+    reason: str | None = package.unavailable()
+    return reason if reason is not None else package.unsupported(call)
+
+
+def order(call: Call) -> tuple[str, ...]:
+    """Implementations for `call`, preferred first."""
+    return PREFERENCE.get((call.op, call.device), FALLBACK)
+
+
+def _decide(forced: str | None, call: Call) -> Decision:
+    if forced is not None:
+        reason = why_not(forced, call)
+        if reason is not None:
+            raise BackendError(f"backend {forced!r} cannot run {describe(call)}: {reason}")
+        return Decision(call, forced, {forced: None})
+    reasons: dict[str, str | None] = {}
+    for name in order(call):
+        reasons[name] = why_not(name, call)
+        if reasons[name] is None:
+            return Decision(call, name, reasons)
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise BackendError(f"no backend can run {describe(call)}: {listed}")
+
+
+def describe(call: Call) -> str:
+    """A call in words, for messages: ``lstm recurrence of torch.float32 on cpu with control``."""
+    words = f"{call.kind} {call.op}".strip() + f" of {call.dtype} on {call.device}"
+    return words + (f" with {', '.join(call.features)}" if call.features else "")
+
+
+def select(call: Call) -> Decision:
+    """Choose the implementation for `call`: the one insisted on by `use_backend`, else the first that can run it.
+
+    Raises:
+        BackendError: the implementation insisted on cannot run the call, or none can.
+    """
+    forced = _forced.get()
+    decision = _decisions.get((forced, call))
+    if decision is None:
+        decision = _decisions[forced, call] = _decide(forced, call)
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.append(decision)
+    elif decision.chosen == "reference" and forced is None and call not in _warned:
+        _warned.add(call)
+        others = "; ".join(f"{name}: {why}" for name, why in decision.reasons.items() if why)
+        warnings.warn(
+            f"seqkernels runs {describe(call)} on the slow reference implementation"
+            f" ({others or 'no compiled implementation for this device'})",
+            stacklevel=2,
+        )
+    return decision
+
+
+def implementation(call: Call) -> ModuleType:
+    """The module that implements ``call.op`` in the implementation chosen for `call`."""
+    name = select(call).chosen
+    module = _modules.get((name, call.op))
+    if module is None:
+        module = _modules[name, call.op] = importlib.import_module(f"{__name__}.{name}.{call.op}")
+    return module
+
+
+def note(text: str) -> None:
+    """Let `explain` know of work that no kernel of the contracts does, and why."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.append(text)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Insist on one implementation for every call made inside the block, backward passes included.
+
+    Args:
+        name: ``"native"``, ``"numba"`` or ``"reference"``.
+
+    Raises:
+        ValueError: no implementation has that name.
+        BackendError: from the call itself, where `name` cannot run it; it says why.
+
+    Example:
+        >>> with seqkernels.use_backend("numba"):
+        ...     output, h_n = layer(x)
+    """
+    backend(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+class Explanation(NamedTuple):
+    """What `explain` found: one entry per call of an operation, or a sentence about work outside the contracts."""
+
+    entries: tuple[Decision | str, ...]
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "no operation of seqkernels was called"
+        lines = []
+        for entry in self.entries:
+            if isinstance(entry, str):
+                lines.append(f"not fused: {entry}")
+                continue
+            lines.append(f"{describe(entry.call)} -> {entry.chosen}")
+            for name in order(entry.call):
+                if name == entry.chosen:
+                    lines.append(f"  {name}: chosen")
+                else:
+                    lines.append(f"  {name}: {why_not(name, entry.call) or 'could run it, comes later in the order'}")
+        return "\n".join(lines)
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Call ``fn(*args, **kwargs)`` without gradients and say which implementation ran each operation, and why.
+
+    Args:
+        fn: a layer or a function.
+
+    Returns:
+        An `Explanation`; print it.
+
+    Example:
+        >>> print(seqkernels.explain(seqkernels.nn.LSTM(8, 16), torch.randn(5, 2, 8)))
+        lstm recurrence of torch.float32 on cpu -> native
+          native: chosen
+          numba: could run it, comes later in the order
+          reference: could run it, comes later in the order
+    """
+    entries: list[Decision | str] = []
+    token = _recorder.set(entries)
+    try:
+        with torch.no_grad():
+            fn(*args, **kwargs)
+    finally:
+        _recorder.reset(token)
+    return Explanation(tuple(entries))

@@ -1,0 +1,29 @@
+"""Loads ``seqkernels._C`` once and keeps the reason where that fails."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+_module: ModuleType | None = None
+_error: str | None = None
+
+try:
+    from seqkernels import _C as _module  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    _error = f"the compiled module seqkernels._C does not load: {error}"
+
+
+def load_error() -> str | None:
+    """Why the compiled module is not there; ``None`` where it is."""
+    return _error
+
+
+def extension() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        ImportError: it was not built, or does not load; the message says why.
+    """
+    if _module is None:
+        raise ImportError(_error)
+    return _module

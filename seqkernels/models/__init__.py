@@ -1,0 +1,1 @@
+"""Models written once and told whose layers to use: ``torch.nn`` or ``seqkernels.nn``."""

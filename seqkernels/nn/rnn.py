@@ -1,0 +1,1 @@
+from torch.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: F401

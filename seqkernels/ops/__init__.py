@@ -1,0 +1,1 @@
+"""The two contracts: schema, fake implementation and autograd of ``recurrence`` and ``attention``."""
