@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export SEQKERNELS_BUILD ?= 1
 
-.PHONY: demo test bench bench-quick lint build clean
+.PHONY: demo test bench bench-quick lint build pure wheel sanitize ci clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: requirements-dev.txt
@@ -34,11 +34,24 @@ bench: build
 bench-quick: build
 	$(RUN) benchmarks/run.py --quick
 
+# The checks are listed in .pre-commit-config.yaml.
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
-	$(VENV)/bin/mypy
+	$(VENV)/bin/pre-commit run --all-files
+
+# Installed without the compiled module, and tested.
+pure: $(VENV)/.installed
+	.ci/pure $(RUN)
+
+# Built in isolation in an environment without torch, within a minute; the wheel lies in dist/.
+wheel:
+	.ci/wheel $(PYTHON)
+
+# Native tests under the address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/.installed
+	.ci/sanitize $(RUN)
+
+ci:
+	.ci/run
 
 clean:
 	rm -rf build $(VENV)
