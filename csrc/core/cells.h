@@ -1,0 +1,102 @@
+// The cells, one vector of hidden units at a time. T is float or double, V its vector.
+//
+//   forward(x, h, prev, next, saved): from the input part x[G] and the recurrent part h[G] of the gates and the
+//     previous states prev[S] to the new states next[S] and the reserve saved[R].
+//   backward(grad, prev, next, saved, direct, gates_x, gates_h): from the gradients grad[S] of the new states to
+//     direct[S], the gradients of the previous states that do not go through the recurrent product, and to the
+//     gradients of both gate parts.
+#pragma once
+
+#include "core/simd.h"
+
+namespace seqkernels {
+namespace {
+
+template <class T>
+struct Lstm {
+  using V = Vec<T>;
+  static constexpr int kGates = 4, kStates = 2, kReserve = 4;
+  static constexpr bool kSameGates = true;  // gates_x and gates_h have the same gradient
+
+  static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved) {
+    const V i = sigmoid<T>(x[0] + h[0]);
+    const V f = sigmoid<T>(x[1] + h[1]);
+    const V g = tanh<T>(x[2] + h[2]);
+    const V o = sigmoid<T>(x[3] + h[3]);
+    const V c = f * prev[1] + i * g;
+    next[0] = o * tanh<T>(c);
+    next[1] = c;
+    saved[0] = i;
+    saved[1] = f;
+    saved[2] = g;
+    saved[3] = o;
+  }
+
+  static inline void backward(const V* grad, const V* prev, const V* next, const V* saved, V* direct, V* gates_x,
+                              V*) {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const V tanh_c = tanh<T>(next[1]);
+    const V grad_c = grad[1] + grad[0] * o * (T(1) - tanh_c * tanh_c);
+    gates_x[0] = grad_c * g * i * (T(1) - i);
+    gates_x[1] = grad_c * prev[1] * f * (T(1) - f);
+    gates_x[2] = grad_c * i * (T(1) - g * g);
+    gates_x[3] = grad[0] * tanh_c * o * (T(1) - o);
+    direct[0] = V{};
+    direct[1] = grad_c * f;
+  }
+};
+
+template <class T>
+struct Gru {
+  using V = Vec<T>;
+  static constexpr int kGates = 3, kStates = 1, kReserve = 4;
+  static constexpr bool kSameGates = false;
+
+  static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved) {
+    const V r = sigmoid<T>(x[0] + h[0]);
+    const V z = sigmoid<T>(x[1] + h[1]);
+    const V n = tanh<T>(x[2] + r * h[2]);
+    next[0] = (T(1) - z) * n + z * prev[0];
+    saved[0] = r;
+    saved[1] = z;
+    saved[2] = n;
+    saved[3] = h[2];
+  }
+
+  static inline void backward(const V* grad, const V* prev, const V*, const V* saved, V* direct, V* gates_x,
+                              V* gates_h) {
+    const V r = saved[0], z = saved[1], n = saved[2];
+    const V grad_n = grad[0] * (T(1) - z) * (T(1) - n * n);
+    gates_x[0] = grad_n * saved[3] * r * (T(1) - r);
+    gates_x[1] = grad[0] * (prev[0] - n) * z * (T(1) - z);
+    gates_x[2] = grad_n;
+    gates_h[0] = gates_x[0];
+    gates_h[1] = gates_x[1];
+    gates_h[2] = grad_n * r;
+    direct[0] = grad[0] * z;
+  }
+};
+
+template <class T, bool kTanh>
+struct Rnn {
+  using V = Vec<T>;
+  static constexpr int kGates = 1, kStates = 1, kReserve = 0;
+  static constexpr bool kSameGates = true;
+
+  static inline void forward(const V* x, const V* h, const V*, V* next, V*) {
+    next[0] = kTanh ? tanh<T>(x[0] + h[0]) : relu<T>(x[0] + h[0]);
+  }
+
+  static inline void backward(const V* grad, const V*, const V* next, const V*, V* direct, V* gates_x, V*) {
+    gates_x[0] = kTanh ? grad[0] * (T(1) - next[0] * next[0]) : (next[0] > T(0) ? grad[0] : V{});
+    direct[0] = V{};
+  }
+};
+
+template <class T>
+using RnnTanh = Rnn<T, true>;
+template <class T>
+using RnnRelu = Rnn<T, false>;
+
+}  // namespace
+}  // namespace seqkernels

@@ -1,0 +1,109 @@
+// The register-blocked micro-kernel that recurrence and attention share: C (+)= A B for a few rows of A and a few
+// vectors of columns of B. The accumulators stay in registers over the whole depth; B is read once per block of rows.
+#pragma once
+
+#include "core/simd.h"
+
+namespace seqkernels {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
+
+constexpr int kMaxVectors = 4;  // columns of a block, in vectors
+constexpr int kMaxRows = 8;
+
+// Rows of a block of `vectors` vectors: as many as leave registers for B and one broadcast.
+constexpr int block_rows(int vectors) {
+  const int rows = (kVectorRegisters - vectors - 1) / vectors;
+  return rows < 1 ? 1 : rows > kMaxRows ? kMaxRows : rows;
+}
+
+constexpr int min_of_constant(int a, int b) { return a < b ? a : b; }
+
+// How A is addressed: row m at depth k is
+//   kRows:        a[m][k]           pointers to contiguous rows
+//   kTransposed:  a[0][k * step + m]
+enum class Layout { kRows, kTransposed };
+
+// c: (rows, vectors * lanes) with leading dimension ldc; b: (depth, vectors * lanes) with leading dimension ldb.
+template <class T>
+using MicroKernel = void (*)(std::int64_t depth, const T* const* a, std::int64_t step, const T* b, std::int64_t ldb,
+                             T* c, std::int64_t ldc);
+
+template <class T, int kRows, int kVectors, Layout kLayout, bool kAdd>
+void micro_kernel(std::int64_t depth, const T* const* a, std::int64_t step, const T* b, std::int64_t ldb, T* c,
+                  std::int64_t ldc) {
+  constexpr int n = kLanes<T>;
+  // Few accumulators cannot hide the latency of the multiply-add: give them two turns.
+  constexpr int kTurns = kRows * kVectors <= 4 ? 2 : 1;
+  Vec<T> sum[kTurns][kRows][kVectors];
+  const T* row[kRows];
+  for (int m = 0; m < kRows; ++m) row[m] = kLayout == Layout::kRows ? a[m] : a[0] + m;
+  for (int m = 0; m < kRows; ++m) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum[0][m][v] = kAdd ? load_full(c + m * ldc + v * n) : Vec<T>{};
+      for (int u = 1; u < kTurns; ++u) sum[u][m][v] = Vec<T>{};
+    }
+  }
+  const std::int64_t stride = kLayout == Layout::kRows ? 1 : step;
+  std::int64_t k = 0;
+  for (; k + kTurns <= depth; k += kTurns) {
+    for (int u = 0; u < kTurns; ++u) {
+      Vec<T> column[kVectors];
+      for (int v = 0; v < kVectors; ++v) column[v] = load_full(b + (k + u) * ldb + v * n);
+      for (int m = 0; m < kRows; ++m) {
+        const T x = row[m][(k + u) * stride];
+        for (int v = 0; v < kVectors; ++v) sum[u][m][v] += column[v] * x;
+      }
+    }
+  }
+  for (; k < depth; ++k) {
+    for (int m = 0; m < kRows; ++m) {
+      const T x = row[m][k * stride];
+      for (int v = 0; v < kVectors; ++v) sum[0][m][v] += load_full(b + k * ldb + v * n) * x;
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int v = 0; v < kVectors; ++v) {
+      for (int u = 1; u < kTurns; ++u) sum[0][m][v] += sum[u][m][v];
+      store_full(c + m * ldc + v * n, sum[0][m][v]);
+    }
+  }
+}
+
+template <class T, int kVectors, Layout kLayout, bool kAdd>
+inline MicroKernel<T> micro_kernel_of_rows(int rows) {
+  static constexpr MicroKernel<T> kTable[kMaxRows] = {
+      micro_kernel<T, 1, kVectors, kLayout, kAdd>,
+      micro_kernel<T, min_of_constant(2, block_rows(kVectors)), kVectors, kLayout, kAdd>,
+      micro_kernel<T, min_of_constant(3, block_rows(kVectors)), kVectors, kLayout, kAdd>,
+      micro_kernel<T, min_of_constant(4, block_rows(kVectors)), kVectors, kLayout, kAdd>,
+      micro_kernel<T, min_of_constant(5, block_rows(kVectors)), kVectors, kLayout, kAdd>,
+      micro_kernel<T, min_of_constant(6, block_rows(kVectors)), kVectors, kLayout, kAdd>,
+      micro_kernel<T, min_of_constant(7, block_rows(kVectors)), kVectors, kLayout, kAdd>,
+      micro_kernel<T, min_of_constant(8, block_rows(kVectors)), kVectors, kLayout, kAdd>,
+  };
+  return kTable[rows - 1];
+}
+
+// rows from 1 to block_rows(vectors), vectors from 1 to kMaxVectors.
+template <class T, Layout kLayout, bool kAdd>
+inline MicroKernel<T> micro_kernel_for(int rows, int vectors) {
+  switch (vectors) {
+    case 1:
+      return micro_kernel_of_rows<T, 1, kLayout, kAdd>(rows);
+    case 2:
+      return micro_kernel_of_rows<T, 2, kLayout, kAdd>(rows);
+    case 3:
+      return micro_kernel_of_rows<T, 3, kLayout, kAdd>(rows);
+    default:
+      return micro_kernel_of_rows<T, 4, kLayout, kAdd>(rows);
+  }
+}
+
+}  // namespace
+}  // namespace seqkernels

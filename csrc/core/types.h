@@ -1,0 +1,18 @@
+// Element types and the arithmetic every kernel needs; nothing here depends on an instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace seqkernels {
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Storage of 16-bit numbers; the arithmetic is float32.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+}  // namespace seqkernels

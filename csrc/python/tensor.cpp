@@ -1,0 +1,173 @@
+#include "python/tensor.h"
+
+namespace seqkernels {
+namespace {
+
+// The exchange table of a type, looked up once per type; null where it has none.
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+  static PyTypeObject* last_type = nullptr;  // guarded by the GIL; types with a table live for ever in practice
+  static const dlpack::ExchangeApi* last_api = nullptr;
+  if (type == last_type) return last_api;
+  py::object capsule = py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__",
+                                   py::none());
+  const dlpack::ExchangeApi* api = nullptr;
+  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (api != nullptr && api->version.major != 1) api = api->previous;
+    if (api != nullptr && api->tensor_from_object == nullptr) api = nullptr;
+  }
+  if (api != nullptr) {
+    Py_INCREF(type);
+    last_type = type;
+    last_api = api;
+  }
+  return api;
+}
+
+std::string dtype_text(dlpack::DataType dtype) {
+  const char* kind = dtype.code == dlpack::kFloat    ? "float"
+                     : dtype.code == dlpack::kBfloat ? "bfloat"
+                     : dtype.code == dlpack::kUInt   ? "uint"
+                     : dtype.code == dlpack::kBool   ? "bool"
+                     : dtype.code == 0               ? "int"
+                                                     : "dtype code ";
+  if (dtype.code == dlpack::kBool) return kind;
+  return std::string(kind) + std::to_string(dtype.bits);
+}
+
+const char* dtype_text(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat64:
+      return "float64";
+    case DType::kBFloat16:
+      return "bfloat16";
+    default:
+      return "float16";
+  }
+}
+
+}  // namespace
+
+void fail_argument(const char* name, const std::string& expected, const std::string& got) {
+  throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
+}
+
+int check_threads(int threads) {
+  if (threads < 1) fail_argument("threads", "at least 1", std::to_string(threads));
+  return threads;
+}
+
+void Tensor::fail(const std::string& expected, const std::string& got, bool type) const {
+  if (type) throw py::type_error(std::string(name_) + ": expected " + expected + ", got " + got);
+  fail_argument(name_, expected, got);
+}
+
+Tensor::Tensor(py::handle object, const char* name, bool optional) : name_(name) {
+  if (object.is_none()) {
+    if (!optional) fail("a tensor", "None", true);
+    return;
+  }
+  dlpack::Tensor view{};
+  if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
+    if (api->tensor_from_object(object.ptr(), &view) != 0) throw py::error_already_set();
+  } else {
+    if (!py::hasattr(object, "__dlpack__")) {
+      fail("a tensor", py::cast<std::string>(py::str(py::type::of(object))), true);
+    }
+    owner_ = object.attr("__dlpack__")();
+    if (!PyCapsule_IsValid(owner_.ptr(), "dltensor")) fail("a DLPack capsule named dltensor", "another", true);
+    // Not renamed to "used_dltensor": the capsule frees the tensor when this view goes.
+    view = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"))->tensor;
+  }
+  if (view.device.type != dlpack::kCpu) fail("a tensor on the CPU", "one on another device");
+  if (view.ndim > 4) fail("at most 4 dimensions", std::to_string(view.ndim));
+  present_ = true;
+  data_ = static_cast<char*>(view.data) + view.byte_offset;
+  rank_ = view.ndim;
+  dtype_ = view.dtype;
+  std::int64_t contiguous = 1;
+  for (int i = rank_ - 1; i >= 0; --i) {
+    shape_[i] = view.shape[i];
+    strides_[i] = view.strides == nullptr ? contiguous : view.strides[i];
+    contiguous *= view.shape[i];
+  }
+}
+
+bool Tensor::is(DType dtype) const {
+  switch (dtype) {
+    case DType::kFloat32:
+      return dtype_.code == dlpack::kFloat && dtype_.bits == 32;
+    case DType::kFloat64:
+      return dtype_.code == dlpack::kFloat && dtype_.bits == 64;
+    case DType::kFloat16:
+      return dtype_.code == dlpack::kFloat && dtype_.bits == 16;
+    default:
+      return dtype_.code == dlpack::kBfloat && dtype_.bits == 16;
+  }
+}
+
+DType Tensor::dtype() const {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    if (is(dtype)) return dtype;
+  }
+  fail("float32, float64, bfloat16 or float16", dtype_text(dtype_), true);
+}
+
+const Tensor& Tensor::expect(DType dtype) const {
+  if (present_ && !is(dtype)) fail(dtype_text(dtype), dtype_text(dtype_), true);
+  return *this;
+}
+
+const Tensor& Tensor::expect_code(std::uint8_t code, int bits, const char* dtype) const {
+  if (present_ && (dtype_.code != code || dtype_.bits != bits)) fail(dtype, dtype_text(dtype_), true);
+  return *this;
+}
+
+std::string Tensor::shape_text() const {
+  std::string text = "(";
+  for (int i = 0; i < rank_; ++i) text += (i ? ", " : "") + std::to_string(shape_[i]);
+  return text + ")";
+}
+
+const Tensor& Tensor::expect(std::initializer_list<std::int64_t> shape) const {
+  if (!present_) return *this;
+  bool fits = static_cast<std::size_t>(rank_) == shape.size();
+  std::string text = "shape (";
+  int dim = 0;
+  for (const std::int64_t want : shape) {
+    text += (dim ? ", " : "") + (want == kAny ? std::string("any") : std::to_string(want));
+    fits = fits && (want == kAny || shape_[dim] == want);
+    ++dim;
+  }
+  if (!fits) fail(text + ")", shape_text());
+  return *this;
+}
+
+const Tensor& Tensor::expect_contiguous() const {
+  if (!present_) return *this;
+  std::int64_t contiguous = 1;
+  for (int i = rank_ - 1; i >= 0; --i) {
+    if (shape_[i] != 1 && strides_[i] != contiguous) fail("a contiguous tensor", "strided " + shape_text());
+    contiguous *= shape_[i];
+    if (contiguous == 0) return *this;
+  }
+  return *this;
+}
+
+const Tensor& Tensor::expect_last_contiguous() const {
+  if (present_ && rank_ > 0 && shape_[rank_ - 1] > 1 && strides_[rank_ - 1] != 1) {
+    fail("a contiguous last dimension", "stride " + std::to_string(strides_[rank_ - 1]));
+  }
+  return *this;
+}
+
+Strided Tensor::strided() const {
+  if (!present_) return {nullptr, {0, 0, 0, 0}};
+  return {data_, {strides_[0], strides_[1], strides_[2], strides_[3]}};
+}
+
+StridedOut Tensor::strided_out() const { return {data_, {strides_[0], strides_[1], strides_[2], strides_[3]}}; }
+
+}  // namespace seqkernels
