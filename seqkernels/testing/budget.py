@@ -1,0 +1,202 @@
+"""The rule of correctness, and checks of the contracts by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..cells import accumulate_dtype
+from ..ops import attention as attention_op
+from ..ops import recurrence as recurrence_op
+from .baselines import ATTENTIONS, RECURRENCES, attention_oracle, recurrence_oracle
+from .inputs import AttentionInputs, RecurrenceInputs, cast, draw, lay_out
+from .switches import threads
+
+Results = dict[str, Tensor]
+
+
+def assert_within_budget(
+    actual: Tensor, oracle: Tensor, baseline: Tensor | Sequence[Tensor], name: str = "result"
+) -> None:
+    """Assert that `actual` is as close to `oracle` as the project's rule of correctness asks.
+
+    The error, in the maximum and in the root mean square, is at most twice that of `baseline` plus one rounding of
+    the result in the dtype of `actual`. NaN and infinities are where `oracle` has them and nowhere else. Elements
+    where `baseline` is not finite do not count for its error.
+
+    Args:
+        actual: the result to judge.
+        oracle: the result in float64.
+        baseline: torch's own result in the dtype of `actual`, or results of which the least exact counts; for
+            float64 results in float32, whose errors are scaled.
+        name: for the message.
+
+    Raises:
+        AssertionError: with the errors, what was allowed, and where the largest one is.
+    """
+    assert actual.shape == oracle.shape, f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}"
+    if actual.numel() == 0:
+        return
+    eps = torch.finfo(actual.dtype).eps
+    value, exact = actual.detach().double(), oracle.detach().double()
+    finite = exact.isfinite()
+    same = torch.where(finite, value.isfinite(), (value == exact) | (value.isnan() & exact.isnan()))
+    if not bool(same.all()):
+        where = tuple((~same).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}: {int((~same).sum())} of {same.numel()} elements differ from the reference in being NaN or"
+            f" infinite, the first at {where}: {value[where].item()} instead of {exact[where].item()}"
+        )
+    exact = torch.where(finite, exact, 0)
+    error = torch.where(finite, value - exact, 0).abs()
+    factor = 3 if actual.dtype == torch.float64 else 2
+    own = []
+    for other in (baseline,) if isinstance(baseline, Tensor) else baseline:
+        ratio = eps / torch.finfo(other.dtype).eps if actual.dtype == torch.float64 else 1.0
+        difference = torch.where(finite, other.detach().double() - exact, 0).abs()
+        own.append(torch.where(difference.isfinite(), difference, 0) * ratio)
+    for what, reduce in (("max", lambda x: x.max().item()), ("rms", lambda x: x.square().mean().sqrt().item())):
+        worst = max(map(reduce, own))
+        allowed = factor * worst + eps * reduce(exact.abs())
+        found = reduce(error)
+        if found > allowed:
+            where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+            raise AssertionError(
+                f"{name}: {what} error {found:.3g} is over the budget {allowed:.3g} in {actual.dtype} (torch's own"
+                f" error {worst:.3g}, size of the result {reduce(exact.abs()):.3g}); the largest error is at {where}:"
+                f" {value[where].item():.9g} instead of {exact[where].item():.9g}"
+            )
+
+
+def evaluate(
+    fn: Callable[..., tuple[Tensor | None, ...]],
+    inputs: RecurrenceInputs | AttentionInputs,
+    grads: Mapping[str, Tensor],
+    **options: object,
+) -> Results:
+    """Outputs of a contract function, and the gradients of its inputs.
+
+    Args:
+        fn: `seqkernels.ops.recurrence.recurrence`, `seqkernels.ops.attention.attention`, or a function alike.
+        inputs: its tensors; those that require a gradient get one.
+        grads: gradients of outputs by name: ``hidden``, ``cells``, ``state_n``; ``out``, ``lse``. Outputs not named
+            get none. Empty for no backward pass.
+        options: keyword arguments of `fn`.
+
+    Returns:
+        The outputs by name and the gradients as ``grad_`` and the name of the input.
+    """
+    names = ("hidden", "cells", "state_n") if isinstance(inputs, RecurrenceInputs) else ("out", "lse")
+    outputs = {n: x for n, x in zip(names, fn(*inputs, **options), strict=True) if x is not None}
+    results = {n: x.detach() for n, x in outputs.items()}
+    wanted = {n: x for n, x in inputs._asdict().items() if x is not None and x.requires_grad}
+    taken = [n for n in grads if n in outputs and outputs[n].requires_grad]
+    if wanted and taken:
+        found = torch.autograd.grad(
+            [outputs[n] for n in taken], list(wanted.values()), [grads[n] for n in taken], materialize_grads=True
+        )
+        results |= {f"grad_{n}": x for n, x in zip(wanted, found, strict=True)}
+    return results
+
+
+def random_grads(outputs: Mapping[str, Tensor], layout: str = "contiguous", seed: int = 1) -> Results:
+    """Random gradients of outputs (or of any tensors), by the same names.
+
+    Args:
+        outputs: tensors by name; only their shapes and dtypes are used.
+        layout: see `lay_out`.
+        seed: of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {n: lay_out(draw(tuple(x.shape), generator, x.dtype), layout) for n, x in outputs.items()}
+
+
+def check_recurrence(
+    inputs: RecurrenceInputs,
+    *,
+    cell: str,
+    reverse: bool = False,
+    grads: Mapping[str, Tensor] | None = None,
+) -> Results:
+    """Assert that `seqkernels.ops.recurrence.recurrence` is within the error budget on `inputs`.
+
+    Args:
+        inputs: as `recurrence_inputs` draws them.
+        cell: as in the contract.
+        reverse: as in the contract.
+        grads: gradients of the outputs; random ones for every output by default.
+
+    Returns:
+        What was computed, see `evaluate`.
+
+    Raises:
+        AssertionError: an output or a gradient is beyond the budget.
+    """
+    return _check(
+        recurrence_op.recurrence,
+        recurrence_oracle,
+        RECURRENCES,
+        inputs,
+        grads,
+        {"cell": cell, "reverse": reverse},
+    )
+
+
+def check_attention(
+    inputs: AttentionInputs,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    grads: Mapping[str, Tensor] | None = None,
+) -> Results:
+    """Assert that `seqkernels.ops.attention.attention` is within the error budget on `inputs`.
+
+    Args:
+        inputs: as `attention_inputs` draws them.
+        scale: as in the contract.
+        is_causal: as in the contract.
+        grads: gradients of the outputs; random ones for every output by default.
+
+    Returns:
+        What was computed, see `evaluate`.
+
+    Raises:
+        AssertionError: an output or a gradient is beyond the budget.
+    """
+    options = {"scale": scale, "is_causal": is_causal}
+    return _check(attention_op.attention, attention_oracle, ATTENTIONS, inputs, grads, options)
+
+
+def _check(
+    fn: Callable[..., tuple[Tensor | None, ...]],
+    oracle: Callable[..., tuple[Tensor | None, ...]],
+    baselines: Sequence[Callable[..., tuple[Tensor | None, ...]]],
+    inputs: RecurrenceInputs | AttentionInputs,
+    grads: Mapping[str, Tensor] | None,
+    options: Mapping[str, object],
+) -> Results:
+    dtype = inputs[0].dtype
+    dtypes = (torch.float32, torch.float64) if dtype == torch.float64 else (dtype,)
+    if grads is None:
+        with torch.no_grad():
+            exact = evaluate(oracle, inputs, {}, **options)
+        grads = random_grads(exact)
+
+    def run(other: Callable[..., tuple[Tensor | None, ...]], to: torch.dtype) -> Results:
+        copies = type(inputs)._make(cast(x, to) for x in inputs)
+        acc = accumulate_dtype(to)
+        cotangents = {n: cast(x, acc if n == "lse" else to) for n, x in grads.items()}
+        return evaluate(other, copies, {n: x for n, x in cotangents.items() if x is not None}, **options)
+
+    actual = evaluate(fn, inputs, grads, **options)
+    with threads(1):
+        expected, own = run(oracle, torch.float64), [run(baseline, to) for baseline in baselines for to in dtypes]
+    for name, value in actual.items():
+        wanted = torch.promote_types(dtype, torch.float32) if name == "lse" else dtype
+        assert value.dtype == wanted, f"{name}: expected {wanted}, got {value.dtype}"
+        assert_within_budget(value, expected[name], [results[name] for results in own], name)
+    missing = (expected.keys() & own[0].keys()) - actual.keys() - {"cells"}
+    assert not missing, f"no {', '.join(sorted(missing))}"
+    return actual

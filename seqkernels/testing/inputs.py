@@ -1,0 +1,198 @@
+"""Random inputs of the contracts, in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS, DTYPES, HOLD, RESET
+
+#: Layouts of `lay_out`.
+LAYOUTS = ("contiguous", "strided", "swapped", "transposed", "sliced", "expanded", "scalar")
+
+
+class RecurrenceInputs(NamedTuple):
+    """The tensors of `seqkernels.ops.recurrence.recurrence`, in its order."""
+
+    gates_x: Tensor
+    weight_hh: Tensor
+    bias_hh: Tensor | None
+    state0: Tensor
+    control: Tensor | None
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors of `seqkernels.ops.attention.attention`, in its order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """`x` with other strides, in memory whose other elements are NaN (1 for integers).
+
+    Args:
+        x: any tensor.
+        layout: ``"contiguous"``; ``"strided"``, every second element of the last dimension; ``"swapped"``, second and
+            third dimension from the right swapped in memory; ``"transposed"``, all dimensions reversed in memory;
+            ``"sliced"``, the inside of a larger tensor; ``"expanded"``, one row repeated along the first dimension
+            with stride 0; ``"scalar"``, one element repeated with strides 0. The last two change the values.
+
+    Raises:
+        ValueError: `layout` is none of these.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: {layout!r} is not one of {', '.join(map(repr, LAYOUTS))}")
+    other = torch.nan if x.is_floating_point() else 1
+    last = x.dim() - 1
+    if layout == "contiguous" or x.dim() == 0:
+        return x.contiguous()
+    if layout == "strided":
+        return x.new_full((*x.shape[:-1], 2 * x.shape[last]), other)[..., ::2].copy_(x)
+    if layout == "swapped" and x.dim() > 2:
+        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    if layout in ("swapped", "transposed"):
+        reverse = tuple(range(last, -1, -1))
+        return x.permute(reverse).contiguous().permute(reverse)
+    if layout == "sliced":
+        whole = x.new_full([size + 3 for size in x.shape], other)
+        return whole[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
+    if x.numel() == 0:
+        return x.contiguous()
+    one = x[:1] if layout == "expanded" else x.flatten()[:1].view((1,) * x.dim())
+    return one.clone().expand(x.shape)
+
+
+def draw(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normally distributed numbers, rounded to float32 and `dtype`."""
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def recurrence_inputs(
+    cell: str,
+    steps: int,
+    batch: int,
+    hidden: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = True,
+    control: bool = False,
+    layout: str = "contiguous",
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> RecurrenceInputs:
+    """Random inputs of a recurrence, of the magnitudes of a freshly initialised layer.
+
+    Args:
+        cell: a key of `seqkernels.cells.CELLS`.
+        steps: T.
+        batch: B.
+        hidden: H.
+        dtype: of all tensors but `control`.
+        bias: whether there is a ``bias_hh``.
+        control: whether there is a ``control``: resets, holds and both at random.
+        layout: of every tensor, see `lay_out`.
+        requires_grad: of the floating point tensors.
+        seed: of the generator.
+
+    Raises:
+        ValueError, TypeError: `cell`, `dtype` or `layout` is not one of those allowed.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell: {cell!r} is not one of {', '.join(map(repr, CELLS))}")
+    _check_dtype(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    gates, states, _ = CELLS[cell]
+    rows = gates * hidden
+    drawn = RecurrenceInputs(
+        draw((steps, batch, rows), generator, dtype),
+        draw((rows, hidden), generator, dtype, 0.6 * max(hidden, 1) ** -0.5),
+        draw((rows,), generator, dtype, 0.5) if bias else None,
+        draw((states, batch, hidden), generator, dtype, 0.5),
+        torch.randint(0, RESET + HOLD + 1, (steps, batch), generator=generator, dtype=torch.uint8) if control else None,
+    )
+    return RecurrenceInputs._make(_finish(drawn, layout, requires_grad))
+
+
+def attention_inputs(
+    batch: int = 2,
+    heads: int = 2,
+    queries: int = 5,
+    keys: int = 7,
+    size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    *,
+    value_size: int | None = None,
+    kv_heads: int | None = None,
+    mask: str | None = None,
+    bias: str | None = None,
+    layout: str = "contiguous",
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> AttentionInputs:
+    """Random inputs of attention.
+
+    Args:
+        batch: B.
+        heads: Hq.
+        queries: M.
+        keys: N.
+        size: D.
+        dtype: of all tensors but `mask`.
+        value_size: Dv; D by default.
+        kv_heads: Hk; Hq by default.
+        mask: four characters that say where the mask is broadcast, for example ``"B11N"`` for shape (B, 1, 1, N);
+            ``None`` for no mask. Three quarters of it are ``True``.
+        bias: likewise.
+        layout: of every tensor, see `lay_out`.
+        requires_grad: of the floating point tensors.
+        seed: of the generator.
+
+    Raises:
+        ValueError, TypeError: `mask`, `bias`, `dtype` or `layout` is not one of those allowed.
+    """
+    _check_dtype(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    value_size = size if value_size is None else value_size
+    kv_heads = heads if kv_heads is None else kv_heads
+    full = (batch, heads, queries, keys)
+    drawn = AttentionInputs(
+        draw((batch, heads, queries, size), generator, dtype),
+        draw((batch, kv_heads, keys, size), generator, dtype),
+        draw((batch, kv_heads, keys, value_size), generator, dtype),
+        None if mask is None else torch.rand(_broadcast("mask", mask, full), generator=generator) < 0.75,
+        None if bias is None else draw(_broadcast("bias", bias, full), generator, dtype),
+    )
+    return AttentionInputs._make(_finish(drawn, layout, requires_grad))
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {DTYPES}, got {dtype}")
+
+
+def _broadcast(name: str, pattern: str, full: tuple[int, ...]) -> tuple[int, ...]:
+    if len(pattern) != 4 or any(have not in ("1", want) for have, want in zip(pattern, "BHMN", strict=True)):
+        raise ValueError(f"{name}: expected 'BHMN' with some letters replaced by '1', got {pattern!r}")
+    return tuple(1 if letter == "1" else size for letter, size in zip(pattern, full, strict=True))
+
+
+def _finish(tensors: tuple[Tensor | None, ...], layout: str, requires_grad: bool) -> Iterator[Tensor | None]:
+    for x in tensors:
+        if x is None:
+            yield None
+        else:
+            yield lay_out(x, layout).requires_grad_(requires_grad and x.is_floating_point())
+
+
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A new leaf with the values of `x` in `dtype`, same ``requires_grad``; integers and ``None`` stay as they are."""
+    if x is None or not x.is_floating_point():
+        return x
+    return x.detach().to(dtype).requires_grad_(x.requires_grad)

@@ -1,0 +1,92 @@
+"""Fixtures: one parameter for each implementation that can run here, at each instruction set and thread count."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+
+import seqkernels
+from seqkernels import backends, testing
+
+hypothesis.settings.register_profile(
+    "seqkernels",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("seqkernels")
+
+
+class Runner(NamedTuple):
+    """An implementation and how it is run."""
+
+    backend: str
+    isa: str | None
+    threads: int
+
+    def __str__(self) -> str:
+        return "-".join(str(part) for part in self if part is not None)
+
+
+def _isas(name: str) -> list[str | None]:
+    if name != "native":
+        return [None]
+    from seqkernels.backends.native.extension import extension
+
+    return [*extension().isas()]
+
+
+BACKENDS = [name for name in backends.NAMES if backends.backend(name).unavailable() is None]
+RUNNERS = [
+    Runner(name, isa, threads)
+    for name in BACKENDS
+    for isa in _isas(name)
+    # The reference leaves threads to torch.
+    for threads in ((1,) if name == "reference" else (1, 2))
+]
+# Each implementation once, with the instruction set that it chooses by itself.
+PLAIN = [Runner(name, None, 1) for name in BACKENDS]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pure", action="store_true", help="the package was installed without its compiled module, on purpose"
+    )
+
+
+@pytest.fixture
+def pure(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--pure")
+
+
+def _run_as(runner: Runner) -> Iterator[Runner]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(seqkernels.use_backend(runner.backend))
+        stack.enter_context(testing.threads(runner.threads))
+        stack.enter_context(testing.poisoned_empty())
+        if runner.isa is not None:
+            stack.enter_context(testing.force_isa(runner.isa))
+        yield runner
+
+
+@pytest.fixture(params=RUNNERS, ids=str)
+def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """Insists on one implementation, instruction set and thread count; fresh memory holds NaN."""
+    yield from _run_as(request.param)
+
+
+@pytest.fixture(params=PLAIN, ids=str)
+def plain_runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """Like `runner`, for what does not depend on instruction set and threads."""
+    yield from _run_as(request.param)
+
+
+@pytest.fixture(params=BACKENDS)
+def other_backend(request: pytest.FixtureRequest) -> str:
+    """The name of each implementation that can run here."""
+    return request.param
