@@ -1,0 +1,1 @@
+"""Benchmarks of seqkernels against torch: see README.md."""

@@ -1,0 +1,19 @@
+"""Recurrent layers on whole sequences, beside torch.nn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from . import cases
+from .measure import clock
+
+CASES = [case for case in cases.CASES if isinstance(case, cases.Recurrence) and "overhead" not in case.tags]
+
+
+@pytest.mark.benchmark(timer=clock.read)
+def test_recurrence(
+    case: cases.Case, mode: cases.Mode, provider: str, replay: Callable[[cases.Case, cases.Mode, str], None]
+) -> None:
+    replay(case, mode, provider)

@@ -1,0 +1,278 @@
+"""Turns a JSON file of the benchmarks into tables of ratios to torch, and a picture.
+
+``python benchmarks/report.py report/bench.json [--markdown] [--png report/bench.png]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ORDER = ("torch", "native", "numba", "reference")
+MODES = {"forward": "forward", "forward_backward": "forward+backward"}
+COLORS = {"native": "#1f5fbf", "numba": "#e08214", "reference": "#999999"}
+
+
+class Entry(NamedTuple):
+    """One case, mode and provider.
+
+    Attributes:
+        seconds: median time of a call.
+        ratio: torch's time over `seconds`, median and quartiles of the paired rounds; ``None`` without torch.
+        error: largest error against float64 over torch's own.
+        budget: the error over what the tests allow.
+    """
+
+    case: str
+    group: str
+    mode: str
+    provider: str
+    seconds: float
+    flops: int
+    bytes: int
+    ratio: tuple[float, float, float] | None
+    error: float
+    budget: float
+
+
+class Table(NamedTuple):
+    """Text in rows.
+
+    Attributes:
+        title: a sentence above.
+        columns: their names.
+        rows: one text for each column.
+        words: numbers of the columns that hold words and are aligned to the left.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: frozenset[int]
+
+
+def entries(data: dict[str, Any]) -> list[Entry]:
+    """The entries of a JSON of pytest-benchmark that these benchmarks wrote, those of a group together.
+
+    Raises:
+        ValueError: a benchmark in it is not one of these.
+    """
+    found = []
+    for bench in data["benchmarks"]:
+        info = bench["extra_info"]
+        if "provider" not in info:
+            raise ValueError(f"FILE: {bench['fullname']} is not a benchmark of seqkernels")
+        ratio = info.get("ratio")
+        found.append(
+            Entry(
+                info["case"],
+                info["group"],
+                info["mode"],
+                info["provider"],
+                bench["stats"]["median"],
+                info["flops"],
+                info["bytes"],
+                (ratio["median"], ratio["q1"], ratio["q3"]) if ratio else None,
+                info["error_to_torch"],
+                info["error_of_budget"],
+            )
+        )
+    groups = _unique(entry.group for entry in found)
+    return sorted(found, key=lambda entry: groups.index(entry.group))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The geometric mean of positive values."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def summary(found: Sequence[Entry]) -> Table:
+    """Geometric mean and worst ratio of each group, mode and provider."""
+    rows = []
+    for group in _unique(entry.group for entry in found):
+        for mode, words in MODES.items():
+            for provider in ORDER[1:]:
+                chosen = [
+                    entry
+                    for entry in found
+                    if (entry.group, entry.mode, entry.provider) == (group, mode, provider) and entry.ratio
+                ]
+                if chosen:
+                    worst = min(chosen, key=_median)
+                    mean = geometric_mean(_median(entry) for entry in chosen)
+                    numbers = (f"{mean:.2f}", f"{_median(worst):.2f}", str(len(chosen)))
+                    rows.append((group, words, provider, *numbers, worst.case))
+    columns = ("group", "mode", "provider", "geomean", "worst", "cases", "worst case")
+    return Table("Speed over torch by group: torch's time over the provider's", columns, rows, frozenset({0, 1, 2, 6}))
+
+
+def per_case(found: Sequence[Entry]) -> Table:
+    """Times and ratios of each case and mode; rates and errors of the preferred provider."""
+    present = [name for name in ORDER[1:] if any(entry.provider == name for entry in found)]
+    lead = present[0] if present else "torch"
+    rows = []
+    for case, mode in _unique((entry.case, entry.mode) for entry in found):
+        by = {entry.provider: entry for entry in found if (entry.case, entry.mode) == (case, mode)}
+        row = [case, MODES[mode], f"{by['torch'].seconds * 1e3:.4g}" if "torch" in by else "-"]
+        for name in present:
+            ratio = by[name].ratio if name in by else None
+            row.append("{:.2f} ({:.2f}-{:.2f})".format(*ratio) if ratio else "-")
+        first = by.get(lead)
+        if first is None:
+            row += ["-"] * 3
+        else:
+            rates = (first.flops / first.seconds / 1e9, first.bytes / first.seconds / 1e9)
+            row += [f"{rates[0]:.1f}", f"{rates[1]:.2f}", f"{first.error:.2f}"]
+        rows.append(row)
+    columns = ("case", "mode", "torch ms", *present, f"{lead} GFLOP/s", "GB/s", "error/torch's")
+    return Table("Each case: torch's time, speed over torch (quartiles)", columns, rows, frozenset({0, 1}))
+
+
+def machine(data: dict[str, Any]) -> str:
+    """One line: where and with what the numbers were measured."""
+    info = data["machine_info"]
+    cpu = info.get("cpu", {}).get("brand_raw", info.get("machine", "unknown processor"))
+    isa = info.get("isa") or "no compiled module"
+    threads = f"{info['threads']} thread" + ("s" if info["threads"] > 1 else "")
+    return (
+        f"{cpu}, {threads}, {isa}; torch {info['torch']}, seqkernels {info['seqkernels']},"
+        f" Python {info['python_version']}; {data['datetime'][:10]}"
+    )
+
+
+def remarks(data: dict[str, Any], found: Sequence[Entry]) -> list[str]:
+    """What a reader of the tables should know besides: who could not run, and whose error is over the budget."""
+    lines = []
+    count: Counter[tuple[str, str]] = Counter()
+    for entry in data["unavailable"]:
+        # "backend 'name' cannot run <call>: <reason>"
+        count[entry["provider"], entry["reason"].partition(": ")[2]] += 1
+    lines += [f"{provider} not timed {times} times: {reason}" for (provider, reason), times in count.items()]
+    for entry in found:
+        if entry.budget > 1:
+            lines.append(
+                f"{entry.provider} on {entry.case} {MODES[entry.mode]}: error {entry.error:.2f} times torch's own,"
+                f" {entry.budget:.2f} of what the tests allow"
+            )
+    return lines
+
+
+def render(table: Table, markdown: bool) -> str:
+    """`table` as text for a terminal, or as Markdown."""
+    widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+
+    def line(cells: Sequence[str], separator: str) -> str:
+        padded = [
+            cell.ljust(width) if index in table.words else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return separator.join(padded).rstrip()
+
+    if markdown:
+        rule = [("-" if index in table.words else "-:").rjust(width, "-") for index, width in enumerate(widths)]
+        body = [f"| {line(cells, ' | ')} |" for cells in (table.columns, rule, *table.rows)]
+        return "\n".join((f"**{table.title}**", "", *body))
+    rule = ["-" * width for width in widths]
+    return "\n".join((table.title, "", *(line(cells, "  ") for cells in (table.columns, rule, *table.rows))))
+
+
+def plot(found: Sequence[Entry], title: str, path: Path) -> None:
+    """Write a picture of the ratio of each case: a dot at the median, a bar from quartile to quartile."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
+    labels: list[tuple[str, str]] = []
+    for group in _unique(entry.group for entry in found):
+        labels.append((group, ""))
+        labels += [(group, case) for case in _unique(entry.case for entry in found if entry.group == group)]
+    modes = [mode for mode in MODES if any(entry.mode == mode for entry in found)]
+    height = 1.6 + 0.19 * len(labels)
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(5.2 + 4 * len(modes), height), sharey=True, sharex=True, squeeze=False
+    )
+    position = {label: -index for index, label in enumerate(labels)}
+    for axis, mode in zip(axes[0], modes, strict=True):
+        for provider in reversed(ORDER[1:]):
+            chosen = [e for e in found if (e.mode, e.provider) == (mode, provider) and e.ratio]
+            if not chosen:
+                continue
+            middle, low, high = zip(*(e.ratio for e in chosen if e.ratio), strict=True)
+            spread = [
+                [m - q for m, q in zip(middle, low, strict=True)],
+                [q - m for m, q in zip(middle, high, strict=True)],
+            ]
+            where = [position[e.group, e.case] for e in chosen]
+            axis.errorbar(
+                middle, where, xerr=spread, fmt="o", ms=4.5, lw=1, color=COLORS[provider], label=provider, zorder=3
+            )
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+        axis.axvline(1, color="black", lw=1)
+        axis.grid(axis="x", color="#dddddd", lw=0.7)
+        for label, y in position.items():
+            if not label[1]:
+                axis.axhspan(y - 0.5, y + 0.5, color="#eeeeee", zorder=0)
+        axis.set_title(MODES[mode], fontsize=10, loc="left")
+        axis.tick_params(axis="y", left=False)
+        axis.set_xlabel("speed over torch (right is faster)", fontsize=9)
+    first = axes[0][0]
+    first.set_yticks([position[label] for label in labels])
+    first.set_yticklabels([case or group for group, case in labels], fontsize=7)
+    for tick, (_, case) in zip(first.get_yticklabels(), labels, strict=True):
+        tick.set_fontweight("normal" if case else "bold")
+    first.set_ylim(-len(labels) + 0.3, 0.7)
+    handles = {text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    shown = [name for name in ORDER if name in handles]
+    if shown:
+        axes[0][-1].legend(
+            [handles[name] for name in shown], shown, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
+        )
+    figure.suptitle(title, fontsize=9, y=1 - 0.15 / height)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.2 / height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables of a JSON file and, where asked, write the picture."""
+    parser = argparse.ArgumentParser(description="Tables and a picture of a JSON file of the benchmarks.")
+    parser.add_argument("file", type=Path, help="JSON written by benchmarks/run.py")
+    parser.add_argument("--png", type=Path, help="write the picture here")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    options = parser.parse_args(arguments)
+    data = json.loads(options.file.read_text())
+    found = entries(data)
+    if not found:
+        parser.error(f"{options.file}: no benchmark in it")
+    where = machine(data)
+    parts = [render(per_case(found), options.markdown), render(summary(found), options.markdown), where]
+    print("\n\n".join(parts))
+    for line in remarks(data, found):
+        print(f"- {line}" if options.markdown else line)
+    if options.png is not None:
+        plot(found, where, options.png)
+    return 0
+
+
+def _median(entry: Entry) -> float:
+    assert entry.ratio is not None
+    return entry.ratio[0]
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
