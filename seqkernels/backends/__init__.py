@@ -144,8 +144,8 @@ def implementation(call: Call) -> ModuleType:
 
 
 def note(text: str) -> None:
-    """Let `explain` know of work that no kernel of the contracts does, and why."""
-    recorder = _recorder.get()
+    """Let `explain` know of work that no kernel of the contracts does, and why; nothing while tracing a graph."""
+    recorder = None if torch.compiler.is_compiling() else _recorder.get()
     if recorder is not None:
         recorder.append(text)
 
