@@ -89,7 +89,9 @@ def interleave(
     calls, rounds = {}, {}
     for name, workload in workloads.items():
         with workload.context():
-            seconds = min(_time(workload.run, 1, timer) for _ in range(2))
+            seconds = _time(workload.run, 1, timer)
+            if seconds < plan.budget_seconds:
+                seconds = min(seconds, _time(workload.run, 1, timer))
         calls[name] = max(1, ceil(plan.round_seconds / max(seconds, 1e-9)))
         fitting = int(plan.budget_seconds / max(seconds * calls[name], 1e-9))
         rounds[name] = min(max(fitting, plan.min_rounds), plan.max_rounds)
