@@ -89,8 +89,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         queries, keys = q.shape[2], k.shape[2]
         k, v = self._add_keys(k, v)
         extra = k.shape[2] - keys
-        # Like torch, the hint replaces the mask; beside padding only where both surely mean the same.
-        is_causal = is_causal and not need_weights and (key_padding_mask is None or (extra == 0 and queries == keys))
+        if attn_mask is not None and is_causal and (need_weights or key_padding_mask is not None):
+            # Torch heeds the hint only without padding; beside it, the mask may go only where nobody can tell.
+            is_causal = not need_weights and extra == 0 and queries == keys and not attn_mask.requires_grad
         attn_mask = None if is_causal else self._attn_mask_of_heads(attn_mask, q, keys, extra)
         key_padding_mask = _padding_mask_of_heads(key_padding_mask, q, keys, extra)
         mask, bias = _combine(key_padding_mask, attn_mask)
