@@ -15,6 +15,7 @@ from .inputs import AttentionInputs, RecurrenceInputs, cast, draw, lay_out
 from .switches import threads
 
 Results = dict[str, Tensor]
+Contract = Callable[..., tuple[Tensor | None, ...]]
 
 
 def assert_within_budget(
@@ -71,7 +72,7 @@ def assert_within_budget(
 
 
 def evaluate(
-    fn: Callable[..., tuple[Tensor | None, ...]],
+    fn: Contract,
     inputs: RecurrenceInputs | AttentionInputs,
     grads: Mapping[str, Tensor],
     **options: object,
@@ -114,83 +115,75 @@ def random_grads(outputs: Mapping[str, Tensor], layout: str = "contiguous", seed
 
 
 def check_recurrence(
-    inputs: RecurrenceInputs,
-    *,
+    *draws: RecurrenceInputs,
     cell: str,
     reverse: bool = False,
     grads: Mapping[str, Tensor] | None = None,
 ) -> Results:
-    """Assert that `seqkernels.ops.recurrence.recurrence` is within the error budget on `inputs`.
+    """Assert that `seqkernels.ops.recurrence.recurrence` is within the error budget.
 
     Args:
-        inputs: as `recurrence_inputs` draws them.
+        draws: inputs as `recurrence_inputs` draws them, all of the same shapes. Results of all are judged together:
+            where one has few elements, torch is too often exact by luck.
         cell: as in the contract.
         reverse: as in the contract.
         grads: gradients of the outputs; random ones for every output by default.
 
     Returns:
-        What was computed, see `evaluate`.
+        What was computed, see `evaluate`; of several draws, stacked.
 
     Raises:
         AssertionError: an output or a gradient is beyond the budget.
     """
-    return _check(
-        recurrence_op.recurrence,
-        recurrence_oracle,
-        RECURRENCES,
-        inputs,
-        grads,
-        {"cell": cell, "reverse": reverse},
-    )
+    options = {"cell": cell, "reverse": reverse}
+    return _check(recurrence_op.recurrence, recurrence_oracle, RECURRENCES, draws, grads, options)
 
 
 def check_attention(
-    inputs: AttentionInputs,
-    *,
+    *draws: AttentionInputs,
     scale: float | None = None,
     is_causal: bool = False,
     grads: Mapping[str, Tensor] | None = None,
 ) -> Results:
-    """Assert that `seqkernels.ops.attention.attention` is within the error budget on `inputs`.
+    """Assert that `seqkernels.ops.attention.attention` is within the error budget.
 
     Args:
-        inputs: as `attention_inputs` draws them.
+        draws: inputs as `attention_inputs` draws them, all of the same shapes, judged together.
         scale: as in the contract.
         is_causal: as in the contract.
         grads: gradients of the outputs; random ones for every output by default.
 
     Returns:
-        What was computed, see `evaluate`.
+        What was computed, see `evaluate`; of several draws, stacked.
 
     Raises:
         AssertionError: an output or a gradient is beyond the budget.
     """
     options = {"scale": scale, "is_causal": is_causal}
-    return _check(attention_op.attention, attention_oracle, ATTENTIONS, inputs, grads, options)
+    return _check(attention_op.attention, attention_oracle, ATTENTIONS, draws, grads, options)
 
 
 def _check(
-    fn: Callable[..., tuple[Tensor | None, ...]],
-    oracle: Callable[..., tuple[Tensor | None, ...]],
-    baselines: Sequence[Callable[..., tuple[Tensor | None, ...]]],
-    inputs: RecurrenceInputs | AttentionInputs,
+    fn: Contract,
+    oracle: Contract,
+    baselines: Sequence[Contract],
+    draws: Sequence[RecurrenceInputs | AttentionInputs],
     grads: Mapping[str, Tensor] | None,
     options: Mapping[str, object],
 ) -> Results:
-    dtype = inputs[0].dtype
+    dtype = draws[0][0].dtype
     dtypes = (torch.float32, torch.float64) if dtype == torch.float64 else (dtype,)
     if grads is None:
         with torch.no_grad():
-            exact = evaluate(oracle, inputs, {}, **options)
-        grads = random_grads(exact)
+            grads = random_grads(evaluate(oracle, draws[0], {}, **options))
 
-    def run(other: Callable[..., tuple[Tensor | None, ...]], to: torch.dtype) -> Results:
-        copies = type(inputs)._make(cast(x, to) for x in inputs)
+    def run(other: Contract, to: torch.dtype) -> Results:
         acc = accumulate_dtype(to)
-        cotangents = {n: cast(x, acc if n == "lse" else to) for n, x in grads.items()}
-        return evaluate(other, copies, {n: x for n, x in cotangents.items() if x is not None}, **options)
+        cotangents = {n: x.detach().to(acc if n == "lse" else to) for n, x in grads.items()}
+        copies = (type(inputs)._make(cast(x, to) for x in inputs) for inputs in draws)
+        return _stack([evaluate(other, inputs, cotangents, **options) for inputs in copies])
 
-    actual = evaluate(fn, inputs, grads, **options)
+    actual = _stack([evaluate(fn, inputs, grads, **options) for inputs in draws])
     with threads(1):
         expected, own = run(oracle, torch.float64), [run(baseline, to) for baseline in baselines for to in dtypes]
     for name, value in actual.items():
@@ -200,3 +193,7 @@ def _check(
     missing = (expected.keys() & own[0].keys()) - actual.keys() - {"cells"}
     assert not missing, f"no {', '.join(sorted(missing))}"
     return actual
+
+
+def _stack(draws: list[Results]) -> Results:
+    return draws[0] if len(draws) == 1 else {n: torch.stack([results[n] for results in draws]) for n in draws[0]}

@@ -1,0 +1,108 @@
+"""``python -m seqkernels info``: what is installed, built and chosen on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, backends
+from .backends.native.extension import extension, load_error
+
+#: One call for each operation that `collect` asks every implementation about.
+CALLS = (
+    backends.Call("recurrence", "cpu", torch.float32, "lstm"),
+    backends.Call("attention", "cpu", torch.float32),
+)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _native() -> dict[str, Any]:
+    reason = load_error()
+    if reason is not None:
+        return {"unavailable": reason}
+    module = extension()
+    return {
+        "instruction_sets": list(module.isas()),
+        "instruction_set": module.isa(),
+        "build": dict(module.build_info()),
+    }
+
+
+def collect() -> dict[str, Any]:
+    """What `info` reports.
+
+    Returns:
+        ``versions`` by package (``None`` where not installed), ``platform``, ``cpu``, ``threads``, ``native`` (the
+        compiled module: instruction sets this processor can run, the one chosen, how it was built, or why it is
+        unavailable) and ``backends``: for each operation and implementation ``None`` or the reason why not.
+    """
+    return {
+        "versions": {
+            "seqkernels": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            **{name: _version(name) for name in ("numba", "triton")},
+        },
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "native": _native(),
+        "backends": {call.op: {name: backends.why_not(name, call) for name in backends.order(call)} for call in CALLS},
+    }
+
+
+def render(info: dict[str, Any]) -> str:
+    """What `collect` returns, as text."""
+    native = info["native"]
+    rows = [(name, version or "not installed") for name, version in info["versions"].items()]
+    rows += [("platform", info["platform"]), ("cpu", info["cpu"]), ("threads", info["threads"])]
+    if "unavailable" in native:
+        rows.append(("compiled module", native["unavailable"]))
+    else:
+        rows.append(("instruction sets", ", ".join(native["instruction_sets"])))
+        rows.append(("chosen", native["instruction_set"]))
+        rows += [(f"build: {name.replace('_', ' ')}", value or "none") for name, value in native["build"].items()]
+    for op, reasons in info["backends"].items():
+        rows += [(f"{op}: {name}", reason or "available") for name, reason in reasons.items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line.
+
+    Args:
+        arguments: words after ``python -m seqkernels``; those of the process by default.
+    """
+    parser = argparse.ArgumentParser("python -m seqkernels", description="Compiled kernels for sequence models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="versions, instruction sets, and each backend: available or why not")
+    info.add_argument("--json", action="store_true", help="as JSON, the same content")
+    options = parser.parse_args(arguments)
+    found = collect()
+    print(json.dumps(found, indent=2) if options.json else render(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The reference against torch in float64: everything else is judged by it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from seqkernels import testing
+from seqkernels.backends import reference
+from seqkernels.backends.reference.recurrence import recurrence_forward
+from seqkernels.cells import CELLS, HOLD, accumulate_dtype
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def _compare(ours, theirs, inputs, **options):
+    outputs = testing.evaluate(ours, inputs, {}, **options)
+    grads = testing.random_grads(outputs)
+    own = testing.evaluate(ours, inputs, grads, **options)
+    expected = testing.evaluate(theirs, inputs, grads, **options)
+    assert own.keys() == expected.keys()
+    for name, x in own.items():
+        size = max(expected[name].abs().max().item(), 1)
+        torch.testing.assert_close(x, expected[name], rtol=0, atol=64 * EPS * size, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrence_is_torchs(cell):
+    for reverse, bias, control in itertools.product((False, True), repeat=3):
+        inputs = testing.recurrence_inputs(cell, 6, 3, 7, torch.float64, bias=bias, control=control)
+        _compare(testing.recurrence_oracle, testing.torch_recurrence, inputs, cell=cell, reverse=reverse)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrence_is_a_layer_of_torch(cell):
+    """Against the layer itself, whose weights and gate order the contract shares."""
+    layer = {
+        "rnn_tanh": torch.nn.RNN(5, 7, dtype=torch.float64),
+        "rnn_relu": torch.nn.RNN(5, 7, nonlinearity="relu", dtype=torch.float64),
+        "lstm": torch.nn.LSTM(5, 7, dtype=torch.float64),
+        "gru": torch.nn.GRU(5, 7, dtype=torch.float64),
+    }[cell]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, 5, dtype=torch.float64, generator=generator)
+    state0 = torch.randn(CELLS[cell].states, 3, 7, dtype=torch.float64, generator=generator)
+    gates_x = torch.nn.functional.linear(x, layer.weight_ih_l0, layer.bias_ih_l0)
+    hidden, _, state_n = testing.recurrence_oracle(gates_x, layer.weight_hh_l0, layer.bias_hh_l0, state0, cell=cell)
+    expected, last = layer(x, tuple(state0.unsqueeze(1)) if cell == "lstm" else state0)
+    torch.testing.assert_close(hidden, expected, rtol=64 * EPS, atol=64 * EPS)
+    last = torch.cat(last) if cell == "lstm" else last
+    torch.testing.assert_close(state_n, last, rtol=64 * EPS, atol=64 * EPS)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("bias", [None, "BHMN", "1H1N", "11M1"])
+@pytest.mark.parametrize("mask", [None, "BHMN", "B11N"])
+def test_attention_is_torchs(mask, bias, is_causal):
+    for theirs in (testing.torch_attention, testing.torch_tiled_attention):
+        for kv_heads, scale in ((4, None), (2, 0.7), (1, -0.2)):
+            inputs = testing.attention_inputs(
+                2, 4, 6, 9, 5, torch.float64, value_size=3, kv_heads=kv_heads, mask=mask, bias=bias
+            )
+            if mask is not None:
+                # Rows without keys have no gradient of lse in torch.
+                inputs.mask[..., 0] = True
+            _compare(testing.attention_oracle, theirs, inputs, scale=scale, is_causal=is_causal)
+
+
+def test_gradcheck():
+    for cell in CELLS:
+        inputs = testing.recurrence_inputs(cell, 3, 2, 2, torch.float64, control=True)
+
+        def outputs(*tensors, control=inputs.control, cell=cell):
+            return tuple(x for x in testing.recurrence_oracle(*tensors, control, cell=cell) if x is not None)
+
+        assert torch.autograd.gradcheck(outputs, inputs[:4])
+    q, k, v, _, bias = testing.attention_inputs(1, 2, 3, 4, 2, torch.float64, bias="1HMN")
+    assert torch.autograd.gradcheck(
+        lambda *x: testing.attention_oracle(*x[:3], None, x[3], is_causal=True), (q, k, v, bias)
+    )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_shapes_of_what_is_saved(cell):
+    for steps, batch, dtype in itertools.product((0, 4), (0, 3), (torch.float32, torch.bfloat16)):
+        inputs = testing.recurrence_inputs(cell, steps, batch, 5, dtype, requires_grad=False)
+        _, num_states, num_reserve = CELLS[cell]
+        states, state_n, reserve = recurrence_forward(*inputs, cell, False, True)
+        assert states.shape == (num_states, steps + 1, batch, 5)
+        assert state_n.shape == (num_states, batch, 5)
+        assert reserve.shape == (steps, batch, num_reserve, 5)
+        assert reserve.dtype == accumulate_dtype(dtype)
+        assert torch.equal(states[:, 0], inputs.state0)
+        assert torch.equal(states[:, steps], state_n)
+        states, _, reserve = recurrence_forward(*inputs, cell, False, False)
+        assert states.shape == (1, steps + 1, batch, 5)
+        assert reserve.shape == (0,)
+
+
+def test_everything_held_is_the_initial_state():
+    inputs = testing.recurrence_inputs("gru", 4, 3, 5, requires_grad=False)
+    inputs = inputs._replace(control=torch.full((4, 3), HOLD, dtype=torch.uint8))
+    hidden, _, state_n = testing.recurrence_oracle(*inputs, cell="gru")
+    assert torch.equal(hidden, inputs.state0.expand(4, 3, 5))
+    assert torch.equal(state_n, inputs.state0)
+
+
+def test_runs_anywhere():
+    assert reference.unavailable() is None
+    inputs = testing.recurrence_inputs("lstm", 4, 3, 5, control=True, requires_grad=False)
+    hidden = testing.recurrence_oracle(*(x.to("meta") for x in inputs), cell="lstm")[0]
+    assert hidden.shape == (4, 3, 5)
+    assert hidden.device.type == "meta"

@@ -1,0 +1,189 @@
+"""Who runs a call, and what is said about it."""
+
+from __future__ import annotations
+
+import types
+import warnings
+
+import pytest
+import torch
+
+import seqkernels
+from seqkernels import backends, testing
+from seqkernels.backends import Call
+from seqkernels.ops.attention import attention
+from seqkernels.ops.recurrence import recurrence
+
+CALL = Call("recurrence", "cpu", torch.float32, "lstm")
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A registry that remembers no decision, loaded module or warning."""
+    for name, kind in (("_decisions", dict), ("_modules", dict), ("_warned", set)):
+        monkeypatch.setattr(backends, name, kind())
+
+
+@pytest.fixture
+def alone(fresh, monkeypatch):
+    """Nothing but the reference can be used; the others say why."""
+
+    def package(name):
+        reason = None if name == "reference" else f"{name} is on holiday"
+        return types.SimpleNamespace(unavailable=lambda: reason, unsupported=lambda call: None)
+
+    monkeypatch.setattr(backends, "backend", package)
+
+
+def _lstm(**options):
+    return recurrence(*testing.recurrence_inputs("lstm", 3, 2, 4, **options), cell="lstm")
+
+
+def test_the_compiled_module_is_there(pure):
+    reason = backends.backend("native").unavailable()
+    if pure:
+        assert "seqkernels._C" in reason
+    else:
+        assert reason is None, f"{reason} (run with --pure where that is on purpose)"
+
+
+def test_without_the_compiled_module_numba_is_chosen(pure):
+    assert backends.select(CALL).chosen == ("numba" if pure else "native")
+
+
+def test_order():
+    assert backends.order(CALL) == ("native", "numba", "reference")
+    assert backends.order(CALL._replace(device="meta")) == ("reference",)
+    for op, device in backends.PREFERENCE:
+        assert backends.order(Call(op, device, torch.float32))[-1] == "reference"
+
+
+def test_the_first_that_can_run_it_is_chosen(fresh, monkeypatch):
+    can = {"native": "no", "numba": None, "reference": None}
+    monkeypatch.setattr(backends, "why_not", lambda name, call: can[name])
+    decision = backends.select(CALL)
+    assert decision == (CALL, "numba", {"native": "no", "numba": None})
+
+
+def test_nobody_can_run_it(fresh, monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda name, call: f"{name} will not")
+    with pytest.raises(seqkernels.BackendError, match=r"no backend can run lstm recurrence .*native: native will not"):
+        backends.select(CALL)
+
+
+def test_use_backend_insists(other_backend):
+    with seqkernels.use_backend(other_backend):
+        assert backends.select(CALL).chosen == other_backend
+        assert backends.select(CALL._replace(op="attention", kind="")).chosen == other_backend
+
+
+def test_use_backend_covers_the_backward_pass(fresh, monkeypatch):
+    used = []
+    implementation = backends.implementation
+
+    def spy(call):
+        used.append(backends.select(call).chosen)
+        return implementation(call)
+
+    monkeypatch.setattr(backends, "implementation", spy)
+    with seqkernels.use_backend("reference"):
+        _lstm()[0].sum().backward()
+    assert used == ["reference", "reference"]
+
+
+def test_use_backend_nests_and_ends():
+    before = backends.select(CALL).chosen
+    with seqkernels.use_backend("numba"):
+        with seqkernels.use_backend("reference"):
+            assert backends.select(CALL).chosen == "reference"
+        assert backends.select(CALL).chosen == "numba"
+    with pytest.raises(ZeroDivisionError), seqkernels.use_backend("reference"):
+        raise ZeroDivisionError
+    assert backends.select(CALL).chosen == before
+
+
+def test_use_backend_raises_with_the_reason(alone):
+    with seqkernels.use_backend("numba"), pytest.raises(seqkernels.BackendError) as caught:
+        _lstm(control=True)
+    assert str(caught.value) == (
+        "backend 'numba' cannot run lstm recurrence of torch.float32 on cpu with control: numba is on holiday"
+    )
+
+
+def test_a_device_without_kernels(fresh):
+    call = CALL._replace(device="meta")
+    for name in ("native", "numba"):
+        if backends.backend(name).unavailable() is None:
+            assert backends.why_not(name, call) == "runs on cpu only, not on meta"
+
+
+def test_unknown_name():
+    with (
+        pytest.raises(ValueError, match=r"backend: 'cudnn' is not one of 'native', 'numba', 'reference'"),
+        seqkernels.use_backend("cudnn"),
+    ):
+        pass
+
+
+def test_the_slow_choice_warns_once(alone):
+    with pytest.warns(UserWarning, match=r"slow reference .* \(native: native is on holiday; numba: numba is"):
+        _lstm()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _lstm()
+    with pytest.warns(UserWarning, match=r"float64"):
+        _lstm(dtype=torch.float64)
+
+
+def test_asking_for_the_reference_does_not_warn(alone):
+    with warnings.catch_warnings(), seqkernels.use_backend("reference"):
+        warnings.simplefilter("error")
+        _lstm()
+
+
+def test_explain(alone):
+    def step():
+        _lstm()
+        backends.note("dropout of the weights")
+        inputs = testing.attention_inputs(kv_heads=1, mask="B11N", bias="1HMN")
+        attention(*inputs, is_causal=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explanation = seqkernels.explain(step)
+    assert str(explanation).splitlines() == [
+        "lstm recurrence of torch.float32 on cpu -> reference",
+        "  native: native is on holiday",
+        "  numba: numba is on holiday",
+        "  reference: chosen",
+        "not fused: dropout of the weights",
+        "attention of torch.float32 on cpu with bias, causal, grouped, mask -> reference",
+        "  native: native is on holiday",
+        "  numba: numba is on holiday",
+        "  reference: chosen",
+    ]
+
+
+def test_explain_with_a_forced_choice():
+    with seqkernels.use_backend("reference"):
+        (entry,) = seqkernels.explain(_lstm).entries
+    assert entry.chosen == "reference"
+
+
+def test_explain_passes_arguments_and_finds_nothing():
+    seen = []
+    assert str(seqkernels.explain(lambda *a, **k: seen.append((a, k)), 1, x=2)) == (
+        "no operation of seqkernels was called"
+    )
+    assert seen == [((1,), {"x": 2})]
+
+
+def test_notes_outside_explain_are_dropped():
+    backends.note("nobody listens")
+    assert seqkernels.explain(lambda: None).entries == ()
+
+
+def test_explain_ends_when_the_function_raises():
+    with pytest.raises(ZeroDivisionError):
+        seqkernels.explain(lambda: 1 / 0)
+    assert backends._recorder.get() is None

@@ -1,0 +1,149 @@
+"""The ops as torch sees them: schema, fakes, tracing, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from seqkernels import testing
+from seqkernels.cells import CELLS, DTYPES
+from seqkernels.ops import attention as attention_ops
+from seqkernels.ops import recurrence as recurrence_ops
+from seqkernels.ops.attention import attention
+from seqkernels.ops.recurrence import recurrence
+
+# Dynamo's own, when it traces an autograd.Function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+
+
+def _recurrence_calls(cell, dtype=torch.float32, shape=(4, 3, 5)):
+    """Arguments of the forward and of the backward op, with and without what is optional."""
+    for reverse, save in ((False, True), (True, False)):
+        inputs = testing.recurrence_inputs(cell, *shape, dtype, bias=save, control=save, requires_grad=False)
+        yield recurrence_ops.forward_op, (*inputs, cell, reverse, save)
+    states, state_n, reserve = recurrence_ops.forward_op(*inputs, cell, True, True)
+    saved = (inputs.weight_hh, states, reserve, inputs.control, cell, True)
+    yield recurrence_ops.backward_op, (None, None, torch.ones_like(state_n), *saved)
+    cells = torch.ones_like(states[1, 1:]) if cell == "lstm" else None
+    yield recurrence_ops.backward_op, (torch.ones_like(states[0, 1:]), cells, None, *saved)
+
+
+def _attention_calls(dtype=torch.float32, lengths=(5, 7)):
+    for mask, bias in ((None, None), ("B11N", "1HMN")):
+        inputs = testing.attention_inputs(
+            2, 4, *lengths, 8, dtype, value_size=6, kv_heads=2, mask=mask, bias=bias, requires_grad=False
+        )
+        yield attention_ops.forward_op, (*inputs, 0.3, True)
+        out, lse = attention_ops.forward_op(*inputs, 0.3, True)
+        saved = (*inputs, lse, torch.ones_like(lse), 0.3, True)
+        for bias_grad in {False, bias is not None}:
+            yield attention_ops.backward_op, (torch.ones_like(out), *saved, bias_grad)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_of_the_recurrence(plain_runner, cell):
+    for op, args in _recurrence_calls(cell):
+        torch.library.opcheck(op, args, test_utils=CHECKS)
+
+
+def test_opcheck_of_attention(plain_runner):
+    for op, args in _attention_calls():
+        torch.library.opcheck(op, args, test_utils=CHECKS)
+
+
+def _same_metadata(op, args):
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
+    for real, imitated in zip(op(*args), fake, strict=True):
+        assert real.shape == imitated.shape
+        assert real.dtype == imitated.dtype
+        assert real.numel() == 0 or real.stride() == imitated.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fakes_have_the_metadata_of_real_results(plain_runner, dtype):
+    for cell in CELLS:
+        for shape in ((4, 3, 5), (0, 3, 5), (1, 0, 5)):
+            for op, args in _recurrence_calls(cell, dtype, shape):
+                _same_metadata(op, args)
+    for lengths in ((5, 7), (0, 7), (5, 0)):
+        for op, args in _attention_calls(dtype, lengths):
+            _same_metadata(op, args)
+
+
+def _network(gates_x, weight_hh, bias_hh, state0, bias):
+    hidden, cells, state_n = recurrence(gates_x, weight_hh, bias_hh, state0, cell="lstm")
+    heads = hidden.unflatten(2, (2, -1)).permute(1, 2, 0, 3)
+    out, lse = attention(heads, heads, heads, None, bias, is_causal=True)
+    return out.sum() + lse.square().sum() + cells.cos().sum() + state_n.sum()
+
+
+def _network_inputs(steps):
+    gates_x, weight_hh, bias_hh, state0, _ = testing.recurrence_inputs("lstm", steps, 3, 8)
+    return gates_x, weight_hh, bias_hh, state0, torch.zeros(1, 2, 1, 1, requires_grad=True)
+
+
+def _value_and_gradients(fn, inputs):
+    value = fn(*inputs)
+    return value.detach(), *torch.autograd.grad(value, inputs)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_without_graph_breaks(backend):
+    torch._dynamo.reset()
+    inputs = _network_inputs(6)
+    compiled = torch.compile(_network, fullgraph=True, backend=backend)
+    eps = torch.finfo(torch.float32).eps
+    for x, y in zip(_value_and_gradients(compiled, inputs), _value_and_gradients(_network, inputs), strict=True):
+        torch.testing.assert_close(x, y, rtol=32 * eps, atol=32 * eps * y.abs().max().item())
+
+
+def test_another_length_does_not_recompile():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_network, fullgraph=True, backend=counter, dynamic=True)
+    for steps in (6, 9, 13):
+        inputs = _network_inputs(steps)
+        value, *grads = _value_and_gradients(compiled, inputs)
+        assert torch.allclose(value, _network(*inputs))
+        assert grads[0].shape == inputs[0].shape
+    assert counter.frame_count == 1
+
+
+def test_compile_without_gradients():
+    torch._dynamo.reset()
+    inputs = _network_inputs(6)
+
+    def infer(*tensors):
+        with torch.no_grad():
+            return recurrence(*tensors[:4], cell="lstm")[0]
+
+    assert torch.equal(torch.compile(infer, fullgraph=True, backend="aot_eager")(*inputs), infer(*inputs))
+
+
+def _targets(graph):
+    return {str(node.target) for node in graph.nodes}
+
+
+def test_traces_hold_the_ops():
+    inputs = [x.detach() for x in _network_inputs(6)]
+
+    def infer(gates_x, weight_hh, bias_hh, state0, bias):
+        hidden = recurrence(gates_x, weight_hh, bias_hh, state0, cell="lstm")[0]
+        heads = hidden.unflatten(2, (2, -1)).permute(1, 2, 0, 3)
+        return attention(heads, heads, heads, None, bias)[0]
+
+    wanted = {"seqkernels.recurrence_forward.default", "seqkernels.attention_forward.default"}
+    assert wanted <= _targets(make_fx(infer, tracing_mode="symbolic")(*inputs).graph)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return infer(*tensors)
+
+    program = torch.export.export(Module(), tuple(inputs))
+    assert wanted <= _targets(program.graph)
+    assert torch.equal(program.module()(*inputs), infer(*inputs))
