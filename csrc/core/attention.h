@@ -38,12 +38,12 @@ struct AttentionBackward {
   bool is_causal;
   int threads;
   Strided grad_out, q, k, v, mask, bias;
-  const void* lse;    // (B, Hq, M) compute, contiguous
-  const void* delta;  // (B, Hq, M) compute, contiguous
+  const void* lse;                    // (B, Hq, M) compute, contiguous
+  const void* delta;                  // (B, Hq, M) compute, contiguous
   StridedOut grad_q, grad_k, grad_v;  // storage
-  void* grad_bias;    // compute, contiguous in its own (possibly broadcast) shape, zero on entry; or null
-  std::int64_t grad_bias_stride[4];   // strides of grad_bias, 0 where it is broadcast
-  std::int64_t grad_bias_size;        // its number of elements
+  void* grad_bias;  // compute, contiguous in its own (possibly broadcast) shape, zero on entry; or null
+  std::int64_t grad_bias_stride[4];  // strides of grad_bias, 0 where it is broadcast
+  std::int64_t grad_bias_size;       // its number of elements
 };
 
 }  // namespace seqkernels

@@ -32,8 +32,7 @@ struct Lstm {
     saved[3] = o;
   }
 
-  static inline void backward(const V* grad, const V* prev, const V* next, const V* saved, V* direct, V* gates_x,
-                              V*) {
+  static inline void backward(const V* grad, const V* prev, const V* next, const V* saved, V* direct, V* gates_x, V*) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tanh_c = tanh<T>(next[1]);
     const V grad_c = grad[1] + grad[0] * o * (T(1) - tanh_c * tanh_c);

@@ -34,6 +34,7 @@ template <class T>
 using MicroKernel = void (*)(std::int64_t depth, const T* const* a, std::int64_t step, const T* b, std::int64_t ldb,
                              T* c, std::int64_t ldc);
 
+// Unrolled by hand of the compiler: accumulators that are indexed in a loop would live in memory at its edges.
 template <class T, int kRows, int kVectors, Layout kLayout, bool kAdd>
 void micro_kernel(std::int64_t depth, const T* const* a, std::int64_t step, const T* b, std::int64_t ldb, T* c,
                   std::int64_t ldc) {
@@ -42,33 +43,46 @@ void micro_kernel(std::int64_t depth, const T* const* a, std::int64_t step, cons
   constexpr int kTurns = kRows * kVectors <= 4 ? 2 : 1;
   Vec<T> sum[kTurns][kRows][kVectors];
   const T* row[kRows];
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) row[m] = kLayout == Layout::kRows ? a[m] : a[0] + m;
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       sum[0][m][v] = kAdd ? load_full(c + m * ldc + v * n) : Vec<T>{};
+#pragma GCC unroll 8
       for (int u = 1; u < kTurns; ++u) sum[u][m][v] = Vec<T>{};
     }
   }
   const std::int64_t stride = kLayout == Layout::kRows ? 1 : step;
   std::int64_t k = 0;
   for (; k + kTurns <= depth; k += kTurns) {
+#pragma GCC unroll 8
     for (int u = 0; u < kTurns; ++u) {
       Vec<T> column[kVectors];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) column[v] = load_full(b + (k + u) * ldb + v * n);
+#pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
         const T x = row[m][(k + u) * stride];
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[u][m][v] += column[v] * x;
       }
     }
   }
   for (; k < depth; ++k) {
+#pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const T x = row[m][k * stride];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[0][m][v] += load_full(b + k * ldb + v * n) * x;
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
       for (int u = 1; u < kTurns; ++u) sum[0][m][v] += sum[u][m][v];
       store_full(c + m * ldc + v * n, sum[0][m][v]);
     }

@@ -19,19 +19,19 @@ struct RecurrenceForward {
   CellKind cell;
   DType dtype;
   bool reverse;
-  bool save;                 // whether a backward pass may follow: all states and the reserve are stored
-  int threads;               // at most
-  const void* gates_x;       // (T, B, G*H) storage, last dimension contiguous
+  bool save;                               // whether a backward pass may follow: all states and the reserve are stored
+  int threads;                             // at most
+  const void* gates_x;                     // (T, B, G*H) storage, last dimension contiguous
   std::int64_t gates_x_step, gates_x_row;  // its strides
-  const void* weight_hh;     // (G*H, H) storage, rows contiguous
+  const void* weight_hh;                   // (G*H, H) storage, rows contiguous
   std::int64_t weight_row;
-  const void* bias_hh;       // (G*H) storage, or null
-  const void* state0;        // (S, B, H) storage, contiguous
+  const void* bias_hh;          // (G*H) storage, or null
+  const void* state0;           // (S, B, H) storage, contiguous
   const std::uint8_t* control;  // (T, B) or null
   std::int64_t control_step, control_row;
-  void* states;              // (S, T+1, B, H) storage; (1, T+1, B, H) without `save`
-  void* state_n;             // (S, B, H) storage
-  void* reserve;             // (T, B, R, H) compute, with `save`
+  void* states;   // (S, T+1, B, H) storage; (1, T+1, B, H) without `save`
+  void* state_n;  // (S, B, H) storage
+  void* reserve;  // (T, B, R, H) compute, with `save`
 };
 
 struct RecurrenceBackward {
@@ -40,20 +40,20 @@ struct RecurrenceBackward {
   DType dtype;
   bool reverse;
   int threads;
-  const void* grad_hidden;   // (T, B, H) storage, last dimension contiguous, or null
+  const void* grad_hidden;  // (T, B, H) storage, last dimension contiguous, or null
   std::int64_t grad_hidden_step, grad_hidden_row;
-  const void* grad_cells;    // (T, B, H) storage, or null
+  const void* grad_cells;  // (T, B, H) storage, or null
   std::int64_t grad_cells_step, grad_cells_row;
   const void* grad_state_n;  // (S, B, H) storage, contiguous, or null
   const void* weight_hh;     // (G*H, H) storage, rows contiguous
   std::int64_t weight_row;
-  const void* states;        // (S, T+1, B, H) storage
-  const void* reserve;       // (T, B, R, H) compute
+  const void* states;   // (S, T+1, B, H) storage
+  const void* reserve;  // (T, B, R, H) compute
   const std::uint8_t* control;
   std::int64_t control_step, control_row;
-  void* grad_gates_x;        // (T, B, G*H) compute
-  void* grad_gates_h;        // (T, B, G*H) compute: of the recurrent part; grad_gates_x itself where it is the same
-  void* grad_state0;         // (S, B, H) compute
+  void* grad_gates_x;  // (T, B, G*H) compute
+  void* grad_gates_h;  // (T, B, G*H) compute: of the recurrent part; grad_gates_x itself where it is the same
+  void* grad_state0;   // (S, B, H) compute
 };
 
 }  // namespace seqkernels

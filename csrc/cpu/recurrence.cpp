@@ -8,10 +8,11 @@
 //
 // The backward pass is the same with the product first: the gate gradients of the step just done times the weight
 // give the hidden gradient in a tile, and the cell's backward makes the next gate gradients of it.
+#include "core/recurrence.h"
+
 #include "core/cells.h"
 #include "core/gemm.h"
 #include "core/kernels.h"
-#include "core/recurrence.h"
 #include "core/team.h"
 
 namespace seqkernels {
@@ -21,7 +22,7 @@ namespace {
 constexpr std::int64_t kResidentBytes = 768 << 10;
 
 struct Split {
-  bool rows;    // threads own batch rows, else groups of hidden units
+  bool rows;  // threads own batch rows, else groups of hidden units
   int threads;
 };
 
@@ -221,6 +222,7 @@ class Forward {
     alignas(64) T tile[kMaxRows * kWidth * n];
     for (std::int64_t r = 0; r < step.active; r += block) {
       const int count = static_cast<int>(min_of<std::int64_t>(block, step.active - r));
+      prefetch(step, group, index + r, count);
       micro_kernel_for<T, Layout::kRows, false>(count, vectors)(p_.hidden, pointers + r, 1, weight, width, tile, width);
       for (int m = 0; m < count; ++m) {
         const bool reset = pointers[r + m] == zeros_.get();
@@ -228,6 +230,15 @@ class Forward {
       }
     }
     for (std::int64_t r = step.active; r < rows; ++r) hold(step, group, index[r]);
+  }
+
+  // Asks for the input gates of a block before its product, which is long enough for them to arrive: the pieces of
+  // 64 bytes that a group reads are too far apart for the processor to guess.
+  void prefetch(const Step& step, std::int64_t group, const std::int64_t* index, int count) {
+    const S* gates_x = static_cast<const S*>(p_.gates_x) + step.t * p_.gates_x_step + group * units_ * n;
+    for (int m = 0; m < count; ++m) {
+      for (int g = 0; g < Cell::kGates; ++g) __builtin_prefetch(gates_x + index[m] * p_.gates_x_row + g * p_.hidden);
+    }
   }
 
   // The pointwise part for one row and one vector of units from `unit`.
@@ -429,6 +440,7 @@ class Backward {
     for (std::int64_t r = 0; r < rows; r += block) {
       const int count = static_cast<int>(min_of<std::int64_t>(block, rows - r));
       const int active = static_cast<int>(max_of<std::int64_t>(0, min_of<std::int64_t>(count, step.active - r)));
+      if (!step.last) prefetch(step, group, index + r, count);
       if (active > 0) {
         micro_kernel_for<T, Layout::kRows, false>(active, units_)(depth_, pointers + r, 1, weight, width, tile, width);
       }
@@ -442,6 +454,26 @@ class Backward {
             cell<false>(step, unit, index[r + m], product, left);
           }
         }
+      }
+    }
+  }
+
+  // As in the forward pass: what the cells of a block will read, a line for each vector of units.
+  void prefetch(const Step& step, std::int64_t group, const std::int64_t* index, int count) {
+    const std::int64_t H = p_.hidden;
+    const S* states = static_cast<const S*>(p_.states) + step.t * plane_;
+    const T* reserve = static_cast<const T*>(p_.reserve) + step.t * p_.batch * Cell::kReserve * H;
+    const S* grad = static_cast<const S*>(p_.grad_hidden) + step.t * p_.grad_hidden_step;
+    for (int m = 0; m < count; ++m) {
+      for (int u = 0; u < units_; ++u) {
+        const std::int64_t unit = (group * units_ + u) * n;
+        for (int r = 0; r < Cell::kReserve; ++r) {
+          __builtin_prefetch(reserve + (index[m] * Cell::kReserve + r) * H + unit);
+        }
+        for (int s = 0; s < Cell::kStates; ++s) {
+          __builtin_prefetch(states + s * (p_.steps + 1) * plane_ + index[m] * H + unit);
+        }
+        if (p_.grad_hidden != nullptr) __builtin_prefetch(grad + index[m] * p_.grad_hidden_row + unit);
       }
     }
   }
@@ -486,7 +518,8 @@ class Backward {
       for (int r = 0; r < Cell::kReserve; ++r) saved[r] = get<kFull>(reserve + r * H, left);
       Cell::backward(grad, prev, next, saved, next_direct, gates_x, gates_h);
     }
-    for (int s = 0; s < Cell::kStates; ++s) put<kFull>(direct + s * plane_, (control & kReset) ? V{} : next_direct[s], left);
+    for (int s = 0; s < Cell::kStates; ++s)
+      put<kFull>(direct + s * plane_, (control & kReset) ? V{} : next_direct[s], left);
     const std::int64_t gates = (t * p_.batch + b) * depth_ + unit;
     T* grad_gates_x = static_cast<T*>(p_.grad_gates_x) + gates;
     for (int g = 0; g < Cell::kGates; ++g) put<kFull>(grad_gates_x + g * H, gates_x[g], left);

@@ -67,8 +67,8 @@ void recurrence_forward(py::handle gates_x_, py::handle weight_hh_, py::handle b
 
 void recurrence_backward(py::handle grad_hidden_, py::handle grad_cells_, py::handle grad_state_n_,
                          py::handle weight_hh_, py::handle states_, py::handle reserve_, py::handle control_,
-                         const std::string& cell_name, bool reverse, py::handle grad_gates_x_,
-                         py::handle grad_gates_h_, py::handle grad_state0_, int threads) {
+                         const std::string& cell_name, bool reverse, py::handle grad_gates_x_, py::handle grad_gates_h_,
+                         py::handle grad_state0_, int threads) {
   const CellShape cell = cell_shape(cell_name);
   const Tensor grad_hidden(grad_hidden_, "grad_hidden", true), grad_cells(grad_cells_, "grad_cells", true);
   const Tensor grad_state_n(grad_state_n_, "grad_state_n", true), weight_hh(weight_hh_, "weight_hh");
@@ -131,8 +131,8 @@ void bind_recurrence(py::module_& m) {
         "Run a recurrence into states, state_n and, unless None, reserve.");
   m.def("recurrence_backward", &recurrence_backward, py::arg("grad_hidden"), py::arg("grad_cells"),
         py::arg("grad_state_n"), py::arg("weight_hh"), py::arg("states"), py::arg("reserve"), py::arg("control"),
-        py::arg("cell"), py::arg("reverse"), py::arg("grad_gates_x"), py::arg("grad_gates_h"),
-        py::arg("grad_state0"), py::arg("threads"),
+        py::arg("cell"), py::arg("reverse"), py::arg("grad_gates_x"), py::arg("grad_gates_h"), py::arg("grad_state0"),
+        py::arg("threads"),
         "Back-propagate through a recurrence into grad_gates_x, grad_gates_h (GRU, else None) and grad_state0.");
 }
 

@@ -1,3 +1,5 @@
+#include <pybind11/stl.h>
+
 #include <map>
 #include <optional>
 #include <string>
@@ -5,8 +7,6 @@
 
 #include "core/kernels.h"
 #include "python/tensor.h"
-
-#include <pybind11/stl.h>
 
 namespace seqkernels {
 namespace {

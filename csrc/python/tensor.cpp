@@ -8,8 +8,8 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   static PyTypeObject* last_type = nullptr;  // guarded by the GIL; types with a table live for ever in practice
   static const dlpack::ExchangeApi* last_api = nullptr;
   if (type == last_type) return last_api;
-  py::object capsule = py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__",
-                                   py::none());
+  py::object capsule =
+      py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", py::none());
   const dlpack::ExchangeApi* api = nullptr;
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
     api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
