@@ -73,9 +73,10 @@ def scaled_dot_product_attention(
         attn_mask, is_causal = _causal_bias(attn_mask, is_causal, query.device)
     query, key, value, attn_mask = _lower(query, key, value, attn_mask)
     _check_inputs(query, key, value, attn_mask)
-    batch = _batch_shape(query, key, value, enable_gqa)
     q, k, v = query, key, value
-    if len(batch) != 2 or not batch == q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+    batch = q.shape[:-2]
+    if not batch == k.shape[:-2] == v.shape[:-2]:
+        batch = _batch_shape(query, key, value, enable_gqa)
         kv_heads = _kv_heads(batch, key, value, enable_gqa)
         q = q.expand(*batch, -1, -1)
         k = k.expand(*kv_heads, -1, -1)
@@ -149,7 +150,7 @@ def attend(
     reason = _why_dense(q, k, v, dropout_p, need_weights)
     if reason is None:
         out, _ = attention(q, k, v, mask, bias, scale=float(scale), is_causal=is_causal)
-        return out.to(dtype), None
+        return out if out.dtype == dtype else out.to(dtype), None
     backends.note(f"attention with its (M, N) weights in memory: {reason}")
     out, weights = _dense(q, k, v, mask, bias, scale, is_causal, dropout_p)
     return out.to(dtype), weights.to(dtype) if need_weights else None
@@ -292,8 +293,6 @@ def _causal_bias(attn_mask: Tensor, is_causal: bool, device: torch.device) -> tu
 def _batch_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> torch.Size:
     """The batch dimensions of the result, heads of the query included."""
     shapes = [x.shape[:-2] for x in (query, key, value)]
-    if shapes[0] == shapes[1] == shapes[2]:
-        return shapes[0]
     if enable_gqa:
         if not all(shapes):
             raise RuntimeError(
