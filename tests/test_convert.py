@@ -1,0 +1,229 @@
+"""``convert`` changes the type of a module and nothing else, and ``revert`` changes it back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+
+import seqkernels
+from seqkernels import convert, revert
+
+KINDS: dict[str, Callable[[], torch.nn.Module]] = {
+    "RNN": lambda: torch.nn.RNN(3, 4, 2, "relu", dropout=0.1),
+    "LSTM": lambda: torch.nn.LSTM(3, 4, 2, proj_size=2),
+    "GRU": lambda: torch.nn.GRU(3, 4, bidirectional=True, bias=False),
+    "RNNCell": lambda: torch.nn.RNNCell(3, 4, nonlinearity="relu"),
+    "LSTMCell": lambda: torch.nn.LSTMCell(3, 4, bias=False),
+    "GRUCell": lambda: torch.nn.GRUCell(3, 4),
+    "MultiheadAttention": lambda: torch.nn.MultiheadAttention(4, 2, kdim=3, vdim=3, add_bias_kv=True),
+}
+
+
+def call(kind: str, module: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 2, 3, generator=generator)
+    if kind == "MultiheadAttention":
+        return module(torch.randn(5, 2, 4, generator=generator), x, x, need_weights=False)[0]
+    return module(x[0]) if kind.endswith("Cell") else module(x)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_type_changes(kind: str) -> None:
+    module = KINDS[kind]().eval()
+    module.note = "kept"
+    module.register_buffer("buffer", torch.ones(1))
+    parameters = dict(module.named_parameters())
+    next(iter(parameters.values())).requires_grad_(False)
+    seen: list[str] = []
+    module.register_forward_hook(lambda *_: seen.append("forward"))
+    module.register_forward_pre_hook(lambda *_: seen.append("pre"))
+    module.register_state_dict_post_hook(lambda *_: seen.append("state_dict"))
+    expected = call(kind, module)
+    names, text, attributes = list(module.state_dict()), repr(module), set(vars(module))
+
+    report = convert(module)
+    assert report.swapped == [("", f"torch.nn.{kind}", f"seqkernels.nn.{kind}")]
+    assert type(module) is getattr(seqkernels.nn, kind)
+    assert {name: id(p) for name, p in module.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    assert [p.requires_grad for p in module.parameters()] == [False] + [True] * (len(parameters) - 1)
+    assert (module.training, module.note, list(module.state_dict()), repr(module)) == (False, "kept", names, text)
+    seen.clear()
+    torch.testing.assert_close(call(kind, module), expected)
+    assert seen == ["pre", "forward"]
+
+    report = revert(module)
+    assert report.swapped == [("", f"seqkernels.nn.{kind}", f"torch.nn.{kind}")]
+    assert type(module) is getattr(torch.nn, kind)
+    assert set(vars(module)) == attributes
+    assert {name: id(p) for name, p in module.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    torch.testing.assert_close(call(kind, module), expected, rtol=0, atol=0)
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.LSTM(3, 4)
+        self.shared = self.encoder
+        self.inner = torch.nn.ModuleDict({"cell": torch.nn.GRUCell(4, 4), "linear": torch.nn.Linear(4, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, _ = self.encoder(x)
+        again, _ = self.shared(x)
+        return self.inner["linear"](self.inner["cell"]((output + again)[-1]))
+
+
+def test_report_of_a_model() -> None:
+    model = Model()
+    report = convert(model)
+    assert [swap.name for swap in report.swapped] == ["encoder", "inner.cell"]
+    assert report.left == []
+    assert model.shared is model.encoder
+    assert str(report).splitlines() == [
+        "swapped 2, left 0",
+        "  encoder: torch.nn.LSTM -> seqkernels.nn.LSTM",
+        "  inner.cell: torch.nn.GRUCell -> seqkernels.nn.GRUCell",
+    ]
+
+
+def test_twice_is_once() -> None:
+    model = Model()
+    convert(model)
+    assert convert(model) == seqkernels.Report()
+    revert(model)
+    assert revert(model) == seqkernels.Report()
+
+
+def test_dry_run_changes_nothing() -> None:
+    model = Model()
+    report = convert(model, dry_run=True)
+    assert str(report).startswith("would swap 2, left 0")
+    assert type(model.encoder) is torch.nn.LSTM
+    assert convert(model).swapped == report.swapped
+
+
+def test_an_optimizer_built_before_goes_on() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.1) for m in (model, twin)]
+    convert(model)
+    x = torch.randn(5, 2, 3)
+    for _ in range(3):
+        for each, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            each(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+class Mine(torch.nn.LSTM):
+    pass
+
+
+class Own(torch.nn.RNNBase):
+    pass
+
+
+def test_what_is_left_and_why() -> None:
+    patched = torch.nn.GRU(3, 4)
+    patched.forward = patched.forward
+    model = torch.nn.ModuleList([Mine(3, 4), Own("GRU", 3, 4), patched, seqkernels.nn.GRU(3, 4)])
+    report = convert(model)
+    assert report.swapped == []
+    assert report.left == [
+        ("0", f"{__name__}.Mine", "a subclass of torch.nn.LSTM"),
+        ("1", f"{__name__}.Own", "a type without a twin"),
+        ("2", "torch.nn.GRU", "its forward is replaced on the instance"),
+    ]
+    assert f"0: {__name__}.Mine left: a subclass of torch.nn.LSTM" in str(report)
+    assert [type(module) for module in model[:3]] == [Mine, Own, torch.nn.GRU]
+
+
+def test_subclasses_of_ours_stay_in_a_revert() -> None:
+    class Ours(seqkernels.nn.LSTM):
+        pass
+
+    model = torch.nn.ModuleList([Ours(3, 4), torch.nn.LSTM(3, 4), Mine(3, 4)])
+    assert [(left.name, left.reason) for left in revert(model).left] == [("0", "a subclass of seqkernels.nn.LSTM")]
+    assert [left.name for left in convert(model).left] == ["2"]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_parametrized_modules(kind: str) -> None:
+    torch.manual_seed(0)
+    name = "weight_ih" if kind.endswith("Cell") else "weight_ih_l0"
+    module: Any = getattr(torch.nn, kind)(3, 4)
+    weight_norm(module, name)
+    expected = call(kind, module)
+    derived = type(module)
+    assert convert(module).swapped == [("", f"torch.nn.{kind}", f"seqkernels.nn.{kind}")]
+    assert isinstance(module, getattr(seqkernels.nn, kind))
+    assert is_parametrized(module, name)
+    assert type(module).__name__ == derived.__name__
+    torch.testing.assert_close(call(kind, module), expected)
+    torch.testing.assert_close(call(kind, copy.deepcopy(module)), expected)
+    output = call(kind, module)
+    grads = torch.autograd.grad(output[0].sum(), list(module.parametrizations[name].parameters()))
+    assert all(grad.any() for grad in grads)
+    assert convert(module).swapped == []
+    revert(module)
+    assert isinstance(module, getattr(torch.nn, kind))
+    torch.testing.assert_close(call(kind, module), expected)
+    convert(module)
+    remove_parametrizations(module, name)
+    assert type(module) is getattr(seqkernels.nn, kind)
+
+
+def test_copies_of_a_converted_model() -> None:
+    model = Model()
+    convert(model)
+    x = torch.randn(5, 2, 3)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin.encoder) is seqkernels.nn.LSTM
+        torch.testing.assert_close(twin(x), model(x), rtol=0, atol=0)
+        revert(twin)
+        assert type(twin.encoder) is torch.nn.LSTM
+        torch.testing.assert_close(twin(x), model(x))
+    assert type(model.encoder) is seqkernels.nn.LSTM
+
+
+def test_a_reverted_layer_follows_its_weights() -> None:
+    layer = torch.nn.GRU(3, 4)
+    convert(layer)
+    layer.weight_hh_l0 = torch.nn.Parameter(torch.zeros(12, 4))
+    revert(layer)
+    assert layer._flat_weights[1] is layer.weight_hh_l0
+    x = torch.randn(5, 2, 3)
+    twin = torch.nn.GRU(3, 4)
+    twin.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), twin(x))
+
+
+def test_transformer_layers_come_with_a_note() -> None:
+    model = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False
+    ).eval()
+    x = torch.randn(2, 3, 4)
+    expected = model(x)
+    report = convert(model)
+    assert [swap.name for swap in report.swapped] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert len(report.notes) == 2
+    assert report.notes[0].startswith("layers.0: in eval mode without gradients this TransformerEncoderLayer may")
+    assert report.notes[0] in str(report)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_compiled_models_can_be_converted() -> None:
+    layer = torch.nn.LSTM(3, 4)
+    compiled = torch.compile(layer, backend="eager")
+    convert(compiled)
+    assert type(layer) is seqkernels.nn.LSTM
