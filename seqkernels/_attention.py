@@ -52,7 +52,8 @@ def scaled_dot_product_attention(
         enable_gqa: Hq may be a multiple of H; query head h reads key head ``h // (Hq // H)``.
 
     Returns:
-        (..., Hq, L, Ev) of the dtype of `query`; under autocast of the autocast dtype.
+        (..., Hq, L, Ev) of the dtype of `query`, under autocast of the autocast dtype; with a dimension of heads laid
+        out in memory as (..., L, Hq, Ev), so that the heads of a row can be joined without a copy.
 
     Raises:
         TypeError: an argument is not a tensor.
