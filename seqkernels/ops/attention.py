@@ -110,7 +110,7 @@ backward_op = torch.ops.seqkernels.attention_backward.default
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -127,7 +127,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, mask, bias, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grad_q, grad_k, grad_v, grad_bias = _differentiable_backward(ctx, grad_out, grad_lse)
@@ -188,15 +188,16 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | N
     if not 1 <= size <= 512 or not 1 <= v.shape[3] <= 512:
         raise ValueError(f"q, v: head sizes from 1 to 512 are allowed, got {size} and {v.shape[3]}")
     full = (batch, heads, queries, keys)
-    for name, tensor, dtype in (("mask", mask, torch.bool), ("bias", bias, q.dtype)):
-        if tensor is None:
+    extras: tuple[tuple[str, Tensor | None, torch.dtype], ...] = (("mask", mask, torch.bool), ("bias", bias, q.dtype))
+    for name, extra, dtype in extras:
+        if extra is None:
             continue
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: expected on {q.device} as q, got {tensor.device}")
-        if tensor.dim() != 4 or any(have not in (1, want) for have, want in zip(tensor.shape, full, strict=True)):
-            raise ValueError(f"{name}: expected 4 dimensions, each 1 or as in {full}, got {tuple(tensor.shape)}")
+        if extra.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {extra.dtype}")
+        if extra.device != q.device:
+            raise ValueError(f"{name}: expected on {q.device} as q, got {extra.device}")
+        if extra.dim() != 4 or any(have != 1 and have != want for have, want in zip(extra.shape, full, strict=True)):
+            raise ValueError(f"{name}: expected 4 dimensions, each 1 or as in {full}, got {tuple(extra.shape)}")
 
 
 def attention(
@@ -234,5 +235,8 @@ def attention(
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        if torch.compiler.is_compiling():
+            # Dynamo takes no tensor twice as an argument of a Function.
+            k, v = k.view_as(k), v.view_as(v)
         return _Attention.apply(q, k, v, mask, bias, scale, is_causal)
     return forward_op(q, k, v, mask, bias, scale, is_causal)

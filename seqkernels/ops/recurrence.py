@@ -31,9 +31,7 @@ _library.define(
 
 
 def _call(x: Tensor, control: Tensor | None, cell: str) -> backends.Call:
-    return backends.Call(
-        "recurrence", x.device.type, x.dtype, cell, () if control is None else ("control",)
-    )
+    return backends.Call("recurrence", x.device.type, x.dtype, cell, () if control is None else ("control",))
 
 
 def _forward(
@@ -116,7 +114,7 @@ backward_op = torch.ops.seqkernels.recurrence_backward.default
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         gates_x: Tensor,
         weight_hh: Tensor,
@@ -133,8 +131,8 @@ class _Recurrence(torch.autograd.Function):
         return *_step_states(states, reverse), state_n
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gates_x, weight_hh, bias_hh, state0, control, states, reserve = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, weight_hh, bias_hh, _, control, states, reserve = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_differentiable_backward(ctx, grads), None, None, None
         grad_cells = grads[1] if CELLS[ctx.cell].states == 2 else None
@@ -186,22 +184,22 @@ def check(
             f" got {tuple(weight_hh.shape)}"
         )
     hidden = weight_hh.shape[1]
-    expected = {"state0": (state0, (num_states, batch, hidden))}
-    if bias_hh is not None:
-        expected["bias_hh"] = (bias_hh, (rows,))
-    if control is not None:
-        if control.dtype != torch.uint8:
-            raise TypeError(f"control: expected torch.uint8, got {control.dtype}")
-        expected["control"] = (control, (gates_x.shape[0], batch))
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    for name, tensor in (("weight_hh", weight_hh), ("bias_hh", bias_hh), ("state0", state0), ("control", control)):
+    if control is not None and control.dtype != torch.uint8:
+        raise TypeError(f"control: expected torch.uint8, got {control.dtype}")
+    expected: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
+        ("weight_hh", weight_hh, (rows, hidden)),
+        ("state0", state0, (num_states, batch, hidden)),
+        ("bias_hh", bias_hh, (rows,)),
+        ("control", control, (gates_x.shape[0], batch)),
+    )
+    for name, tensor, shape in expected:
         if tensor is None:
             continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device != gates_x.device:
             raise ValueError(f"{name}: expected on {gates_x.device} as gates_x, got {tensor.device}")
-        if name != "control" and tensor.dtype != gates_x.dtype:
+        if tensor is not control and tensor.dtype != gates_x.dtype:
             raise TypeError(f"{name}: expected {gates_x.dtype} as gates_x, got {tensor.dtype}")
 
 

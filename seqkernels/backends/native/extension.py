@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 _module: ModuleType | None = None
 _error: str | None = None
 
 try:
-    from seqkernels import _C as _module  # type: ignore[attr-defined,no-redef]
+    _module = importlib.import_module("seqkernels._C")
 except ImportError as error:
     _error = f"the compiled module seqkernels._C does not load: {error}"
 
