@@ -1,0 +1,182 @@
+"""The translator with the layers of torch and of seqkernels: same weights, results and gradients."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import seqkernels
+from seqkernels.models import Seq2Seq, Seq2SeqConfig
+from seqkernels.testing import assert_within_budget
+
+CONFIG = Seq2SeqConfig(vocab_size=23, embed_size=10, hidden_size=16, dropout=0.0)
+LAYERS = [torch.nn, seqkernels.nn]
+
+
+def make(layers: ModuleType, dtype: torch.dtype = torch.float32, config: Seq2SeqConfig = CONFIG) -> Seq2Seq:
+    torch.manual_seed(3)
+    return Seq2Seq(config, layers).to(dtype)
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Sources (5, 9) of lengths 9 to 1, and targets (5, 6)."""
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.tensor([4, 9, 1, 7, 2])
+    source = torch.randint(3, CONFIG.vocab_size, (5, 9), generator=generator)
+    source[torch.arange(9) >= lengths[:, None]] = CONFIG.pad
+    return source, lengths, torch.randint(1, CONFIG.vocab_size, (5, 6), generator=generator)
+
+
+def results(model: Seq2Seq, double: bool = False) -> dict[str, Tensor]:
+    """The logits and every gradient."""
+    logits = model(*batch())
+    grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    logits.backward(grad.to(logits.dtype))
+    return {"logits": logits.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_layer_sets_give_the_same_logits_and_gradients(dtype: torch.dtype) -> None:
+    oracle = results(make(torch.nn, torch.float64))
+    baseline = results(make(torch.nn))
+    actual = results(make(seqkernels.nn, dtype))
+    assert actual.keys() == oracle.keys() == {"logits", *dict(make(torch.nn).named_parameters())}
+    for name, value in actual.items():
+        assert value.dtype == dtype
+        assert_within_budget(value, oracle[name], baseline[name], name)
+
+
+def test_dropout_draws_the_same_masks() -> None:
+    config = Seq2SeqConfig(**{**CONFIG.__dict__, "dropout": 0.3})
+    found = []
+    for model in (
+        make(torch.nn, torch.float64, config),
+        make(torch.nn, config=config),
+        make(seqkernels.nn, config=config),
+    ):
+        torch.manual_seed(6)
+        found.append(model(*batch()).detach())
+    oracle, baseline, actual = found
+    assert_within_budget(actual, oracle, baseline)
+
+
+def test_same_seed_gives_the_same_weights() -> None:
+    theirs, ours = make(torch.nn).state_dict(), make(seqkernels.nn).state_dict()
+    assert list(theirs) == list(ours)
+    for name, value in theirs.items():
+        assert torch.equal(value, ours[name]), name
+
+
+@pytest.mark.parametrize(("source", "target"), [LAYERS, LAYERS[::-1]])
+def test_weights_move_both_ways(source: ModuleType, target: ModuleType) -> None:
+    trained = make(source)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.5)
+    moved, same = Seq2Seq(CONFIG, target), make(target)
+    moved.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        for parameter in same.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(moved(*batch()), same(*batch()))
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_padding_does_not_change_the_result(layers: ModuleType) -> None:
+    source, lengths, target = batch()
+    padded = torch.nn.functional.pad(source, (0, 5), value=CONFIG.pad)
+    with torch.no_grad():
+        oracle = make(torch.nn, torch.float64)(source, lengths, target)
+        baseline = make(torch.nn)(source, lengths, target)
+        assert_within_budget(make(layers)(padded, lengths, target), oracle, baseline, "padded")
+        padded[torch.arange(14) >= lengths[:, None]] = 7
+        assert_within_budget(make(layers)(padded, lengths, target), oracle, baseline, "another token as padding")
+        for row in range(5):
+            alone = make(layers)(source[row : row + 1, : lengths[row]], lengths[row : row + 1], target[row : row + 1])
+            assert_within_budget(alone, oracle[row : row + 1], baseline, f"row {row} alone")
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_steps_with_carried_state_equal_one_call(layers: ModuleType) -> None:
+    source, lengths, target = batch()
+    model = make(layers)
+    with torch.no_grad():
+        memory, state = model.encode(source, lengths)
+        steps = []
+        for token in target.split(1, dim=1):
+            logits, state = model.decode(token, memory, state)
+            steps.append(logits)
+        oracle = make(torch.nn, torch.float64)(source, lengths, target)
+        assert_within_budget(torch.cat(steps, dim=1), oracle, make(torch.nn)(source, lengths, target))
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_translate_is_greedy(layers: ModuleType) -> None:
+    source, lengths, _ = batch()
+    model = make(layers).eval()
+    start = torch.tensor([5, 6, 7, 8, 9])
+    found = model.translate(source, lengths, start=start, max_length=7)
+    assert len(found) == 5
+    for row, tokens in enumerate(found):
+        assert CONFIG.eos not in tokens
+        target = torch.tensor([[int(start[row]), *tokens]])
+        best = model(source[row : row + 1], lengths[row : row + 1], target)[0].argmax(-1).tolist()
+        assert best[: len(tokens)] == tokens
+        assert len(tokens) == 7 or best[len(tokens)] == CONFIG.eos
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_translate_stops_at_eos(layers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, lengths, _ = batch()
+    model = make(layers).eval()
+    script = torch.tensor([[8, 2, 2, 9], [2, 8, 8, 8], [8, 8, 2, 2], [2, 2, 2, 2], [9, 8, 2, 8]])
+    calls = []
+
+    def decode(token: Tensor, memory: object, state: object) -> tuple[Tensor, object]:
+        calls.append(token.clone())
+        return torch.nn.functional.one_hot(script[:, len(calls) - 1, None], CONFIG.vocab_size).float(), state
+
+    monkeypatch.setattr(model, "decode", decode)
+    assert model.translate(source, lengths) == [[8], [], [8, 8], [], [9, 8]]
+    assert len(calls) == 3
+    assert calls[0].tolist() == [[CONFIG.bos]] * 5
+    calls.clear()
+    assert model.translate(source, lengths, max_length=1) == [[8], [], [8], [], [9]]
+    assert model.translate(source, lengths, max_length=0) == [[]] * 5
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_alignment_is_what_the_attention_weighs_with(layers: ModuleType) -> None:
+    source, lengths, target = batch()
+    model = make(layers, torch.float64).eval()
+    alignment = model.align(source, lengths, target)
+    assert alignment.shape == (5, 6, 9)
+    torch.testing.assert_close(alignment.sum(-1), torch.ones(5, 6, dtype=torch.float64))
+    assert not alignment[(torch.arange(9) >= lengths[:, None])[:, None].expand(-1, 6, -1)].any()
+    assert (alignment[2, :, 0] == 1).all()
+
+
+def test_the_kernels_of_seqkernels_serve_the_model() -> None:
+    source, lengths, target = batch()
+    ours = str(seqkernels.explain(make(seqkernels.nn), source, lengths, target))
+    assert ours.count("lstm recurrence") == 3
+    assert ours.count("attention of") == 1
+    assert "not fused" not in ours
+    assert str(seqkernels.explain(make(torch.nn), source, lengths, target)).startswith("no operation of seqkernels")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("vocab_size", 0), ("embed_size", 0), ("hidden_size", 7), ("dropout", 1.0), ("pad", 23), ("bos", -1), ("eos", 99)],
+)
+def test_bad_sizes_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: .*{value}"):
+        Seq2SeqConfig(**{**CONFIG.__dict__, name: value})
+
+
+def test_unknown_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"layers: expected torch\.nn or .*, got torch\.nn\.functional"):
+        Seq2Seq(CONFIG, torch.nn.functional)
