@@ -140,7 +140,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _direction(
     cell: str, x: Tensor, state: tuple[Tensor, ...] | None, w: _Weights, reverse: bool, packing: _Packing | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer in one direction over padded (T, B, I) or packed (N, I) input."""
+    """One layer in one direction over padded (T, B, I) or packed (N, I) input; states are (1, B, P or H)."""
     bias, recurrent_bias = w.bias_ih, w.bias_hh
     if cell != "gru" and bias is not None and recurrent_bias is not None:
         bias, recurrent_bias = bias + recurrent_bias, None
@@ -151,7 +151,7 @@ def _direction(
         # projected already, so its product goes straight into the gates of the first step.
         weight_hh = w.hh @ w.hr
         if state is not None:
-            entering = F.linear(state[0], w.hh)
+            entering = F.linear(state[0].squeeze(0), w.hh)
             if packing is None:
                 gates[-1 if reverse else 0].add_(entering)
             elif reverse:
@@ -167,11 +167,11 @@ def _direction(
     if state is None:
         state0 = gates.new_zeros(CELLS[cell].states, gates.shape[1], hidden_size)
     else:
-        state0 = torch.stack(state) if len(state) > 1 else state[0].unsqueeze(0)
+        state0 = torch.cat(state) if len(state) > 1 else state[0]
     hidden, _, state_n = recurrence(gates, weight_hh, recurrent_bias, state0, control, cell=cell, reverse=reverse)
     if packing is not None:
         hidden = hidden.reshape(-1, hidden_size).index_select(0, packing.rows)
-    final = state_n.unbind(0)
+    final = (state_n.narrow(0, 0, 1), state_n.narrow(0, 1, 1)) if cell == "lstm" else (state_n,)
     if w.hr is not None:
         return F.linear(hidden, w.hr), (F.linear(final[0], w.hr), *final[1:])
     return hidden, final
@@ -194,12 +194,14 @@ def _stack(
             x = F.dropout(x, dropout)
         outputs = []
         for k in range(first, first + directions):
-            state = None if states is None else tuple(s[k] for s in states)
+            state = None if states is None else tuple(s.narrow(0, k, 1) for s in states)
             output, final = _direction(cell, x, state, weights[k], k > first, packing)
             outputs.append(output)
             finals.append(final)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    return x, *(torch.stack(s) for s in zip(*finals, strict=True))
+    if len(finals) == 1 and len(finals[0]) == 1:
+        return x, *finals[0]
+    return x, *(torch.cat(s) for s in zip(*finals, strict=True))
 
 
 def _run(cell: str, call: _Call) -> tuple[Tensor, ...]:
@@ -222,6 +224,12 @@ def _run(cell: str, call: _Call) -> tuple[Tensor, ...]:
     return output.flatten(0, 1) if uniform else output, *finals
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def _lower(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Autocast's own rule: float64 stays what it is."""
     return x if x.dtype == torch.float64 else x.to(dtype)
@@ -231,9 +239,9 @@ def _recurrent(cell: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     call = _bind(cell, args, kwargs)
     x, states = call.input, call.hx
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    low = _autocast_dtype(device)
+    if low is None:
         return _run(cell, call)
-    low = torch.get_autocast_dtype(device)
     lowered = call._replace(
         input=_lower(x, low),
         hx=None if states is None else tuple(_lower(s, low) for s in states),
@@ -332,8 +340,8 @@ def _cell(
     bias_hh: Tensor | None,
 ) -> tuple[Tensor, ...]:
     device = input.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
+    low = _autocast_dtype(device)
+    if low is not None:
         x, w_ih, w_hh, *lowered = (_lower(t, low) for t in (input, weight_ih, weight_hh, *states))
         bias_ih, bias_hh = (None if b is None else _lower(b, low) for b in (bias_ih, bias_hh))
         with torch.autocast(device, enabled=False):

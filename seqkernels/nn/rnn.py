@@ -1,7 +1,9 @@
 """Recurrent layers and cells with the interface of ``torch.nn``'s, run by `seqkernels.functional`.
 
 They subclass ``RNNBase`` and ``RNNCellBase`` rather than ``torch.nn.LSTM`` and its like, because Dynamo breaks the
-graph at those types; ``isinstance(layer, torch.nn.LSTM)`` is therefore false. TorchScript does not compile them.
+graph at those types; ``isinstance(layer, torch.nn.LSTM)`` is therefore false. TorchScript does not compile them. The
+output of a layer in one direction is memory that its backward pass reads: while gradients are recorded, modifying it
+in place is an error, as it is for torch's LSTM.
 """
 
 from __future__ import annotations

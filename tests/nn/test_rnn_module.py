@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import seqkernels
 from seqkernels.testing import assert_within_budget
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+
 LAYERS = ("RNN", "LSTM", "GRU")
 CONSTRUCTIONS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("RNN", (3, 4), {}),
@@ -268,3 +270,20 @@ def test_explain_shows_one_fused_call_for_each_layer_and_direction() -> None:
     explanation = seqkernels.explain(layer, torch.randn(5, 2, 3))
     assert len(explanation.entries) == 4
     assert "not fused" not in str(explanation)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_shapes_on_the_meta_device(kind: str) -> None:
+    layer = getattr(seqkernels.nn, kind)(3, 4, 2, bidirectional=True, device="meta")
+    output, _ = layer(torch.empty(5, 2, 3, device="meta"))
+    assert output.is_meta
+    assert output.shape == (5, 2, 8)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_final_states_have_their_own_memory(kind: str) -> None:
+    output, hidden = getattr(seqkernels.nn, kind)(3, 4)(torch.randn(5, 2, 3))
+    before = output.detach().clone()
+    for state in hidden if isinstance(hidden, tuple) else (hidden,):
+        state.detach_().zero_()
+    assert torch.equal(output, before)
