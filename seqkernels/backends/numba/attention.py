@@ -68,13 +68,14 @@ def _scores(x: _Inputs, b: int, h: int, m0: int, rows: int, n0: int, count: int,
     kv = b * x.kv_heads + h // (x.heads // x.kv_heads)
     scale = s.dtype.type(x.scale)
     low = s.dtype.type(-np.inf)
+    origin, row_stride = np.intp(0), np.intp(KEY_BLOCK)
     s_flat = s.reshape(-1)
     s[:rows, :end] = s.dtype.type(0)
     panel = x.size * width
     add_product(
         x.q, b * x.q_strides[0] + h * x.q_strides[1] + m0 * x.q_strides[2], x.q_strides[2], x.q_strides[3],
         x.keys, (kv * (-(-x.num_keys // width)) + n0 // width) * panel, panel, x.size,
-        s_flat, 0, KEY_BLOCK, rows, columns,
+        s_flat, origin, row_stride, rows, columns,
     )  # fmt: skip
     biases = np.empty(KEY_BLOCK, s.dtype)
     kept = np.empty(KEY_BLOCK, np.bool_)
@@ -128,6 +129,7 @@ def _forward(
     width = PANEL_BYTES // out.itemsize
     value_columns = -(-x.value_size // width)
     low, zero = out.dtype.type(-np.inf), out.dtype.type(0)
+    origin, adjacent, row_stride = np.intp(0), np.intp(1), np.intp(KEY_BLOCK)
     s = np.empty((QUERY_BLOCK, KEY_BLOCK), out.dtype)
     lanes = np.empty(width, out.dtype)
     acc = np.empty((QUERY_BLOCK, value_columns * width), out.dtype)
@@ -167,9 +169,9 @@ def _forward(
                 for j in range(sums.size):
                     sums[j] *= faded
             add_product(
-                s.reshape(-1), 0, KEY_BLOCK, 1,
+                s.reshape(-1), origin, row_stride, adjacent,
                 values, (kv * value_columns * x.num_keys + n0) * width, x.num_keys * width, count,
-                acc.reshape(-1), 0, acc.shape[1], rows, value_columns,
+                acc.reshape(-1), origin, acc.shape[1], rows, value_columns,
             )  # fmt: skip
         for r in range(rows):
             at = ((b * x.num_queries + m0 + r) * x.heads + h) * x.value_size
@@ -207,6 +209,7 @@ def _backward(
     width = PANEL_BYTES // lse.itemsize
     columns, value_columns = -(-x.size // width), -(-x.value_size // width)
     low, zero = lse.dtype.type(-np.inf), lse.dtype.type(0)
+    origin, adjacent, row_stride = np.intp(0), np.intp(1), np.intp(KEY_BLOCK)
     weights = np.empty((QUERY_BLOCK, KEY_BLOCK), lse.dtype)
     grads = np.empty((QUERY_BLOCK, KEY_BLOCK), lse.dtype)
     w_flat, g_flat = weights.reshape(-1), grads.reshape(-1)
@@ -227,7 +230,7 @@ def _backward(
                     grad, b * grad_strides[0] + h * grad_strides[1] + m0 * grad_strides[2], grad_strides[2],
                     grad_strides[3],
                     values, (kv * (-(-keys // width)) + n0 // width) * x.value_size * width, x.value_size * width,
-                    x.value_size, g_flat, 0, KEY_BLOCK, rows, key_columns,
+                    x.value_size, g_flat, origin, row_stride, rows, key_columns,
                 )  # fmt: skip
                 for r in range(rows):
                     line, grad_line = weights[r, :padded], grads[r, :padded]
@@ -253,17 +256,17 @@ def _backward(
                             for j in range(count):
                                 of_line[j] += grad_line[j]
                 add_product(
-                    w_flat, 0, 1, KEY_BLOCK,
+                    w_flat, origin, adjacent, row_stride,
                     grad_panels, (unit * value_columns * queries + m0) * width, queries * width, rows,
                     grad_v, (unit * keys + n0) * value_columns * width, value_columns * width, count, value_columns,
                 )  # fmt: skip
                 add_product(
-                    g_flat, 0, 1, KEY_BLOCK,
+                    g_flat, origin, adjacent, row_stride,
                     query_panels, (unit * columns * queries + m0) * width, queries * width, rows,
                     grad_k, (unit * keys + n0) * columns * width, columns * width, count, columns,
                 )  # fmt: skip
                 add_product(
-                    g_flat, 0, KEY_BLOCK, 1,
+                    g_flat, origin, row_stride, adjacent,
                     key_panels, (kv * columns * keys + n0) * width, keys * width, count,
                     grad_q, (unit * queries + m0) * columns * width, columns * width, rows, columns,
                 )  # fmt: skip

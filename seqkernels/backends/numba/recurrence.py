@@ -87,6 +87,7 @@ def _forward(
     summed = 2 * hidden if cell == _GRU else gate_size
     num_states = 2 if cell == _LSTM else 1
     zero = weight.dtype.type(0)
+    origin, adjacent = np.intp(0), np.intp(1)
     gates = np.zeros((rows, width), weight.dtype)
     gates_flat = gates.reshape(-1)
     h = np.empty((rows, hidden), weight.dtype)
@@ -122,8 +123,9 @@ def _forward(
                 for j in range(summed, gate_size):
                     total[j] = bias[j]
         add_product(
-            h_flat, 0, hidden, 1, weight, 0, width // columns * hidden, hidden, gates_flat, 0, width, rows, columns
-        )
+            h_flat, origin, hidden, adjacent, weight, origin, width // columns * hidden, hidden,
+            gates_flat, origin, width, rows, columns,
+        )  # fmt: skip
         for r in range(rows):
             row = t * batch + begin + r
             held = control.size > 0 and control[row] & HOLD
@@ -291,6 +293,7 @@ def _backward(
     width = columns * (PANEL_BYTES // weight.itemsize)
     num_states = 2 if cell == _LSTM else 1
     zero = weight.dtype.type(0)
+    origin, adjacent = np.intp(0), np.intp(1)
     grad_h = np.zeros((rows, width), weight.dtype)
     grad_h_flat = grad_h.reshape(-1)
     grad_c = np.zeros((rows, hidden), weight.dtype)
@@ -330,8 +333,8 @@ def _backward(
             else:
                 _rnn_cell_backward(out_x, dh, states[new : new + hidden], cell == _RNN_TANH)
         add_product(
-            grad_gates_h, (t * batch + begin) * gate_size, gate_size, 1,
-            weight, 0, width // columns * gate_size, gate_size, grad_h_flat, 0, width, rows, columns,
+            grad_gates_h, (t * batch + begin) * gate_size, gate_size, adjacent,
+            weight, origin, width // columns * gate_size, gate_size, grad_h_flat, origin, width, rows, columns,
         )  # fmt: skip
         if control.size:
             for r in range(rows):

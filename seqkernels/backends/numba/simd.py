@@ -155,6 +155,8 @@ def add_product(
 ) -> None:  # fmt: skip
     """``c += a @ w``, W being the columns of a panel.
 
+    Callers pass constants as ``np.intp``: for each literal numba would compile this function anew.
+
     Args:
         a: the left factor (rows, depth).
         a0: offset of its first element.
