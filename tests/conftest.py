@@ -64,6 +64,12 @@ def pure(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--pure")
 
 
+@pytest.fixture
+def compiled() -> bool:
+    """Whether the compiled module loads."""
+    return "native" in BACKENDS
+
+
 def _run_as(runner: Runner) -> Iterator[Runner]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(seqkernels.use_backend(runner.backend))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -172,20 +173,19 @@ def _check(
     options: Mapping[str, object],
 ) -> Results:
     dtype = draws[0][0].dtype
-    dtypes = (torch.float32, torch.float64) if dtype == torch.float64 else (dtype,)
     if grads is None:
         with torch.no_grad():
             grads = random_grads(evaluate(oracle, draws[0], {}, **options))
-
-    def run(other: Contract, to: torch.dtype) -> Results:
-        acc = accumulate_dtype(to)
-        cotangents = {n: x.detach().to(acc if n == "lse" else to) for n, x in grads.items()}
-        copies = (type(inputs)._make(cast(x, to) for x in inputs) for inputs in draws)
-        return _stack([evaluate(other, inputs, cotangents, **options) for inputs in copies])
-
     actual = _stack([evaluate(fn, inputs, grads, **options) for inputs in draws])
-    with threads(1):
-        expected, own = run(oracle, torch.float64), [run(baseline, to) for baseline in baselines for to in dtypes]
+    key = _digest([x for inputs in draws for x in inputs] + list(grads.values()), [fn, options, list(grads)])
+    if key not in _known:
+        if len(_known) == _KNOWN_AT_MOST:
+            _known.clear()
+        dtypes = (torch.float32, torch.float64) if dtype == torch.float64 else (dtype,)
+        with threads(1):
+            own = [_run(baseline, to, draws, grads, options) for baseline in baselines for to in dtypes]
+            _known[key] = _run(oracle, torch.float64, draws, grads, options), own
+    expected, own = _known[key]
     for name, value in actual.items():
         wanted = torch.promote_types(dtype, torch.float32) if name == "lse" else dtype
         assert value.dtype == wanted, f"{name}: expected {wanted}, got {value.dtype}"
@@ -193,6 +193,34 @@ def _check(
     missing = (expected.keys() & own[0].keys()) - actual.keys() - {"cells"}
     assert not missing, f"no {', '.join(sorted(missing))}"
     return actual
+
+
+# What the reference and torch make of the inputs seen last: the same inputs go to every implementation.
+_known: dict[str, tuple[Results, list[Results]]] = {}
+_KNOWN_AT_MOST = 512
+
+
+def _digest(tensors: Sequence[Tensor | None], rest: object) -> str:
+    digest = hashlib.blake2b(repr(rest).encode())
+    for x in tensors:
+        digest.update(repr(None if x is None else (x.dtype, x.shape, x.requires_grad)).encode())
+        if x is not None:
+            digest.update(x.detach().double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _run(
+    fn: Contract,
+    dtype: torch.dtype,
+    draws: Sequence[RecurrenceInputs | AttentionInputs],
+    grads: Mapping[str, Tensor],
+    options: Mapping[str, object],
+) -> Results:
+    """`evaluate` on copies in `dtype`."""
+    acc = accumulate_dtype(dtype)
+    cotangents = {n: x.detach().to(acc if n == "lse" else dtype) for n, x in grads.items()}
+    copies = (type(inputs)._make(cast(x, dtype) for x in inputs) for inputs in draws)
+    return _stack([evaluate(fn, inputs, cotangents, **options) for inputs in copies])
 
 
 def _stack(draws: list[Results]) -> Results:

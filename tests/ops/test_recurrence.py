@@ -194,7 +194,7 @@ def test_held_steps(plain_runner, cell, reverse):
 @pytest.mark.parametrize("cell", CELLS)
 def test_resets(plain_runner, cell, reverse):
     steps, batch, at = 6, 3, 2
-    inputs = _inputs(cell, (steps, batch, 5))
+    inputs = _inputs(cell, (steps, batch, 33))
     control = torch.zeros(steps, batch, dtype=torch.uint8)
     control[at, 0] = RESET
     control[steps - 1 if reverse else 0, 1] = RESET

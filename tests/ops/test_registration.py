@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,8 +16,11 @@ from seqkernels.ops import recurrence as recurrence_ops
 from seqkernels.ops.attention import attention
 from seqkernels.ops.recurrence import recurrence
 
-# Dynamo's own, when it traces an autograd.Function.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# Torch's own: from Dynamo when it traces an autograd.Function, from Inductor when it is imported.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
+]
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
 
@@ -92,7 +97,10 @@ def _value_and_gradients(fn, inputs):
     return value.detach(), *torch.autograd.grad(value, inputs)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
 def test_compile_without_graph_breaks(backend):
     torch._dynamo.reset()
     inputs = _network_inputs(6)
