@@ -1,0 +1,126 @@
+"""The compiled kernels over many sizes, in buffers of just these sizes.
+
+Every output is filled with NaN before and must be finite after. Values are compared in tests/ops; here the calls are
+many and cheap, so that `make sanitize` sees each way to an edge, for every instruction set and dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import seqkernels
+from seqkernels import backends, testing
+from seqkernels.backends import native
+from seqkernels.cells import CELLS, DTYPES
+from seqkernels.ops import attention, recurrence
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+#: T, B, H: one to several of every block, and what is left over.
+RECURRENCES = [
+    (1, 1, 1),
+    (2, 1, 2),
+    (3, 2, 3),
+    (2, 3, 7),
+    (1, 4, 8),
+    (2, 5, 9),
+    (3, 6, 15),
+    (2, 7, 16),
+    (1, 8, 17),
+    (2, 9, 31),
+    (2, 13, 33),
+    (1, 16, 47),
+    (3, 1, 64),
+    (2, 17, 65),
+    (1, 33, 5),
+    (0, 2, 3),
+    (2, 0, 3),
+]
+#: M, N, D, Dv.
+ATTENTIONS = [
+    (1, 1, 1, 1),
+    (1, 7, 3, 2),
+    (2, 3, 8, 8),
+    (5, 16, 15, 17),
+    (7, 1, 16, 5),
+    (8, 33, 31, 16),
+    (16, 17, 33, 64),
+    (31, 65, 24, 7),
+    (33, 32, 64, 33),
+    (65, 63, 7, 31),
+    (3, 129, 65, 1),
+    (130, 4, 80, 80),
+    (2, 5, 512, 511),
+    (0, 3, 4, 4),
+    (3, 0, 4, 4),
+]
+
+
+@pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    with seqkernels.use_backend("native"), testing.poisoned_empty():
+        yield
+
+
+def settings() -> Iterator[None]:
+    """Each instruction set with two threads, of which small calls use one, and the last with one."""
+    from seqkernels.backends.native.extension import extension
+
+    isas = extension().isas()
+    for isa, count in [*((isa, 2) for isa in isas), (isas[-1], 1)]:
+        with testing.force_isa(isa), testing.threads(count):
+            yield
+
+
+def finite(*tensors: torch.Tensor) -> None:
+    for x in tensors:
+        assert x.isfinite().all()
+
+
+def test_dtypes_are_all() -> None:
+    assert set(DTYPES) == {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrence(cell: str, dtype: torch.dtype) -> None:
+    for (steps, batch, hidden), control in itertools.product(RECURRENCES, (False, True)):
+        inputs = testing.recurrence_inputs(
+            cell, steps, batch, hidden, dtype, bias=steps % 2 == 0, control=control, requires_grad=False
+        )
+        grad = torch.ones(steps, batch, hidden, dtype=dtype)
+        for _, reverse in itertools.product(settings(), (False, True)):
+            hidden_only, state_n, _ = recurrence.forward_op(*inputs, cell, reverse, False)
+            finite(hidden_only, state_n)
+            states, state_n, reserve = recurrence.forward_op(*inputs, cell, reverse, True)
+            finite(states, state_n)
+            for grads in ((grad, None, state_n), (None, grad if cell == "lstm" else None, None)):
+                finite(
+                    *recurrence.backward_op(*grads, inputs.weight_hh, states, reserve, inputs.control, cell, reverse)
+                )
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
+def test_attention(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    call = backends.Call("attention", "cpu", dtype)
+    if backends.why_not("native", call) is not None:
+        pytest.skip(str(backends.why_not("native", call)))
+    patterns = [(None, None), ("B11N", None), ("11MN", "BHMN"), (None, "1HM1"), ("1111", "11MN")]
+    for (queries, keys, size, value_size), (mask, bias) in itertools.product(ATTENTIONS, patterns):
+        inputs = testing.attention_inputs(
+            2, heads[0], queries, keys, size, dtype, value_size=value_size, kv_heads=heads[1], mask=mask, bias=bias,
+            requires_grad=False,
+        )  # fmt: skip
+        for _, is_causal in itertools.product(settings(), (False, True)):
+            out, lse = attention.forward_op(*inputs, 0.3, is_causal)
+            finite(out)
+            assert not lse.isnan().any()
+            finite(*attention.backward_op(out, *inputs, lse, torch.zeros_like(lse), 0.3, is_causal, bias is not None))
