@@ -36,6 +36,11 @@ RECURRENCE = [
     ("state0", lambda x: x.bfloat16(), TypeError, r"state0: expected torch\.float32 as gates_x, got torch\.bfloat16"),
     ("state0", lambda x: x.to("meta"), ValueError, r"state0: expected on cpu as gates_x, got meta"),
     ("control", lambda x: x.bool(), TypeError, r"control: expected torch\.uint8, got torch\.bool"),
+    *(
+        (name, lambda x: x.tolist(), TypeError, f"{name}: expected a Tensor, got list")
+        for name in ("gates_x", "weight_hh", "bias_hh", "state0", "control")
+    ),
+    ("state0", lambda x: None, TypeError, "state0: expected a Tensor, got NoneType"),
     ("control", lambda x: x[1:], ValueError, r"control: expected shape \(4, 3\), got \(3, 3\)"),
     ("control", lambda x: x.to("meta"), ValueError, r"control: expected on cpu as gates_x, got meta"),
 ]
@@ -45,6 +50,7 @@ ATTENTION = [
         (name, lambda x: x[0], ValueError, rf"{name}: expected 4 dimensions \(batch, heads, length, size\), got \(")
         for name in "qkv"
     ),
+    *((name, lambda x: x.tolist(), TypeError, f"{name}: expected a Tensor, got list") for name in "qkv"),
     *((name, lambda x: x.int(), TypeError, rf"{name}: expected one of .*, got torch\.int32") for name in "qkv"),
     *((name, lambda x: x.double(), TypeError, rf"{name}: expected torch\.float32 as q, got") for name in "kv"),
     *((name, lambda x: x.to("meta"), ValueError, rf"{name}: expected on cpu as q, got meta") for name in "kv"),

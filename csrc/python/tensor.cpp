@@ -147,11 +147,13 @@ const Tensor& Tensor::expect(std::initializer_list<std::int64_t> shape) const {
 
 const Tensor& Tensor::expect_contiguous() const {
   if (!present_) return *this;
+  for (int i = 0; i < rank_; ++i) {
+    if (shape_[i] == 0) return *this;  // without elements strides mean nothing
+  }
   std::int64_t contiguous = 1;
   for (int i = rank_ - 1; i >= 0; --i) {
     if (shape_[i] != 1 && strides_[i] != contiguous) fail("a contiguous tensor", "strided " + shape_text());
     contiguous *= shape_[i];
-    if (contiguous == 0) return *this;
   }
   return *this;
 }

@@ -168,6 +168,8 @@ def _differentiable_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
     """Raise the error that names the argument which breaks the contract of `attention`."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions (batch, heads, length, size), got {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
@@ -192,6 +194,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | N
     for name, extra, dtype in extras:
         if extra is None:
             continue
+        if not isinstance(extra, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(extra).__name__}")
         if extra.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {extra.dtype}")
         if extra.device != q.device:

@@ -173,6 +173,10 @@ def check(
     if cell not in CELLS:
         raise ValueError(f"cell: {cell!r} is not one of {', '.join(map(repr, CELLS))}")
     gates, num_states, _ = CELLS[cell]
+    if not isinstance(gates_x, Tensor):
+        raise TypeError(f"gates_x: expected a Tensor, got {type(gates_x).__name__}")
+    if not isinstance(weight_hh, Tensor):
+        raise TypeError(f"weight_hh: expected a Tensor, got {type(weight_hh).__name__}")
     if gates_x.dim() != 3:
         raise ValueError(f"gates_x: expected 3 dimensions (T, B, G*H), got shape {tuple(gates_x.shape)}")
     if gates_x.dtype not in DTYPES:
@@ -184,8 +188,6 @@ def check(
             f" got {tuple(weight_hh.shape)}"
         )
     hidden = weight_hh.shape[1]
-    if control is not None and control.dtype != torch.uint8:
-        raise TypeError(f"control: expected torch.uint8, got {control.dtype}")
     expected: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
         ("weight_hh", weight_hh, (rows, hidden)),
         ("state0", state0, (num_states, batch, hidden)),
@@ -193,14 +195,17 @@ def check(
         ("control", control, (gates_x.shape[0], batch)),
     )
     for name, tensor, shape in expected:
-        if tensor is None:
+        if tensor is None and name != "state0":
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device != gates_x.device:
             raise ValueError(f"{name}: expected on {gates_x.device} as gates_x, got {tensor.device}")
-        if tensor is not control and tensor.dtype != gates_x.dtype:
-            raise TypeError(f"{name}: expected {gates_x.dtype} as gates_x, got {tensor.dtype}")
+        dtype = torch.uint8 if name == "control" else gates_x.dtype
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}{'' if name == 'control' else ' as gates_x'}, got {tensor.dtype}")
 
 
 def recurrence(
