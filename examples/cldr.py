@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 #: The languages translated into, and their names.
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish", "it": "Italian", "pt": "Portuguese"}
 KINDS = ("territory", "language", "currency", "unit")
-#: Names longer than this many characters are left out: mostly currencies with the years in which they were valid.
+#: Names longer than this many characters are left out.
 LONGEST = 32
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
+_EXPLAINED = re.compile(r"[0-9()]")
 _SPACES = re.compile(r"\s+")
 
 
@@ -59,8 +60,8 @@ def _names(locale: Locale) -> dict[tuple[str, str, str], str]:
 def load_pairs() -> list[Pair]:
     """All clean pairs, without duplicates, in an order that does not depend on the machine.
 
-    Left out: names that are missing in one of the two languages, that are the bare code, and names of more than
-    `LONGEST` characters.
+    Left out: names that are missing in one of the two languages, that are the bare code, that have digits or
+    brackets (currencies with the years in which they were valid), and names of more than `LONGEST` characters.
     """
     english = _names(Locale("en"))
     pairs: dict[tuple[str, str, str], Pair] = {}
@@ -70,7 +71,7 @@ def load_pairs() -> list[Pair]:
             source, target = english[kind, code, form], translated[kind, code, form]
             if not source or not target or max(len(source), len(target)) > LONGEST:
                 continue
-            if code in (source, target):
+            if code in (source, target) or _EXPLAINED.search(source + target):
                 continue
             pairs.setdefault((source, target, language), Pair(source, target, language, kind, code))
     return list(pairs.values())

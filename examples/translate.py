@@ -30,10 +30,10 @@ import seqkernels
 from seqkernels.models import Seq2Seq, Seq2SeqConfig
 
 LAYERS = {"torch.nn": torch.nn, "seqkernels.nn": seqkernels.nn}
-BATCH = 64
+BATCH = 32
 #: Batches of similar length are formed among the pairs of this many random batches.
 BUCKET = 20
-RATE = 4e-3
+RATE = 3e-3
 
 
 class Batch(NamedTuple):
@@ -166,12 +166,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two epochs of a small model on few pairs: does it run")
     parser.add_argument("--picture", type=Path, default=Path("report/demo.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    epochs, every, hidden = (2, 16, 32) if options.quick else (options.epochs, 1, 160)
+    epochs, every, hidden = (2, 16, 32) if options.quick else (options.epochs, 1, 128)
 
     train_pairs, held_out = (part[::every] for part in cldr.split(cldr.load_pairs()))
-    tokenizer = cldr.train_tokenizer(train_pairs, vocab_size=150)
+    tokenizer = cldr.train_tokenizer(train_pairs, vocab_size=130)
     data, test = Data(train_pairs, tokenizer), Data(held_out, tokenizer)
-    config = Seq2SeqConfig(tokenizer.get_vocab_size(), embed_size=64, hidden_size=hidden, dropout=0.2)
+    config = Seq2SeqConfig(tokenizer.get_vocab_size(), embed_size=64, hidden_size=hidden)
     batches = data.batches()
     runs = [make_run(name, config, epochs * len(batches), i) for i, name in enumerate(LAYERS)]
     languages = ", ".join(cldr.LANGUAGES.values())
