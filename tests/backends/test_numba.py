@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -90,12 +91,24 @@ def test_strided_reads_any_view():
 
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_ranges_cover_all_units_once(multiple):
-    for units, threads in itertools.product((0, 1, 7, 16, 33), (1, 2, 3, 5)):
+    for units, threads, chunks in itertools.product((0, 1, 7, 16, 33), (1, 2, 3), (1, 2, 5)):
         ranges = []
-        team.run(lambda begin, end, thread, ranges=ranges: ranges.append((begin, end)), units, threads, multiple)
-        covered = sorted(unit for begin, end in ranges for unit in range(begin, end))
-        assert covered == list(range(units))
-        assert all(begin % multiple == 0 or begin == end for begin, end in ranges)
+        team.run(lambda *chunk, ranges=ranges: ranges.append(chunk), units, threads, chunks, multiple)
+        ranges.sort()
+        assert [unit for begin, end, _ in ranges for unit in range(begin, end)] == list(range(units))
+        assert all(begin % multiple == 0 for begin, _, _ in ranges)
+        numbers = [number for *_, number in ranges]
+        assert numbers == sorted(set(numbers))
+        assert all(number < chunks for number in numbers)
+
+
+def test_the_caller_does_not_wait_for_busy_threads():
+    busy, done = threading.Event(), []
+    blocker = team._pool(1).submit(busy.wait)
+    team.run(lambda begin, end, chunk: done.append(threading.current_thread()), 4, 2, 4)
+    assert done == [threading.current_thread()] * 4
+    busy.set()
+    assert blocker.result()
 
 
 def test_team_size_follows_torch_and_the_work():
@@ -107,25 +120,28 @@ def test_team_size_follows_torch_and_the_work():
         assert team.team_size(100, 1e12) == 1
 
 
-@pytest.mark.parametrize("thread", [0, 1])
-def test_errors_in_threads_are_raised(thread):
-    def task(begin, end, number):
-        if number == thread:
+@pytest.mark.parametrize("caller", [True, False])
+def test_errors_are_raised(caller):
+    both = threading.Barrier(2, timeout=60)
+
+    def task(begin, end, chunk):
+        both.wait()
+        if (threading.current_thread() is threading.main_thread()) == caller:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        team.run(task, 4, 2)
+        team.run(task, 2, 2, 2)
 
 
 @pytest.mark.skipif(not hasattr(multiprocessing, "get_context") or sys.platform == "win32", reason="no fork")
 def test_a_forked_child_has_threads_of_its_own():
     script = """
-import os
+import os, time
 from seqkernels.backends.numba import team
-team.run(lambda *_: None, 4, 2)
+team.run(lambda *_: time.sleep(0.01), 4, 2, 4)
 child = os.fork()
 if child == 0:
-    team.run(lambda *_: None, 4, 2)
+    team.run(lambda *_: time.sleep(0.01), 4, 2, 4)
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """

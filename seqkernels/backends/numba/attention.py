@@ -21,6 +21,7 @@ from .team import run, team_size
 QUERY_BLOCK = 64
 #: A multiple of the columns of a panel.
 KEY_BLOCK = 128
+CHUNKS_PER_THREAD = 4
 
 _Strides = tuple[int, ...]
 
@@ -337,12 +338,13 @@ def attention_forward(
         taints = strided(out.new_empty(0))[0] if taint is None else flat(taint.contiguous())
         out_array, lse_array = flat(out), flat(lse)
 
-        def task(begin: int, end: int, thread: int) -> None:
+        def task(begin: int, end: int, chunk: int) -> None:
             _forward(inputs, value_panels, taints, out_array, lse_array, begin, end)
 
         units = batch * heads * -(-num_queries // QUERY_BLOCK)
         work = 2.0 * batch * heads * num_queries * num_keys * (size + value_size + 8)
-        run(task, units, team_size(units, work))
+        threads = team_size(units, work)
+        run(task, units, threads, CHUNKS_PER_THREAD * threads if threads > 1 else 1)
     return out.to(q.dtype).transpose(1, 2), lse
 
 
@@ -390,13 +392,14 @@ def attention_backward(
     grad_v = x.new_zeros((batch, heads, num_keys, value_wide))
     units = batch * heads
     threads = team_size(units, 2.0 * units * num_queries * num_keys * (3 * size + 2 * value_size + 8))
+    chunks = CHUNKS_PER_THREAD * threads if threads > 1 else 1
     grad_bias, each = x.new_zeros((1, 0)), 0
     bias_strides: _Strides = (0, 0, 0, 0)
     if bias is not None and bias_grad:
-        # Heads that share a gradient may run in different threads, each with a copy of its own then.
-        shared = bias.shape[0] != batch or bias.shape[1] != heads
-        each = threads - 1 if shared else 0
-        grad_bias = x.new_zeros((each + 1, *bias.shape))
+        if bias.shape[0] != batch or bias.shape[1] != heads:
+            # Heads that share a gradient: each chunk sums into a copy of its own.
+            chunks, each = threads, 1
+        grad_bias = x.new_zeros((1 + each * (threads - 1), *bias.shape))
         bias_strides = tuple(
             0 if length == 1 else stride for length, stride in zip(bias.shape, grad_bias[0].stride(), strict=True)
         )
@@ -407,11 +410,11 @@ def attention_backward(
         arrays += [flat(t) for t in (grad_q, grad_k, grad_v)]
         grad_array = strided(grad)
 
-        def task(begin: int, end: int, thread: int) -> None:
-            of_bias = flat(grad_bias[min(thread, each)])
+        def task(begin: int, end: int, chunk: int) -> None:
+            of_bias = flat(grad_bias[chunk * each])
             _backward(inputs, *grad_array, *arrays, of_bias, bias_strides, begin, end)
 
-        run(task, units, threads)
+        run(task, units, threads, chunks)
     grad_q.mul_(scale)
     grad_k.mul_(scale)
     return (

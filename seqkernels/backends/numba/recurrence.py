@@ -189,11 +189,12 @@ def recurrence_forward(
     reserve = x.new_empty((steps, batch, CELLS[cell].reserve, hidden) if save else (0,))
     arrays = [flat(tensor) for tensor in (x, weight, bias, start, _bits(control), states, state_n, reserve)]
 
-    def task(begin: int, end: int, thread: int) -> None:
+    def task(begin: int, end: int, chunk: int) -> None:
         _forward(*arrays, _CODES[cell], reverse, save, steps, batch, hidden, begin, end)
 
     work = 2.0 * steps * batch * gate_size * (hidden + 16)
-    run(task, batch, team_size(batch, work), TILE_ROWS if batch > 2 * TILE_ROWS else 1)
+    threads = team_size(batch, work)
+    run(task, batch, threads, threads, TILE_ROWS if batch >= threads * TILE_ROWS else 1)
     return states.to(dtype), state_n.to(dtype), reserve
 
 
@@ -395,14 +396,15 @@ def recurrence_backward(
     tensors = (*of_steps, of_end, weight, history, reserve.detach().contiguous(), bits)
     arrays = [flat(tensor) for tensor in (*tensors, grad_gates_x, grad_gates_h, grad_state0)]
 
-    def task(begin: int, end: int, thread: int) -> None:
+    def task(begin: int, end: int, chunk: int) -> None:
         _backward(*arrays, _CODES[cell], reverse, steps, batch, hidden, gate_size, begin, end)
 
     work = 2.0 * steps * batch * gate_size * (hidden + 16)
-    run(task, batch, team_size(batch, work), TILE_ROWS if batch > 2 * TILE_ROWS else 1)
+    threads = team_size(batch, work)
+    run(task, batch, threads, threads, TILE_ROWS if batch >= threads * TILE_ROWS else 1)
     before = history[0, 1:] if reverse else history[0, :-1]
     if control is not None:
         before = before.masked_fill((bits & RESET).bool().unsqueeze(2), 0)
-    rows = grad_gates_h.view(-1, gate_size)
-    grad_weight = torch.mm(rows.t(), before.reshape(-1, hidden))
+    rows = grad_gates_h.flatten(0, 1)
+    grad_weight = torch.mm(rows.t(), before.flatten(0, 1))
     return grad_gates_x.to(dtype), grad_weight.to(dtype), rows.sum(0).to(dtype), grad_state0.to(dtype)

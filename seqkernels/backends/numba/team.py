@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-#: Floating-point operations that are worth waking one more thread (some ten microseconds of work).
-WORK_PER_THREAD = 2_000_000
+#: Floating-point operations that are worth waking one more thread: some hundred microseconds of work.
+WORK_PER_THREAD = 8_000_000
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 
@@ -27,26 +28,38 @@ def team_size(units: int, work: float) -> int:
     return max(1, min(torch.get_num_threads(), units, int(work / WORK_PER_THREAD)))
 
 
-def run(task: Callable[[int, int, int], None], units: int, threads: int, multiple: int = 1) -> None:
-    """Call ``task(begin, end, thread)`` for ranges that cover ``0..units``, one per thread, and wait for all.
+def run(task: Callable[[int, int, int], None], units: int, threads: int, chunks: int, multiple: int = 1) -> None:
+    """Call ``task(begin, end, chunk)`` for ranges that cover ``0..units`` and wait for all.
+
+    Threads take the next range when they are free, the caller's among them: after a parallel region of torch the
+    other cores are busy spinning for some milliseconds, and the caller does not wait for what nobody has begun.
 
     Args:
-        task: the caller's thread takes the first range.
+        task: called from several threads, with the number of the range last.
         units: independent pieces of work.
         threads: from `team_size`.
+        chunks: how many ranges.
         multiple: ranges begin at multiples of this number.
     """
     blocks = -(-units // multiple)
-    bounds = [min(units, blocks * i // threads * multiple) for i in range(threads + 1)]
-    waiting = [
-        _pool(threads - 1).submit(task, bounds[i], bounds[i + 1], i)
-        for i in range(1, threads)
-        if bounds[i] < bounds[i + 1]
-    ]
+    bounds = [min(units, blocks * i // chunks * multiple) for i in range(chunks + 1)]
+    pending = deque((bounds[i], bounds[i + 1], i) for i in range(chunks) if bounds[i] < bounds[i + 1])
+
+    def work() -> None:
+        while True:
+            try:
+                chunk = pending.popleft()
+            except IndexError:
+                return
+            task(*chunk)
+
+    helpers = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
     try:
-        task(bounds[0], bounds[1], 0)
+        work()
     finally:
-        errors = [future.exception() for future in waiting]
+        pending.clear()
+        begun = [helper for helper in helpers if not helper.cancel()]
+        errors = [helper.exception() for helper in begun]
     for error in errors:
         if error is not None:
             raise error
