@@ -16,6 +16,4 @@ def unsupported(call: Call) -> str | None:
     """``None`` where the compiled module serves `call`, else why it does not."""
     if call.device != "cpu":
         return f"runs on cpu only, not on {call.device}"
-    if call.op == "attention":
-        return "the tiled kernel is not there yet"
     return None

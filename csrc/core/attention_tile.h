@@ -1,0 +1,496 @@
+// What the forward and the backward pass of attention share: rows of any storage type, keys transposed into
+// panels, products of tiles, and the rows of scores with their masks and biases.
+//
+// The queries of all heads that share a key head are numbered through: row r of key head h is query r % M of head
+// h * group + r / M. A block of rows may span several heads where M is small.
+#pragma once
+
+#include "core/attention.h"
+#include "core/gemm.h"
+
+namespace seqkernels {
+namespace {
+
+constexpr int kPanelVectors = kVectorRegisters >= 32 ? 4 : 2;  // columns of a panel of keys, in vectors
+template <class T>
+constexpr int kPanel = kPanelVectors * kLanes<T>;
+
+inline std::int64_t round_up(std::int64_t x, std::int64_t to) { return ceil_div(x, to) * to; }
+
+template <class T>
+constexpr T kInfinity = T(__builtin_inf());
+
+// e^x for x up to 88 (709), as `exp` but for what weights do not need: results below the smallest normal number are
+// exactly 0, so that -inf needs no extra care; NaN for NaN.
+template <class T>
+inline Vec<T> weight_of(Vec<T> x) {
+  constexpr T kZero = sizeof(T) == 8 ? T(-709.1) : T(-88.03);  // here exp_parts has a scale of 0
+  x = x < kZero ? splat(kZero) : x;
+  Vec<T> scale;
+  const Vec<T> p = exp_parts<T>(x, scale);
+  return scale * p + scale;
+}
+
+// A byte for each lane.
+template <class T>
+struct BytesOf;
+template <>
+struct BytesOf<float> {
+  typedef std::uint8_t Vec __attribute__((vector_size(SEQKERNELS_VECTOR_BYTES / 4)));
+};
+template <>
+struct BytesOf<double> {
+  typedef std::uint8_t Vec __attribute__((vector_size(SEQKERNELS_VECTOR_BYTES / 8)));
+};
+
+template <class T, int kStep>
+inline Vec<T> swap_lanes(Vec<T> x) {
+  IntVec<T> index;
+  for (int i = 0; i < kLanes<T>; ++i) index[i] = i ^ kStep;
+  return __builtin_shuffle(x, index);
+}
+
+template <class T, int kStep = kLanes<T> / 2>
+inline T reduce_max(Vec<T> x) {
+  x = max<T>(x, swap_lanes<T, kStep>(x));
+  if constexpr (kStep == 1) {
+    return x[0];
+  } else {
+    return reduce_max<T, kStep / 2>(x);
+  }
+}
+
+template <class T, int kStep = kLanes<T> / 2>
+inline T reduce_add(Vec<T> x) {
+  x += swap_lanes<T, kStep>(x);
+  if constexpr (kStep == 1) {
+    return x[0];
+  } else {
+    return reduce_add<T, kStep / 2>(x);
+  }
+}
+
+// The sums of kLanes vectors, as one vector.
+template <class T>
+inline Vec<T> reduce_each(Vec<T>* x) {
+  constexpr int n = kLanes<T>;
+  IntVec<T> low, high;
+  for (int i = 0; i < n; ++i) {
+    low[i] = i / 2 + (i % 2) * n;
+    high[i] = n / 2 + low[i];
+  }
+  for (int half = n / 2; half >= 1; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      x[i] = __builtin_shuffle(x[i], x[i + half], low) + __builtin_shuffle(x[i], x[i + half], high);
+    }
+  }
+  return x[0];
+}
+
+// The first `count` lanes of x, the others `rest`.
+template <class T>
+inline Vec<T> first_lanes(Vec<T> x, std::int64_t count, T rest) {
+  IntVec<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < static_cast<typename Lanes<T>::Int>(count) ? x : splat(rest);
+}
+
+inline std::int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+inline const void* element(const void* data, std::int64_t at, DType dtype) {
+  return static_cast<const char*>(data) + at * bytes_of(dtype);
+}
+inline void* element(void* data, std::int64_t at, DType dtype) {
+  return static_cast<char*>(data) + at * bytes_of(dtype);
+}
+
+// Calls f with a number of the storage type, for kernels that compute in T.
+template <class T, class F>
+inline void with_storage(DType dtype, const F& f) {
+  if constexpr (sizeof(T) == 8) {
+    f(double());
+  } else if (dtype == DType::kFloat32) {
+    f(float());
+  } else if (dtype == DType::kBFloat16) {
+    f(BFloat16());
+  } else {
+    f(Float16());
+  }
+}
+template <class T>
+inline bool is_compute(DType dtype) {
+  return dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+}
+
+// to (rows, ld) = factor * from (rows, size); the rest of each row's last vector is 0.
+template <class T>
+void read_rows(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T factor,
+               T* to, std::int64_t ld) {
+  with_storage<T>(dtype, [&](auto tag) {
+    const auto* x = static_cast<const decltype(tag)*>(from);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      for (std::int64_t i = 0; i < size; i += kLanes<T>) {
+        store_full(to + r * ld + i, load(x + r * stride + i, size - i) * factor);
+      }
+    }
+  });
+}
+
+template <class T>
+void write_row(DType dtype, const T* from, std::int64_t size, T factor, void* to) {
+  with_storage<T>(dtype, [&](auto tag) {
+    auto* x = static_cast<decltype(tag)*>(to);
+    for (std::int64_t i = 0; i < size; i += kLanes<T>) store(x + i, load_full(from + i) * factor, size - i);
+  });
+}
+
+template <class T>
+void fill_row(DType dtype, T value, std::int64_t size, void* to) {
+  with_storage<T>(dtype, [&](auto tag) {
+    auto* x = static_cast<decltype(tag)*>(to);
+    for (std::int64_t i = 0; i < size; i += kLanes<T>) store(x + i, splat(value), size - i);
+  });
+}
+
+template <class T>
+inline bool is_finite(Vec<T> x) {
+  return reduce_add<T>(x * T(0)) == T(0);
+}
+
+template <class T>
+bool rows_are_finite(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size) {
+  Vec<T> sum{};  // of zeros, or NaN
+  with_storage<T>(dtype, [&](auto tag) {
+    const auto* x = static_cast<const decltype(tag)*>(from);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      for (std::int64_t i = 0; i < size; i += kLanes<T>) sum += load(x + r * stride + i, size - i) * T(0);
+    }
+  });
+  return is_finite<T>(sum);
+}
+
+// NaN and infinities become 0.
+template <class T>
+void clean(T* x, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vec<T> v = load_full(x + i);
+    store_full(x + i, v - v == T(0) ? v : Vec<T>{});
+  }
+}
+
+// Rows of `size` numbers, transposed into panels of kPanel rows: panel p at to + p * kPanel * size holds
+// [size][vectors of the panel][lanes]. The last panel is as narrow as the rows allow, its last vector padded with 0.
+template <class T>
+void pack_panels(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T* to) {
+  constexpr int n = kLanes<T>;
+  with_storage<T>(dtype, [&](auto tag) {
+    const auto* x = static_cast<const decltype(tag)*>(from);
+    for (std::int64_t first = 0; first < rows; first += kPanel<T>, to += kPanel<T> * size) {
+      const std::int64_t columns = round_up(min_of<std::int64_t>(kPanel<T>, rows - first), n);
+      for (std::int64_t column = 0; column < columns; column += n) {
+        const std::int64_t row = first + column;
+        for (std::int64_t d = 0; d < size; d += n) {
+          Vec<T> block[n];
+          for (int i = 0; i < n; ++i) {
+            block[i] = row + i < rows ? load(x + (row + i) * stride + d, size - d) : Vec<T>{};
+          }
+          transpose<T>(block);
+          const std::int64_t deep = min_of<std::int64_t>(n, size - d);
+          for (std::int64_t i = 0; i < deep; ++i) store_full(to + (d + i) * columns + column, block[i]);
+        }
+      }
+    }
+  });
+}
+
+template <class T, Layout kLayout, bool kAdd>
+inline MicroKernel<T> tile_kernel(int rows, int vectors) {
+  if constexpr (kPanelVectors == 4) {
+    return micro_kernel_for<T, kLayout, kAdd>(rows, vectors);
+  } else {
+    return vectors == 1 ? micro_kernel_of_rows<T, 1, kLayout, kAdd>(rows)
+                        : micro_kernel_of_rows<T, 2, kLayout, kAdd>(rows);
+  }
+}
+
+struct Range {
+  std::int64_t begin, end;
+};
+
+constexpr std::int64_t kChain = 128;  // terms of a dot product added one by one: sums of sums are more exact
+
+// c (rows, vectors * lanes) (+)= a b, with b (depth, vectors * lanes) and a (rows, depth), or its transpose
+// (depth, rows) for Layout::kTransposed. range_of(first row, rows) is the part of the depth that some rows need.
+template <class T, Layout kLayout, bool kAdd, class RangeOf>
+inline void product(std::int64_t rows, std::int64_t vectors, const T* a, std::int64_t lda, const T* b,
+                    std::int64_t ldb, T* c, std::int64_t ldc, const RangeOf& range_of) {
+  constexpr int n = kLanes<T>;
+  const std::int64_t blocks = ceil_div(vectors, kPanelVectors);
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t begin = vectors * block / blocks, end = vectors * (block + 1) / blocks;
+    const int width = static_cast<int>(end - begin), step = block_rows(width);
+    for (std::int64_t m = 0; m < rows; m += step) {
+      const int count = static_cast<int>(min_of<std::int64_t>(step, rows - m));
+      const Range range = range_of(m, count);
+      if (range.begin >= range.end) continue;
+      const auto multiply = [&](std::int64_t first, std::int64_t last, T* to, std::int64_t ld) {
+        const T* pointers[kMaxRows];
+        if constexpr (kLayout == Layout::kRows) {
+          for (int i = 0; i < count; ++i) pointers[i] = a + (m + i) * lda + first;
+        } else {
+          pointers[0] = a + first * lda + m;
+        }
+        tile_kernel<T, kLayout, kAdd>(count, width)(last - first, pointers, lda, b + first * ldb + begin * n, ldb, to,
+                                                    ld);
+      };
+      T* to = c + m * ldc + begin * n;
+      if (kAdd || range.end - range.begin <= kChain) {
+        multiply(range.begin, range.end, to, ldc);
+        continue;
+      }
+      multiply(range.begin, range.begin + kChain, to, ldc);
+      for (std::int64_t first = range.begin + kChain; first < range.end; first += kChain) {
+        alignas(64) T part[kMaxRows * kPanel<T>];
+        multiply(first, min_of(first + kChain, range.end), part, kPanel<T>);
+        for (int i = 0; i < count; ++i) {
+          for (std::int64_t j = 0; j < width * n; j += n) {
+            store_full(to + i * ldc + j, load_full(to + i * ldc + j) + load_full(part + i * kPanel<T> + j));
+          }
+        }
+      }
+    }
+  }
+}
+
+// One row of scores.
+struct ScoreRow {
+  std::int64_t limit;        // it may read the keys before this one
+  std::int64_t count;        // and so many keys of the tile at hand
+  const std::uint8_t* mask;  // of its first key, or null
+  const void* bias;
+};
+
+// Sets how many of the `count` keys from `first` each row may read; returns the most.
+template <class Row>
+inline std::int64_t set_counts(Row* rows, std::int64_t size, std::int64_t first, std::int64_t count) {
+  std::int64_t most = 0;
+  for (std::int64_t r = 0; r < size; ++r) {
+    rows[r].count = max_of<std::int64_t>(0, min_of(count, rows[r].limit - first));
+    most = max_of(most, rows[r].count);
+  }
+  return most;
+}
+template <class Row>
+inline std::int64_t most_of(const Row* rows, int size) {
+  std::int64_t most = 0;
+  for (int i = 0; i < size; ++i) most = max_of(most, rows[i].count);
+  return most;
+}
+
+// s (rows, width) = rows a (rows, depth) times packed panels of `keys` keys, of which the first `width` are wanted.
+// Nothing is computed for rows that read no key of a panel.
+template <class T, class Row>
+inline void multiply_panels(std::int64_t keys, std::int64_t width, std::int64_t depth, const T* a, std::int64_t lda,
+                            const T* panels, T* s, std::int64_t lds, const Row* rows, std::int64_t size) {
+  constexpr int n = kLanes<T>;
+  for (std::int64_t column = 0; column < width; column += kPanel<T>) {
+    const std::int64_t ld = round_up(min_of<std::int64_t>(kPanel<T>, keys - column), n);
+    const std::int64_t vectors = ceil_div(min_of<std::int64_t>(kPanel<T>, width - column), n);
+    product<T, Layout::kRows, false>(
+        size, vectors, a, lda, panels + column * depth, ld, s + column, lds, [&](std::int64_t m, int count) {
+          return Range{0, most_of(rows + m, count) > column ? depth : 0};
+        });
+  }
+}
+
+// s (size, keys) = rows a (size, depth), padded to a whole vector with 0, times `keys` rows as they lie in memory.
+template <class T>
+void multiply_rows(DType dtype, const void* from, std::int64_t stride, std::int64_t keys, std::int64_t depth,
+                   const T* a, std::int64_t lda, T* s, std::int64_t lds, std::int64_t size) {
+  constexpr int n = kLanes<T>;
+  const std::int64_t whole = depth / n * n;
+  with_storage<T>(dtype, [&](auto tag) {
+    using S = decltype(tag);
+    for (std::int64_t j = 0; j < keys; j += n) {
+      const S* key[n];
+      for (int i = 0; i < n; ++i) key[i] = static_cast<const S*>(from) + min_of(j + i, keys - 1) * stride;
+      for (std::int64_t r = 0; r < size; ++r) {
+        const T* row = a + r * lda;
+        Vec<T> sum[n];
+        for (int i = 0; i < n; ++i) sum[i] = Vec<T>{};
+        for (std::int64_t d = 0; d < whole; d += n) {
+          const Vec<T> x = load_full(row + d);
+          for (int i = 0; i < n; ++i) sum[i] += load(key[i] + d) * x;
+        }
+        if (whole < depth) {
+          const Vec<T> x = load_full(row + whole);
+          for (int i = 0; i < n; ++i) sum[i] += load(key[i] + whole, depth - whole) * x;
+        }
+        store_full(s + r * lds + j, reduce_each<T>(sum));
+      }
+    }
+  });
+}
+
+constexpr std::int64_t kFewRows = 8;  // rows of a key head up to which keys are not packed
+
+// How the rows of one key head are cut into blocks of at most `size`.
+struct RowBlocks {
+  std::int64_t rows, queries, size, count;
+
+  RowBlocks(std::int64_t rows_, std::int64_t queries_, std::int64_t most) : rows(rows_), queries(queries_) {
+    if (queries > most) {
+      const std::int64_t even = ceil_div(queries, ceil_div(queries, most));
+      size = min_of(most, round_up(even, block_rows(kPanelVectors)));
+      count = rows / queries * ceil_div(queries, size);
+    } else {
+      size = queries == 0 ? 0 : min_of(rows, most / queries * queries);
+      count = size == 0 ? 0 : ceil_div(rows, size);
+    }
+  }
+
+  std::int64_t begin(std::int64_t i) const {
+    if (queries <= size) return i * size;
+    const std::int64_t per_head = ceil_div(queries, size);
+    return i / per_head * queries + i % per_head * size;
+  }
+  std::int64_t length(std::int64_t i) const {
+    if (queries <= size) return min_of(size, rows - i * size);
+    return min_of(size, queries - i % ceil_div(queries, size) * size);
+  }
+};
+
+// Calls f(head, query, at, count) for the runs of rows `at`.. of a block that belong to one head.
+template <class Params, class F>
+inline void for_heads(const Params& p, std::int64_t kv_head, std::int64_t first, std::int64_t rows, const F& f) {
+  const std::int64_t group = p.heads / p.kv_heads;
+  for (std::int64_t at = 0; at < rows;) {
+    const std::int64_t query = (first + at) % p.queries;
+    const std::int64_t count = min_of(rows - at, p.queries - query);
+    f(kv_head * group + (first + at) / p.queries, query, at, count);
+    at += count;
+  }
+}
+
+// The scores' masks and biases for one call.
+template <class T, class Params>
+class Masks {
+  static constexpr int n = kLanes<T>;
+
+ public:
+  explicit Masks(const Params& p)
+      : p_(p),
+        any_(p.mask.data != nullptr || p.bias.data != nullptr),
+        same_for_queries_((p.mask.data == nullptr || p.mask.stride[2] == 0) &&
+                          (p.bias.data == nullptr || p.bias.stride[2] == 0)),
+        same_for_heads_((p.mask.data == nullptr || p.mask.stride[1] == 0) &&
+                        (p.bias.data == nullptr || p.bias.stride[1] == 0)) {}
+
+  bool any() const { return any_; }
+  // Whether the rows of a block all have the same.
+  bool uniform(std::int64_t rows, std::int64_t first) const {
+    return any_ && same_for_queries_ &&
+           (same_for_heads_ || first / p_.queries == (first + rows - 1) / p_.queries);
+  }
+
+  // Describes the rows of a block; `keys` is the limit of rows that see all. Row is a ScoreRow.
+  template <class Row>
+  void describe(std::int64_t batch, std::int64_t kv_head, std::int64_t first, std::int64_t rows, std::int64_t keys,
+                Row* out) const {
+    for_heads(p_, kv_head, first, rows, [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        ScoreRow& row = out[at + i];
+        row.limit = p_.is_causal ? min_of(keys, query + i + 1) : keys;
+        row.mask = p_.mask.data == nullptr
+                       ? nullptr
+                       : static_cast<const std::uint8_t*>(p_.mask.data) + offset(p_.mask, batch, head, query + i);
+        row.bias = p_.bias.data == nullptr
+                       ? nullptr
+                       : element(p_.bias.data, offset(p_.bias, batch, head, query + i), p_.dtype);
+      }
+    });
+  }
+
+  // What is added to the scaled scores of keys `first`.. of a row: the bias, or -inf for a masked key.
+  // Returns whether a key is left.
+  bool additive(const ScoreRow& row, std::int64_t first, std::int64_t count, T* out) const {
+    IntVec<T> left{};
+    with_storage<T>(p_.dtype, [&](auto tag) {
+      const auto* bias = static_cast<const decltype(tag)*>(row.bias);
+      for (std::int64_t j = 0; j < count; j += n) {
+        Vec<T> x{};
+        if (bias != nullptr) x = strided(bias, p_.bias.stride[3], first + j, count - j);
+        if (row.mask != nullptr) x = kept(row.mask, p_.mask.stride[3], first + j, count - j) ? x : splat(-kInfinity<T>);
+        left |= first_lanes<T>(x, count - j, -kInfinity<T>) != -kInfinity<T>;
+        store_full(out + j, x);
+      }
+    });
+    bool any = false;
+    for (int i = 0; i < n; ++i) any |= left[i] != 0;
+    return any;
+  }
+
+ private:
+  static std::int64_t offset(const Strided& x, std::int64_t batch, std::int64_t head, std::int64_t query) {
+    return batch * x.stride[0] + head * x.stride[1] + query * x.stride[2];
+  }
+
+  template <class S>
+  static Vec<T> strided(const S* x, std::int64_t stride, std::int64_t at, std::int64_t count) {
+    if (stride == 1) return load(x + at, count);
+    if (stride == 0) return splat(load_one(x));
+    S part[n] = {};
+    for (std::int64_t i = 0; i < min_of<std::int64_t>(n, count); ++i) part[i] = x[(at + i) * stride];
+    return load(part);
+  }
+
+  static IntVec<T> kept(const std::uint8_t* mask, std::int64_t stride, std::int64_t at, std::int64_t count) {
+    typename BytesOf<T>::Vec bytes{};
+    if (stride == 1 && count >= n) {
+      std::memcpy(&bytes, mask + at, n);
+    } else {
+      for (std::int64_t i = 0; i < min_of<std::int64_t>(n, count); ++i) bytes[i] = mask[(at + i) * stride];
+    }
+    return __builtin_convertvector(bytes, IntVec<T>) != 0;
+  }
+
+  const Params& p_;
+  const bool any_, same_for_queries_, same_for_heads_;
+};
+
+// The maximum of `count` scores. The rest of the last vector becomes -inf. NaN do not count.
+template <class T>
+inline T top_score(T* s, std::int64_t count) {
+  constexpr int n = kLanes<T>;
+  Vec<T> top = splat(-kInfinity<T>), other = top;
+  std::int64_t j = 0;
+  for (; j + 2 * n <= count; j += 2 * n) {
+    top = max<T>(load_full(s + j), top);
+    other = max<T>(load_full(s + j + n), other);
+  }
+  for (; j < count; j += n) {
+    const Vec<T> x = first_lanes<T>(load_full(s + j), count - j, -kInfinity<T>);
+    store_full(s + j, x);
+    top = max<T>(x, top);
+  }
+  return reduce_max<T>(max<T>(top, other));
+}
+
+// The same after s += add; where `add` is -inf so is the score, whatever it was, NaN included.
+template <class T>
+inline T top_score(T* s, std::int64_t count, const T* add) {
+  constexpr int n = kLanes<T>;
+  Vec<T> top = splat(-kInfinity<T>);
+  for (std::int64_t j = 0; j < count; j += n) {
+    const Vec<T> a = load_full(add + j);
+    Vec<T> x = a == -kInfinity<T> ? a : load_full(s + j) + a;
+    if (count - j < n) x = first_lanes<T>(x, count - j, -kInfinity<T>);
+    store_full(s + j, x);
+    top = max<T>(x, top);
+  }
+  return reduce_max<T>(top);
+}
+
+}  // namespace
+}  // namespace seqkernels
