@@ -153,13 +153,17 @@ class Backward {
     const std::int64_t end = first_block(part + 1);
     for (std::int64_t block = first_block(part); block < end; ++block) run_keys(w, kv, block, grad_q);
     if (parts_ > 1) return;
-    for (std::int64_t r = 0; r < row_total_; ++r) write_grad_q(kv, r, grad_q + r * size_ld_);
+    write_grad_q(kv, 0, row_total_, grad_q);
   }
 
-  void write_grad_q(std::int64_t kv, std::int64_t row, const T* from) const {
-    const std::int64_t head = kv % p_.kv_heads * group_ + row / p_.queries;
-    const std::int64_t at = offset(p_.grad_q.stride, kv / p_.kv_heads, head, row % p_.queries);
-    write_row<T>(p_.dtype, from, p_.head_size, static_cast<T>(p_.scale), element(p_.grad_q.data, at, p_.dtype));
+  void write_grad_q(std::int64_t kv, std::int64_t first, std::int64_t rows, const T* from) const {
+    const T factor = static_cast<T>(p_.scale);
+    for_heads(p_, kv % p_.kv_heads, first, rows,
+              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+                const std::int64_t to = offset(p_.grad_q.stride, kv / p_.kv_heads, head, query);
+                write_rows<T>(p_.dtype, from + at * size_ld_, size_ld_, count, p_.head_size, &factor, 0,
+                              element(p_.grad_q.data, to, p_.dtype), p_.grad_q.stride[2]);
+              });
   }
 
   // One block of keys with all rows of its head.
@@ -177,12 +181,13 @@ class Backward {
     for (std::int64_t i = 0; i < blocks_.count; ++i) {
       run_tile(w, kv, k, blocks_.begin(i), blocks_.length(i), grad_q);
     }
-    for (std::int64_t j = 0; j < keys; ++j) {
-      write_row<T>(p_.dtype, w.grad_k + j * size_ld_, p_.head_size, T(1),
-                   element(p_.grad_k.data, offset(p_.grad_k.stride, batch, kv_head, first + j), p_.dtype));
-      write_row<T>(p_.dtype, w.grad_v + j * value_ld_, p_.value_size, T(1),
-                   element(p_.grad_v.data, offset(p_.grad_v.stride, batch, kv_head, first + j), p_.dtype));
-    }
+    const T one = 1;
+    write_rows<T>(p_.dtype, w.grad_k, size_ld_, keys, p_.head_size, &one, 0,
+                  element(p_.grad_k.data, offset(p_.grad_k.stride, batch, kv_head, first), p_.dtype),
+                  p_.grad_k.stride[2]);
+    write_rows<T>(p_.dtype, w.grad_v, value_ld_, keys, p_.value_size, &one, 0,
+                  element(p_.grad_v.data, offset(p_.grad_v.stride, batch, kv_head, first), p_.dtype),
+                  p_.grad_v.stride[2]);
   }
 
   struct Keys {
@@ -325,7 +330,7 @@ class Backward {
         const T* from = sum + part * grad_q_size_;
         for (std::int64_t d = 0; d < size_ld_; d += n) store_full(sum + d, load_full(sum + d) + load_full(from + d));
       }
-      write_grad_q(kv, row, sum);
+      write_grad_q(kv, row, 1, sum);
     }
   }
 

@@ -264,26 +264,27 @@ class Forward {
   }
 
   void finish(const Work& w, std::int64_t kv, std::int64_t first, std::int64_t rows) const {
+    for (std::int64_t r = 0; r < rows; r += n) {
+      V sum[n];
+      for (int i = 0; i < n; ++i) sum[i] = load_full(w.sum + (r + i) * n);
+      const V total = reduce_each<T>(sum);
+      store_full(w.top + r, load_full(w.top + r) + log<T>(total));
+      store_full(w.fade + r, total == T(0) ? V{} : T(1) / total);
+    }
+    for (std::int64_t r = 0; r < rows; ++r) {
+      if (w.rows[r].poisoned) w.fade[r] = T(__builtin_nan(""));
+    }
     const std::int64_t batch = kv / p_.kv_heads;
     T* lse = static_cast<T*>(p_.lse);
     for_heads(p_, kv % p_.kv_heads, first, rows,
               [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-                for (std::int64_t i = 0; i < count; ++i) {
-                  const std::int64_t r = at + i;
-                  const T sum = reduce_add<T>(load_full(w.sum + r * n));
-                  T factor = sum == T(0) ? T(0) : T(1) / sum;
-                  if (w.rows[r].poisoned) factor = T(__builtin_nan(""));
-                  const std::int64_t offset =
-                      batch * p_.out.stride[0] + head * p_.out.stride[1] + (query + i) * p_.out.stride[2];
-                  write_row<T>(p_.dtype, w.out + r * value_ld_, p_.value_size, factor,
-                               element(p_.out.data, offset, p_.dtype));
-                  lse[(batch * p_.heads + head) * p_.queries + query + i] = w.top[r] + log(sum);
-                }
+                const std::int64_t* stride = p_.out.stride;
+                const std::int64_t offset = batch * stride[0] + head * stride[1] + query * stride[2];
+                write_rows<T>(p_.dtype, w.out + at * value_ld_, value_ld_, count, p_.value_size, w.fade + at, 1,
+                              element(p_.out.data, offset, p_.dtype), stride[2]);
+                std::memcpy(lse + (batch * p_.heads + head) * p_.queries + query, w.top + at, count * sizeof(T));
               });
   }
-
-  static float log(float x) { return __builtin_logf(x); }
-  static double log(double x) { return __builtin_log(x); }
 
   // Few rows: tasks are ranges of keys of a key head.
   void run_few(const Work& w, int thread, int threads) {
