@@ -49,9 +49,8 @@ void micro_kernel(std::int64_t depth, const T* const* a, std::int64_t step, cons
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      sum[0][m][v] = kAdd ? load_full(c + m * ldc + v * n) : Vec<T>{};
 #pragma GCC unroll 8
-      for (int u = 1; u < kTurns; ++u) sum[u][m][v] = Vec<T>{};
+      for (int u = 0; u < kTurns; ++u) sum[u][m][v] = Vec<T>{};
     }
   }
   const std::int64_t stride = kLayout == Layout::kRows ? 1 : step;
@@ -84,6 +83,8 @@ void micro_kernel(std::int64_t depth, const T* const* a, std::int64_t step, cons
     for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
       for (int u = 1; u < kTurns; ++u) sum[0][m][v] += sum[u][m][v];
+      // Added last: a sum of sums is more exact than one long sum.
+      if constexpr (kAdd) sum[0][m][v] += load_full(c + m * ldc + v * n);
       store_full(c + m * ldc + v * n, sum[0][m][v]);
     }
   }

@@ -5,7 +5,7 @@
 // panels for the scores and the gradient of the weights, and the transposed tile as the left operand for the gradients
 // of keys and values. The gradient of the queries gathers in float beside it: per thread, or per task and summed at
 // the end where tasks share rows. Nothing is added atomically, so results repeat for a number of threads.
-#include "core/attention_tile.h"
+#include "core/attention_rows.h"
 #include "core/kernels.h"
 #include "core/team.h"
 
@@ -42,9 +42,9 @@ class Backward {
         tile_ld_(key_block_ + n),
         row_space_(round_up(blocks_.size, n)),
         direct_(is_compute<T>(p.dtype) && p.head_size % n == 0 && (few_ || p.k.stride[2] == p.head_size)),
-        bias_shared_(p.grad_bias != nullptr && ((p.batch > 1 && p.grad_bias_stride[0] == 0) ||
-                                                (p.kv_heads > 1 && p.grad_bias_stride[1] == 0) ||
-                                                (parts_ > 1 && p.grad_bias_stride[3] == 0))),
+        bias_shared_(p.grad_bias != nullptr &&
+                     ((p.batch > 1 && p.grad_bias_stride[0] == 0) || (p.kv_heads > 1 && p.grad_bias_stride[1] == 0) ||
+                      (parts_ > 1 && p.grad_bias_stride[3] == 0))),
         work_size_(row_space_ * (size_ld_ + value_ld_ + 2 * tile_ld_ + 2) +
                    key_block_ * (3 * size_ld_ + 2 * value_ld_) + tile_ld_),
         grad_q_size_(row_total_ * size_ld_),
@@ -194,8 +194,8 @@ class Backward {
     std::int64_t first, count;
     const void* data;
     const void* values;
-    bool packed;            // whether a tile has needed them yet
-    const T* rows;          // (count, D), finite where `clean_`
+    bool packed;    // whether a tile has needed them yet
+    const T* rows;  // (count, D), finite where `clean_`
     std::int64_t rows_ld;
   };
 
@@ -245,26 +245,26 @@ class Backward {
                                           reading);
     for (std::int64_t j = 0; j < width; j += kDepthBlock) {
       const std::int64_t depth = min_of(kDepthBlock, width - j);
-      product<T, Layout::kRows, true>(rows, size_ld_ / n, w.grad_s + j, tile_ld_, k.rows + j * k.rows_ld, k.rows_ld,
-                                      grad_q + first_row * size_ld_, size_ld_, [&](std::int64_t m, int count) {
-                                        return Range{0, min_of(depth, most_of(w.rows + m, count) - j)};
-                                      });
+      product<T, Layout::kRows, true>(
+          rows, size_ld_ / n, w.grad_s + j, tile_ld_, k.rows + j * k.rows_ld, k.rows_ld, grad_q + first_row * size_ld_,
+          size_ld_, [&](std::int64_t m, int count) { return Range{0, min_of(depth, most_of(w.rows + m, count) - j)}; });
     }
   }
 
   void begin(const Work& w, std::int64_t kv, std::int64_t first, std::int64_t rows) const {
     const std::int64_t batch = kv / p_.kv_heads, kv_head = kv % p_.kv_heads;
-    for_heads(p_, kv_head, first, rows, [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-      read_rows<T>(p_.dtype, element(p_.q.data, offset(p_.q.stride, batch, head, query), p_.dtype), p_.q.stride[2],
-                   count, p_.head_size, static_cast<T>(p_.scale), w.q + at * size_ld_, size_ld_);
-      read_rows<T>(p_.dtype, element(p_.grad_out.data, offset(p_.grad_out.stride, batch, head, query), p_.dtype),
-                   p_.grad_out.stride[2], count, p_.value_size, T(1), w.grad_out + at * value_ld_, value_ld_);
-      if (p_.grad_bias == nullptr) return;
-      const std::int64_t* stride = p_.grad_bias_stride;
-      for (std::int64_t i = 0; i < count; ++i) {
-        w.rows[at + i].grad_bias = w.grad_bias + offset(stride, batch, head, query + i);
-      }
-    });
+    for_heads(
+        p_, kv_head, first, rows, [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+          read_rows<T>(p_.dtype, element(p_.q.data, offset(p_.q.stride, batch, head, query), p_.dtype), p_.q.stride[2],
+                       count, p_.head_size, static_cast<T>(p_.scale), w.q + at * size_ld_, size_ld_);
+          read_rows<T>(p_.dtype, element(p_.grad_out.data, offset(p_.grad_out.stride, batch, head, query), p_.dtype),
+                       p_.grad_out.stride[2], count, p_.value_size, T(1), w.grad_out + at * value_ld_, value_ld_);
+          if (p_.grad_bias == nullptr) return;
+          const std::int64_t* stride = p_.grad_bias_stride;
+          for (std::int64_t i = 0; i < count; ++i) {
+            w.rows[at + i].grad_bias = w.grad_bias + offset(stride, batch, head, query + i);
+          }
+        });
     const std::int64_t at = (batch * p_.heads + kv_head * group_) * p_.queries + first;
     const T* lse = static_cast<const T*>(p_.lse) + at;
     const T* delta = static_cast<const T*>(p_.delta) + at;

@@ -7,17 +7,17 @@
 //
 // A handful of rows (decoding) are not worth packing: there the keys are read once, as they lie, by dot products, and
 // the threads share out ranges of keys where the heads are too few.
-#include "core/attention_tile.h"
+#include "core/attention_rows.h"
 #include "core/kernels.h"
 #include "core/team.h"
 
 namespace seqkernels {
 namespace {
 
-constexpr std::int64_t kRowBlock = 48;            // rows of a tile: a multiple of the micro-kernel's
-constexpr std::int64_t kKeyBlock = 256;           // keys of a tile: a multiple of a panel
-constexpr std::int64_t kDepthBlock = 128;         // values whose rows stay in the first cache over all rows of a tile
-constexpr std::int64_t kPackedBytes = 64 << 20;   // of keys and values packed at a time
+constexpr std::int64_t kRowBlock = 48;           // rows of a tile: a multiple of the micro-kernel's
+constexpr std::int64_t kKeyBlock = 256;          // keys of a tile: a multiple of a panel
+constexpr std::int64_t kDepthBlock = 128;        // values whose rows stay in the first cache over all rows of a tile
+constexpr std::int64_t kPackedBytes = 64 << 20;  // of keys and values packed at a time
 
 template <class T>
 class Forward {
@@ -44,7 +44,9 @@ class Forward {
         direct_(is_compute<T>(p.dtype) && p.value_size % n == 0 && (few_ || p.v.stride[2] == p.value_size)),
         parts_(few_ ? parts() : 1),
         own_(threads_ == 1 || kv_total_ >= 8 * threads_),
-        slots_(few_ ? 0 : own_ ? threads_ : slots()),
+        slots_(few_   ? 0
+               : own_ ? threads_
+                      : slots()),
         rounds_(few_ || own_ ? 1 : ceil_div(kv_total_, slots_)),
         row_space_(round_up(blocks_.size, n)),
         work_size_(row_space_ * (size_ld_ + tile_ld_ + value_ld_ + n + 2) + tile_ld_ +
@@ -91,14 +93,14 @@ class Forward {
   };
 
   struct Work {
-    T* q;      // (rows, D) scaled
-    T* s;      // (rows, keys of a tile) scores, then weights
-    T* out;    // (rows, Dv) not yet divided by the sum
-    T* sum;    // (rows, lanes) of weights
-    T* top;    // (rows) maximum of the scores
-    T* fade;   // (rows) what a new maximum multiplies out and sum by
-    T* add;    // (keys of a tile)
-    T* values; // (keys of a tile, Dv)
+    T* q;       // (rows, D) scaled
+    T* s;       // (rows, keys of a tile) scores, then weights
+    T* out;     // (rows, Dv) not yet divided by the sum
+    T* sum;     // (rows, lanes) of weights
+    T* top;     // (rows) maximum of the scores
+    T* fade;    // (rows) what a new maximum multiplies out and sum by
+    T* add;     // (keys of a tile)
+    T* values;  // (keys of a tile, Dv)
     Row* rows;
   };
 
@@ -139,7 +141,8 @@ class Forward {
   void run_shared(const Work& w, std::int64_t round, int thread, int threads) {
     const std::int64_t first = round * slots_, count = min_of(slots_, kv_total_ - first);
     const Share mine = share(count * key_blocks_, thread, threads);
-    for (std::int64_t i = mine.begin; i < mine.end; ++i) pack(first + i / key_blocks_, i / key_blocks_, i % key_blocks_);
+    for (std::int64_t i = mine.begin; i < mine.end; ++i)
+      pack(first + i / key_blocks_, i / key_blocks_, i % key_blocks_);
     barrier_.wait(threads);
     // Last blocks first: under causality they have the most keys.
     for (std::int64_t i; (i = take(round)) < count * blocks_.count;) {
@@ -154,7 +157,8 @@ class Forward {
 
   void pack(std::int64_t kv, std::int64_t slot, std::int64_t block) {
     const std::int64_t first = block * key_block_, count = width_of(block);
-    pack_panels<T>(p_.dtype, keys_of(kv, first), p_.k.stride[2], count, p_.head_size, panels(slot) + first * p_.head_size);
+    pack_panels<T>(p_.dtype, keys_of(kv, first), p_.k.stride[2], count, p_.head_size,
+                   panels(slot) + first * p_.head_size);
     state_.get()[slot * key_blocks_ + block] =
         prepare_values(kv, first, count, panels(slot) + panel_size_ + first * value_ld_);
   }
@@ -172,11 +176,12 @@ class Forward {
 
   void begin(const Work& w, std::int64_t kv, std::int64_t first, std::int64_t rows) const {
     const std::int64_t batch = kv / p_.kv_heads, kv_head = kv % p_.kv_heads;
-    for_heads(p_, kv_head, first, rows, [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-      const std::int64_t offset = batch * p_.q.stride[0] + head * p_.q.stride[1] + query * p_.q.stride[2];
-      read_rows<T>(p_.dtype, element(p_.q.data, offset, p_.dtype), p_.q.stride[2], count, p_.head_size, static_cast<T>(p_.scale),
-                   w.q + at * size_ld_, size_ld_);
-    });
+    for_heads(p_, kv_head, first, rows,
+              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+                const std::int64_t offset = batch * p_.q.stride[0] + head * p_.q.stride[1] + query * p_.q.stride[2];
+                read_rows<T>(p_.dtype, element(p_.q.data, offset, p_.dtype), p_.q.stride[2], count, p_.head_size,
+                             static_cast<T>(p_.scale), w.q + at * size_ld_, size_ld_);
+              });
     masks_.describe(batch, kv_head, first, rows, keys_, w.rows);
     for (std::int64_t r = 0; r < rows; ++r) w.rows[r].poisoned = false;
     for (std::int64_t r = 0; r < row_space_; ++r) w.top[r] = -kInfinity<T>;
@@ -256,10 +261,9 @@ class Forward {
   void add_values(const Work& w, std::int64_t rows, std::int64_t width, const T* values, std::int64_t stride) const {
     for (std::int64_t first = 0; first < width; first += kDepthBlock) {
       const std::int64_t depth = min_of(kDepthBlock, width - first);
-      product<T, Layout::kRows, true>(rows, value_ld_ / n, w.s + first, tile_ld_, values + first * stride, stride, w.out,
-                                      value_ld_, [&](std::int64_t m, int count) {
-                                        return Range{0, min_of(depth, most_of(w.rows + m, count) - first)};
-                                      });
+      product<T, Layout::kRows, true>(
+          rows, value_ld_ / n, w.s + first, tile_ld_, values + first * stride, stride, w.out, value_ld_,
+          [&](std::int64_t m, int count) { return Range{0, min_of(depth, most_of(w.rows + m, count) - first)}; });
     }
   }
 
@@ -317,7 +321,8 @@ class Forward {
     if (width == 0) return;
     const bool uniform = masks_.uniform(rows, 0);
     if (uniform && !masks_.additive(w.rows[0], first, width, w.add)) return;
-    multiply_rows<T>(p_.dtype, keys_of(kv, first), p_.k.stride[2], width, p_.head_size, w.q, size_ld_, w.s, tile_ld_, rows);
+    multiply_rows<T>(p_.dtype, keys_of(kv, first), p_.k.stride[2], width, p_.head_size, w.q, size_ld_, w.s, tile_ld_,
+                     rows);
     const std::uint8_t state = prepare_values(kv, first, width, w.values);
     softmax_tile(w, kv, rows, first, width, uniform, state == kDirty, is_first);
     const bool direct = state == kDirect;
@@ -359,9 +364,9 @@ class Forward {
   const RowBlocks blocks_;
   const std::int64_t key_block_, key_blocks_, tile_ld_;
   const int threads_;
-  const bool direct_;  // values can be read as they lie
-  const int parts_;    // ranges of keys of one key head, with few rows
-  const bool own_;     // threads pack whole key heads for themselves
+  const bool direct_;                  // values can be read as they lie
+  const int parts_;                    // ranges of keys of one key head, with few rows
+  const bool own_;                     // threads pack whole key heads for themselves
   const std::int64_t slots_, rounds_;  // key heads packed at a time, and how often
   const std::int64_t row_space_, work_size_, panel_size_, values_size_, partial_size_;
   Scratch<T> work_, packed_, partial_;

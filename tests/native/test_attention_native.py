@@ -1,4 +1,4 @@
-"""Attention's ways of sharing out the work, which depend on sizes and threads: each is taken, by each instruction set."""
+"""Attention's ways of sharing out the work, which depend on sizes and threads, for every instruction set."""
 
 from __future__ import annotations
 
