@@ -34,16 +34,13 @@ def print_accuracy(pairs: list[Pair], found: dict[str, list[str]]) -> None:
         print(f"{name:>13}: {right:.1%} exact ({kinds}), similarity of characters {similar / len(pairs):.1%}")
 
 
-def print_examples(pairs: list[Pair], found: dict[str, list[str]], count: int = 10) -> list[int]:
+def print_examples(pairs: list[Pair], found: dict[str, list[str]], count: int = 10) -> None:
     """Print random pairs with the translations of each model; ``=`` marks the exact ones.
 
     Args:
         pairs: what was to be translated.
         found: for each model its translations of `pairs`.
         count: how many to print.
-
-    Returns:
-        The numbers of the pairs that were printed.
     """
     numbers = random.Random(1).sample(range(len(pairs)), min(count, len(pairs)))
     rows = [("English", "CLDR", *found)]
@@ -53,7 +50,6 @@ def print_examples(pairs: list[Pair], found: dict[str, list[str]], count: int = 
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
     for row in rows:
         print("".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return numbers
 
 
 def draw(

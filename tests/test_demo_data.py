@@ -82,7 +82,8 @@ def test_the_demo_runs_and_both_trainings_agree(
     assert "lstm recurrence of torch.float32" in "\n".join(lines[:5])
     begin = next(i for i, line in enumerate(lines) if line.startswith("epoch"))
     for line in lines[begin + 1 : begin + 3]:
-        _, theirs, _, ours, _, _ = line.split()
+        _, theirs, _, ours, _, _, at_equal_weights = line.split()
         assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+        assert float(at_equal_weights) < 1e-5 * float(theirs)
     assert sum(" exact (" in line for line in lines) == 2
     assert any(line.startswith("GRU, ") for line in lines)

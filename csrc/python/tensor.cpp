@@ -145,11 +145,15 @@ const Tensor& Tensor::expect(std::initializer_list<std::int64_t> shape) const {
   return *this;
 }
 
-const Tensor& Tensor::expect_contiguous() const {
-  if (!present_) return *this;
+bool Tensor::empty() const {
   for (int i = 0; i < rank_; ++i) {
-    if (shape_[i] == 0) return *this;  // without elements strides mean nothing
+    if (shape_[i] == 0) return true;
   }
+  return false;
+}
+
+const Tensor& Tensor::expect_contiguous() const {
+  if (!present_ || empty()) return *this;
   std::int64_t contiguous = 1;
   for (int i = rank_ - 1; i >= 0; --i) {
     if (shape_[i] != 1 && strides_[i] != contiguous) fail("a contiguous tensor", "strided " + shape_text());
@@ -159,7 +163,7 @@ const Tensor& Tensor::expect_contiguous() const {
 }
 
 const Tensor& Tensor::expect_last_contiguous() const {
-  if (present_ && rank_ > 0 && shape_[rank_ - 1] > 1 && strides_[rank_ - 1] != 1) {
+  if (present_ && !empty() && rank_ > 0 && shape_[rank_ - 1] > 1 && strides_[rank_ - 1] != 1) {
     fail("a contiguous last dimension", "stride " + std::to_string(strides_[rank_ - 1]));
   }
   return *this;

@@ -44,6 +44,7 @@ class Tensor {
   [[noreturn]] void fail(const std::string& expected, const std::string& got, bool type = false) const;
   std::string shape_text() const;
   bool is(DType dtype) const;
+  bool empty() const;  // strides mean nothing then
 
   const char* name_;
   bool present_ = false;
