@@ -47,16 +47,16 @@ template <class T>
 inline Vec<T> log(Vec<T> x) {
   using C = ExpConstants<T>;
   using L = LogConstants<T>;
-  const IntVec<T> bits = bit_cast<IntVec<T>>(x) - L::kHalfRoot;
-  const IntVec<T> exponent = bits >> C::kMantissa;
-  const Vec<T> m = bit_cast<Vec<T>>(bit_cast<IntVec<T>>(x) - (exponent << C::kMantissa));
+  const IntVec<T> plain = (x - x == T(0)) & (x > T(0));
+  const IntVec<T> bits = bit_cast<IntVec<T>>(plain ? x : splat(T(1)));
+  const IntVec<T> exponent = (bits - L::kHalfRoot) >> C::kMantissa;
+  const Vec<T> m = bit_cast<Vec<T>>(bits - (exponent << C::kMantissa));
   const Vec<T> e = __builtin_convertvector(exponent, Vec<T>);
   const Vec<T> s = (m - T(1)) / (m + T(1)), square = s * s;
   Vec<T> p = splat(T(1) / T(2 * L::kTerms + 1));
   for (int i = L::kTerms - 1; i >= 1; --i) p = p * square + T(1) / T(2 * i + 1);
   const Vec<T> y = e * C::kLn2Hi + (e * C::kLn2Lo + (s * square * p * T(2) + s * T(2)));
-  const Vec<T> special = x == T(0) ? splat(-kInfinity<T>) : x;
-  return x - x == T(0) && x > T(0) ? y : special;
+  return plain ? y : (x == T(0) ? splat(-kInfinity<T>) : x);
 }
 
 // A byte for each lane.

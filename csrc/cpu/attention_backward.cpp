@@ -292,12 +292,18 @@ class Backward {
           store_full(grad + j, add == -kInfinity<T> ? V{} : x * (load_full(grad + j) - w.delta[r]));
         }
       } else {
-        for (; j < count; j += n) {
+        for (; j + n <= count; j += n) {
           const V x = weight_of<T>(load_full(s + j) - w.lse[r]);
-          const V y = x * (load_full(grad + j) - w.delta[r]);
-          const bool whole = count - j >= n;
-          store_full(s + j, whole ? x : first_lanes<T>(x, count - j, T(0)));
-          store_full(grad + j, whole ? y : first_lanes<T>(y, count - j, T(0)));
+          store_full(s + j, x);
+          store_full(grad + j, x * (load_full(grad + j) - w.delta[r]));
+        }
+        if (j < count) {
+          // The lanes beyond are in the tile of rows that read more: 0 even where this row is NaN.
+          const std::int64_t left = count - j;
+          const V x = weight_of<T>(first_lanes<T>(load_full(s + j), left, -kInfinity<T>) - w.lse[r]);
+          store_full(s + j, first_lanes<T>(x, left, T(0)));
+          store_full(grad + j, first_lanes<T>(x * (load_full(grad + j) - w.delta[r]), left, T(0)));
+          j += n;
         }
       }
       for (; j < end; j += n) {
