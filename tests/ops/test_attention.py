@@ -43,8 +43,12 @@ def test_outputs_and_gradients_are_within_the_budget(runner, dtype):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_lengths(runner, lengths):
     for mask, bias, is_causal in MASKS:
-        inputs = testing.attention_inputs(1, 2, *lengths, 24, mask=mask, bias=bias, seed=3)
-        testing.check_attention(inputs, is_causal=is_causal)
+        # Few elements are judged over several draws.
+        draws = [
+            testing.attention_inputs(1, 2, *lengths, 24, mask=mask, bias=bias, seed=3 + seed)
+            for seed in range(8 if lengths == (1, 1) else 1)
+        ]
+        testing.check_attention(*draws, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -285,7 +289,7 @@ def test_what_one_saves_another_reads(plain_runner, other_backend, dtype):
     with seqkernels.use_backend(other_backend):
         other = backward_op(*call)
     for x, y in zip(own, other, strict=True):
-        tolerance = 4 * torch.finfo(dtype).eps * max(y.abs().max().item(), 1)
+        tolerance = 8 * torch.finfo(dtype).eps * max(y.abs().max().item(), 1)
         torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
 
 
