@@ -1,0 +1,78 @@
+// What both passes of the recurrence share: who does which part of a step, and the way to a cell and a storage type.
+#pragma once
+
+#include "core/cells.h"
+#include "core/recurrence.h"
+#include "core/team.h"
+
+namespace seqkernels {
+namespace {
+
+// Weights above this do not stay in the cache beside each other: threads then share them out by columns.
+constexpr std::int64_t kResidentBytes = 768 << 10;
+
+struct Split {
+  bool rows;  // threads own batch rows, else groups of hidden units
+  int threads;
+};
+
+inline Split split_of(int threads, std::int64_t batch, std::int64_t groups, double work_per_step, std::int64_t steps,
+                      std::int64_t weight_bytes) {
+  const int most = team_size(threads, work_per_step * static_cast<double>(steps));
+  if (most == 1) return {true, 1};
+  if (weight_bytes <= kResidentBytes && batch >= 4 * most) return {true, most};
+  const double worth = work_per_step / kWorkPerTurn;
+  const int columns = static_cast<int>(min_of<double>(min_of<std::int64_t>(most, groups), worth));
+  const int rows = static_cast<int>(min_of<std::int64_t>(most, batch));
+  if (columns >= rows && columns > 1) return {false, columns};
+  return {true, rows};
+}
+
+inline const std::uint8_t* control_of_step(const std::uint8_t* control, std::int64_t t, std::int64_t stride) {
+  return control == nullptr ? nullptr : control + t * stride;
+}
+
+// Rows whose control byte has none of `bits` come first.
+inline std::int64_t partition_rows(const std::uint8_t* control, std::int64_t stride, std::uint8_t bits, Share rows,
+                                   std::int64_t* index) {
+  std::int64_t active = 0, others = rows.end - rows.begin;
+  for (std::int64_t b = rows.begin; b < rows.end; ++b) {
+    if (control != nullptr && (control[b * stride] & bits)) {
+      index[--others] = b;
+    } else {
+      index[active++] = b;
+    }
+  }
+  return active;
+}
+
+template <template <template <class> class, class> class Pass, class S, class Params>
+void run_cell(const Params& p) {
+  switch (p.cell) {
+    case CellKind::kRnnTanh:
+      return Pass<RnnTanh, S>(p).run();
+    case CellKind::kRnnRelu:
+      return Pass<RnnRelu, S>(p).run();
+    case CellKind::kLstm:
+      return Pass<Lstm, S>(p).run();
+    case CellKind::kGru:
+      return Pass<Gru, S>(p).run();
+  }
+}
+
+template <template <template <class> class, class> class Pass, class Params>
+void run_dtype(const Params& p) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return run_cell<Pass, float>(p);
+    case DType::kFloat64:
+      return run_cell<Pass, double>(p);
+    case DType::kBFloat16:
+      return run_cell<Pass, BFloat16>(p);
+    case DType::kFloat16:
+      return run_cell<Pass, Float16>(p);
+  }
+}
+
+}  // namespace
+}  // namespace seqkernels
