@@ -29,10 +29,12 @@ class CMakeBuild(build_ext):
             if mode != "0":
                 self.build_native()
         except (OSError, subprocess.CalledProcessError) as error:
+            failed = isinstance(error, subprocess.CalledProcessError)
+            reason = f"cmake failed with status {error.returncode}, see above" if failed else str(error)
             if mode == "1":
-                raise SystemExit(f"seqkernels: the native module could not be built: {error}") from error
+                raise SystemExit(f"seqkernels: the native module could not be built: {reason}") from error
             print(
-                f"seqkernels: the native module was not built: {error}",
+                f"seqkernels: the native module was not built: {reason}",
                 "seqkernels: installing the pure-Python package (numba and reference implementations)",
                 "seqkernels: SEQKERNELS_BUILD=1 shows the failure, SEQKERNELS_BUILD=0 skips the attempt",
                 sep="\n",
