@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends.reference.attention import attention as reference_attention
 from ..backends.reference.recurrence import recurrence as reference_recurrence
-from ..cells import CELLS, HOLD, RESET, accumulate_dtype
+from ..cells import CELLS, HOLD, RESET, Weights, accumulate_dtype
 
 Recurrence = Callable[..., tuple[Tensor | None, ...]]
 Attention = Callable[..., tuple[Tensor | None, ...]]
@@ -27,7 +27,8 @@ def recurrence_oracle(
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """`seqkernels.ops.recurrence.recurrence` by the differentiable reference, without ops or a registry between."""
-    states, state_n, _ = reference_recurrence(gates_x, weight_hh, bias_hh, state0, control, cell, reverse)
+    weights = Weights(None, weight_hh, bias_hh=bias_hh)
+    states, state_n, _ = reference_recurrence(gates_x, weights, state0, control, cell, reverse)
     per_step = states.narrow(1, 0 if reverse else 1, gates_x.shape[0]).unbind(0)
     return per_step[0], per_step[1] if cell == "lstm" else None, state_n
 
