@@ -63,6 +63,10 @@ class Weights(NamedTuple):
     zoneout: Tensor | None = None
     seed: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> Weights:
+        """All floating point tensors in `dtype`."""
+        return Weights._make(x.to(dtype) if x is not None and x.is_floating_point() else x for x in self)
+
 
 #: Fields of `Weights` without a gradient.
 CONSTANTS = ("recurrent_mask", "zoneout", "seed")

@@ -166,7 +166,7 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
         # A graph of the gradients is wanted, for the second order.
         from ..backends.reference.recurrence import gradients
 
-        found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs, True)
+        found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs)
     else:
         op = backward_op(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs)
         found = [x if need else None for x, need in zip(op, needs, strict=True)]

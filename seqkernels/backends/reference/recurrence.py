@@ -1,13 +1,11 @@
 """The recurrence in plain PyTorch: a loop over time, differentiable by autograd, and the oracle of the tests.
 
-`recurrence_backward` takes the backward pass by hand (``recurrence_backward.py``) where the plain contract is asked
-for, and differentiates the loop where options of the cell are.
+A step is in ``recurrence_step.py``, the backward pass by hand in ``recurrence_backward.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +34,7 @@ def recurrence(
     """
     dtype = input.dtype
     acc = accumulate_dtype(dtype)
-    w = Weights._make(x.to(acc) if x is not None and x.is_floating_point() else x for x in weights)
+    w = weights.to(acc)
     state = tuple(state0.to(acc).unbind(0))
     x = input.to(acc)
     reset, hold, detach = (None if control is None else (control & bit).bool().unsqueeze(2) for bit in _BITS)
@@ -78,39 +76,35 @@ def gradients(
     cell: str,
     reverse: bool,
     needs: Sequence[bool],
-    create_graph: bool,
 ) -> list[Tensor | None]:
-    """Gradients by running the loop again and differentiating it.
+    """Differentiable gradients, by running the loop again under autograd.
 
     Args:
         grads, input, weights, control, cell, reverse, needs: as in `recurrence_backward`.
         state0: (S, B, H).
-        create_graph: whether the gradients are differentiable in turn.
 
     Returns:
         For each of `needs` the gradient, ``None`` where there is no need and where nothing depends on the tensor.
     """
-    inputs: list[Any] = [input, state0, *weights]
-    if not create_graph:
-        inputs = [
-            x.detach().requires_grad_() if need and x is not None else x for x, need in zip(inputs, needs, strict=True)
-        ]
-        input, state0, weights = inputs[0], inputs[1], Weights._make(inputs[2:])
+    inputs = (input, state0, *weights)
     with torch.enable_grad():
         states, state_n, reserve = recurrence(input, weights, state0, control, cell, reverse)
-        per_step = list(states.narrow(1, 0 if reverse else 1, input.shape[0]).unbind(0))
-        cells = per_step[1] if cell == "lstm" else None
-        gates = reserve[:, :, : CELLS[cell].gates].to(input.dtype) if reserve.shape[2] else per_step[0].unsqueeze(2)
+        hidden, *cells = states.narrow(1, 0 if reverse else 1, input.shape[0]).unbind(0)
+        gates = reserve[:, :, : CELLS[cell].gates].to(input.dtype) if CELLS[cell].reserve else hidden.unsqueeze(2)
+        outputs = hidden, cells[0] if cells else None, state_n, gates
+        # Without steps the states depend on the initial one alone.
         pairs = [
             (out, grad)
-            for out, grad in zip((per_step[0], cells, state_n, gates), grads, strict=True)
+            for out, grad in zip(outputs, grads, strict=True)
             if out is not None and grad is not None and out.requires_grad
         ]
         wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
         if not pairs or not wanted:
             return [None] * len(inputs)
-        outputs, cotangents = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=create_graph, allow_unused=True))
+        cotangents = [grad for _, grad in pairs]
+        found = iter(
+            torch.autograd.grad([out for out, _ in pairs], wanted, cotangents, create_graph=True, allow_unused=True)
+        )
     return [next(found) if need and x is not None else None for x, need in zip(inputs, needs, strict=True)]
 
 
@@ -153,20 +147,9 @@ def recurrence_backward(
     Returns:
         For each of `needs` the gradient, in shape and dtype of its tensor; empty where there is no need.
     """
-    state0 = states[:, -1 if reverse else 0]
-    inputs = (input, state0, *weights)
-    options = weights.peephole, weights.recurrent_mask, weights.norm_h, weights.norm_c, weights.zoneout, grads[3]
-    if all(option is None for option in options):
-        found = through_time(grads, input, weights, states, reserve, control, cell, reverse, needs)
-    else:
-        found = gradients(grads, input, state0, weights, control, cell, reverse, needs, create_graph=False)
+    found = through_time(grads, input, weights, states, reserve, control, cell, reverse, needs)
+    like = (input, states[:, 0], *weights)
     return [
-        _result(grad, x) if need and x is not None else input.new_empty(0)
-        for grad, x, need in zip(found, inputs, needs, strict=True)
+        input.new_empty(0) if grad is None or x is None else grad.to(x.dtype).contiguous()
+        for grad, x in zip(found, like, strict=True)
     ]
-
-
-def _result(grad: Tensor | None, x: Tensor) -> Tensor:
-    if grad is None:
-        return x.new_zeros(x.shape)
-    return grad.to(x.dtype).contiguous()

@@ -61,15 +61,29 @@ def _lstm(gates: Tensor, c: Tensor, peephole: Tensor | None, norm_c: Tensor | No
     return (o * seen.tanh(), c), torch.stack((i, f, g, o), 1)
 
 
-def zone_out(old: States, new: States, zoneout: Tensor, seed: Tensor | None, t: int) -> States:
-    """The states (B, H) after step `t`: each element of `new`, or of `old` with probability ``zoneout[s]``.
+def keep(zoneout: Tensor, seed: Tensor | None, t: int, batch: int, hidden: int) -> tuple[Tensor, ...]:
+    """How much of each state stays what it was in step `t`.
 
-    Without a seed the expectation of that.
+    Args:
+        zoneout: (S,), probabilities.
+        seed: () int64; ``None`` for the expectation.
+        t: the index of the step in time, in which direction soever the loop runs.
+        batch: B.
+        hidden: H.
+
+    Returns:
+        S tensors: (B, H) bool with a seed, else the probabilities.
     """
     if seed is None:
-        return tuple(p * a + (1 - p) * b for a, b, p in zip(old, new, zoneout, strict=True))
-    batch, hidden = old[0].shape
-    shape = (batch, len(old), hidden)
-    count = batch * len(old) * hidden
-    keep = uniform(seed, t * count + torch.arange(count, device=seed.device).view(shape)) < zoneout.unsqueeze(1)
-    return tuple(torch.where(k, a, b) for a, b, k in zip(old, new, keep.unbind(1), strict=True))
+        return tuple(zoneout)
+    count = batch * len(zoneout) * hidden
+    index = t * count + torch.arange(count, device=seed.device).view(batch, len(zoneout), hidden)
+    return (uniform(seed, index) < zoneout.unsqueeze(1)).unbind(1)
+
+
+def zone_out(old: States, new: States, zoneout: Tensor, seed: Tensor | None, t: int) -> States:
+    """The states (B, H) after step `t`, of what they were and what the cell made of them; see `keep`."""
+    kept = keep(zoneout, seed, t, *old[0].shape)
+    if seed is None:
+        return tuple(p * a + (1 - p) * b for p, a, b in zip(kept, old, new, strict=True))
+    return tuple(torch.where(k, a, b) for k, a, b in zip(kept, old, new, strict=True))
