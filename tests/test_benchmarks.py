@@ -18,7 +18,7 @@ from seqkernels.testing import assert_within_budget
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, conftest, engines, measure, report, roofline, workloads  # noqa: E402
+from benchmarks import cases, conftest, engines, errors, measure, report, roofline, workloads  # noqa: E402
 
 EVERY = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 
@@ -521,3 +521,38 @@ def test_bad_options_are_named(argument, message, tmp_path):
     )
     assert done.returncode == 4
     assert message in done.stdout + done.stderr
+
+
+def test_error_in_units_in_the_last_place():
+    exact = [torch.tensor([3.0, -0.5], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
+    eps = torch.finfo(torch.float32).eps
+    results = [torch.tensor([3.0 + 2 * eps, -0.5]), torch.zeros(2)]
+    found = errors.error(results, exact)
+    # One unit in the last place of 3 is 2 eps.
+    assert found == pytest.approx((2 * eps / 3, 2 * eps / 3 / 2**0.5, 1.0))
+    assert errors.error(exact, exact) == (0, 0, 0)
+    assert errors.error([torch.ones(2), torch.ones(2)], exact).ulp == float("inf")
+    with pytest.raises(ValueError, match="result 1: not finite"):
+        errors.error([results[0], torch.tensor([0.0, torch.nan])], exact)
+
+
+def test_the_table_of_errors(tmp_path, capsys):
+    page = tmp_path / "docs" / "errors.md"
+    arguments = ["--cells", "lstm", "--steps", "1", "3", "--allow-missing", "--output", str(page)]
+    assert errors.main(arguments) == 0
+    assert str(page) in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
+    assert rows[0] == ["dtype", "T", "of"] + [
+        f"{name} {what}" for name in errors.PROVIDERS for what in ("max", "RMS", "ulp")
+    ]
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    named = list(itertools.product(dtypes, ("1", "3"), ("outputs", "gradients")))
+    assert [tuple(row[:3]) for row in rows[2:]] == named
+    for row in rows[2:]:
+        # torch in float64 is what the others are compared with.
+        assert (row[3] == "-") == (row[0] == "float64")
+        for number in row[9:] if row[0] == "float64" else row[3:6] + row[9:]:
+            assert float(number) < 100
+    with pytest.raises(SystemExit):
+        errors.main(["--steps", "0", "--allow-missing"])
+    assert "--steps: at least 1 each, not 0" in capsys.readouterr().err
