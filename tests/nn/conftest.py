@@ -1,0 +1,69 @@
+"""Judging layers against loops over ``torch.nn`` and over plain formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import seqkernels
+from seqkernels import backends
+from seqkernels.testing import assert_within_budget, poisoned_empty
+
+Run = Callable[[torch.dtype, int], dict[str, Tensor]]
+
+# Numba keeps to the plain contract.
+CAPABLE = [name for name in backends.NAMES if name != "numba" and backends.backend(name).unavailable() is None]
+
+
+@pytest.fixture(params=CAPABLE)
+def capable(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Insists on each implementation that has the options of the cells; fresh memory holds NaN."""
+    with seqkernels.use_backend(request.param), poisoned_empty():
+        yield request.param
+
+
+def _together(oracle: dict[str, Tensor], found: dict[str, Tensor], grads: bool) -> Tensor:
+    """All outputs, or all gradients, each scaled to its size in the oracle by a power of two, which rounds nothing."""
+    parts = []
+    for name in oracle:
+        if name.startswith("grad of ") == grads and oracle[name].numel():
+            largest = oracle[name].abs().max()
+            size = largest.log2().ceil() if largest else torch.zeros(())
+            parts.append(found[name].flatten() * (2**-size).to(found[name].dtype))
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def _judge(ours: Run, theirs: Run, *others: Run, seeds: int = 3) -> None:
+    """Assert that what `ours` computes is within the budget of `theirs`, in float32 and float64.
+
+    Args:
+        ours: gives results by name, gradients as ``"grad of "`` something, in a dtype for a seed whose numbers are
+            exact in float32.
+        theirs: the same, the oracle in float64 and the baseline in float32.
+        others: more baselines, equal but for rounding, of which the least exact counts.
+        seeds: how many draws are judged together; one alone may be exact by luck.
+    """
+
+    def draws(run: Run, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {f"{name} {seed}": x for seed in range(seeds) for name, x in run(dtype, seed).items()}
+
+    oracle = draws(theirs, torch.float64)
+    baselines = [draws(run, torch.float32) for run in (theirs, *others)]
+    for dtype in (torch.float32, torch.float64):
+        actual = draws(ours, dtype)
+        assert actual.keys() == oracle.keys()
+        for name, value in actual.items():
+            assert value.dtype == dtype, name
+            assert value.shape == oracle[name].shape, name
+        for grads in (False, True):
+            found, exact, *own = (_together(oracle, results, grads) for results in (actual, oracle, *baselines))
+            assert_within_budget(found, exact, own, "gradients" if grads else "outputs")
+
+
+@pytest.fixture
+def judge() -> Callable[..., None]:
+    """The function `_judge`."""
+    return _judge
