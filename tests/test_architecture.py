@@ -22,9 +22,12 @@ needs_sources = pytest.mark.skipif(not CSRC, reason="the C++ sources are not bes
 LAYERS = {
     "_version": 0,
     "cells": 0,
+    "_sequences": 1,
     "backends": 1,
+    "_options": 2,
     "ops": 2,
     "_attention": 3,
+    "_recurrent": 3,
     "functional": 4,
     "nn": 5,
     "models": 6,

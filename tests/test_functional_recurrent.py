@@ -90,8 +90,12 @@ def lstm(**changed: Any) -> Any:
     [
         ({"input": torch.randn(5, 3)}, RuntimeError, "input: expected 3 dimensions, got 2"),
         ({"input": torch.randn(0, 2, 3)}, RuntimeError, "Expected sequence length to be larger than 0 in RNN"),
-        ({"input": torch.randn(5, 2, 7)}, RuntimeError, "mat1 and mat2 shapes"),
-        ({"input": torch.randn(5, 2, 3).double(), "hx": None}, RuntimeError, "must have the same dtype"),
+        ({"input": torch.randn(5, 2, 7)}, RuntimeError, "input: expected 3 features as in weight_ih, got 7"),
+        (
+            {"input": torch.randn(5, 2, 3).double(), "hx": None},
+            RuntimeError,
+            r"input: expected the dtype of the parameters, torch\.float32, got torch\.float64",
+        ),
         ({"hx": (torch.zeros(1, 2, 4),)}, RuntimeError, "hx: lstm expects two hidden states, got 1"),
         ({"hx": (torch.zeros(1, 2, 4), torch.zeros(1, 3, 4))}, RuntimeError, r"hx\[1\]: expected size \(1, 2, 4\)"),
         ({"params": ()}, RuntimeError, "params: .* expected 4 for each layer and direction, 4 in all, got 0"),

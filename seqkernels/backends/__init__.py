@@ -36,8 +36,9 @@ class Call(NamedTuple):
         device: the device type, ``"cpu"`` for example.
         dtype: dtype of the main input.
         kind: the cell of a recurrence; empty for attention.
-        features: what the call uses beyond the plain contract, sorted (``"bias"``, ``"causal"``, ``"control"``,
-            ``"grouped"``, ``"mask"``).
+        features: what the call uses beyond the plain contract, sorted; of attention ``"bias"``, ``"causal"``,
+            ``"grouped"``, ``"mask"``; of the recurrence ``"control"``, ``"gates"`` (in the backward pass, where the
+            gates have a gradient), ``"norm"``, ``"peephole"``, ``"recurrent_mask"``, ``"reset_state"``, ``"zoneout"``.
     """
 
     op: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..functional import Trace
 from .alignment import BilinearAttention
 from .attention import MultiheadAttention
-from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .cells import GRUCell, LSTMCell, RNNCell
+from .rnn import GRU, LSTM, RNN
 
-__all__ = ["GRU", "LSTM", "RNN", "BilinearAttention", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "BilinearAttention", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell", "Trace"]

@@ -1,6 +1,6 @@
-"""Recurrent layers and cells with the interface of ``torch.nn``'s, run by `seqkernels.functional`.
+"""Recurrent layers with the interface of ``torch.nn``'s, and what it lacks, run by `seqkernels.functional`.
 
-They subclass ``RNNBase`` and ``RNNCellBase`` rather than ``torch.nn.LSTM`` and its like, because Dynamo breaks the
+They subclass ``RNNBase`` rather than ``torch.nn.LSTM`` and its like, because Dynamo breaks the
 graph at those types; ``isinstance(layer, torch.nn.LSTM)`` is therefore false. TorchScript does not compile them. The
 output of a layer in one direction is memory that its backward pass reads: while gradients are recorded, modifying it
 in place is an error, as it is for torch's LSTM.
@@ -8,20 +8,110 @@ in place is an error, as it is for torch's LSTM.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn import Parameter, init
+from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional
+from .._options import Options, Trace, check, probability, zoneout_of
+from .._recurrent import run
+from ..cells import CELLS
+
+_CELLS = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
 class _Layer(RNNBase):
     """What RNN, LSTM and GRU share: one forward pass for every form of input, over weights read by name."""
 
     _input_error = ""
+    # Of the class, so that a layer that was torch's has them too.
+    zoneout: Any = 0.0
+    recurrent_dropout: float = 0.0
+    layer_norm: bool = False
+    peephole: bool = False
+    learn_reset_state: bool = False
+
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        zoneout: float | Sequence[float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        layer_norm: bool = False,
+        peephole: bool = False,
+        learn_reset_state: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(mode, *args, **kwargs)
+        cell = _CELLS[mode]
+        flags = {"layer_norm": layer_norm, "peephole": peephole, "learn_reset_state": learn_reset_state}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+        if peephole and cell != "lstm":
+            raise ValueError("peephole: only an LSTM has it")
+        chances = zoneout_of(cell, zoneout, self.proj_size > 0)
+        options = {
+            "zoneout": chances if len(chances) > 1 and any(chances) else chances[0],
+            "recurrent_dropout": probability("recurrent_dropout", recurrent_dropout),
+            **flags,
+        }
+        for name, value in options.items():
+            if value:
+                setattr(self, name, value)
+        gates, states, _ = CELLS[cell]
+        size, like = self.hidden_size, getattr(self, self._flat_weights_names[0])
+        for suffix in self._suffixes():
+            for name, shape in {
+                **({"norm_ih": (gates * size,), "norm_hh": (gates * size,)} if layer_norm else {}),
+                **({"norm_c": (2, size)} if layer_norm and cell == "lstm" else {}),
+                **({"weight_peephole": (3, size)} if peephole else {}),
+                **({"reset_state": (states, size)} if learn_reset_state else {}),
+            }.items():
+                setattr(self, f"{name}_{suffix}", Parameter(torch.empty(shape, device=like.device, dtype=like.dtype)))
+        self._reset_options()
+
+    def _suffixes(self) -> list[str]:
+        """``l0``, ``l0_reverse``, ``l1``, ..., in the order of layers and directions."""
+        return [names[0].removeprefix("weight_ih_") for names in self._all_weights]
+
+    def _listed(self, name: str) -> list[Tensor]:
+        return [getattr(self, f"{name}_{suffix}") for suffix in self._suffixes()]
+
+    def reset_parameters(self) -> None:
+        """Draw weights, biases and peepholes as torch does; gains of norms become 1, reset states and shifts 0."""
+        super().reset_parameters()
+        self._reset_options()
+
+    def _reset_options(self) -> None:
+        if self.peephole:
+            bound = 1 / math.sqrt(self.hidden_size)
+            for weight in self._listed("weight_peephole"):
+                init.uniform_(weight, -bound, bound)
+        if self.layer_norm:
+            for gain in self._listed("norm_ih") + self._listed("norm_hh"):
+                init.ones_(gain)
+            if self.mode == "LSTM":
+                for norm in self._listed("norm_c"):
+                    with torch.no_grad():
+                        norm[0].fill_(1)
+                        norm[1].fill_(0)
+        if self.learn_reset_state:
+            for state in self._listed("reset_state"):
+                init.zeros_(state)
+
+    def extra_repr(self) -> str:
+        """Text of the constructor arguments, those of torch first."""
+        text = super().extra_repr()
+        for name in ("zoneout", "recurrent_dropout", "layer_norm", "peephole", "learn_reset_state"):
+            if getattr(self, name):
+                text += f", {name}={getattr(self, name)}"
+        return text
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -59,22 +149,174 @@ class _Layer(RNNBase):
                 f" but got {hx.dim()}-D tensor"
             )
 
-    def _unsqueeze(self, hx: Any) -> Any:
-        return hx.unsqueeze(1)
+    def _states(self, hx: Any) -> tuple[Tensor, ...]:
+        """`hx` as the states of the cell; `_join` undoes it."""
+        return (hx,)
 
-    def _squeeze(self, hx: Any) -> Any:
-        return hx.squeeze(1)
+    def _join(self, states: Sequence[Tensor]) -> Any:
+        return states[0]
 
-    def _run(self, *args: Any) -> tuple[Tensor, Any]:
-        raise NotImplementedError
+    def _fits(self, input: Tensor, hx: Any, dtype: torch.dtype) -> bool:
+        """Whether `input` is padded and all arguments fit at first sight."""
+        shape = input.shape
+        if len(shape) != 3 or shape[2] != self.input_size or input.dtype != dtype:
+            return False
+        batch, steps = shape[:2] if self.batch_first else (shape[1], shape[0])
+        if steps == 0:
+            return False
+        if hx is None:
+            return True
+        rows = self.num_layers * 2 if self.bidirectional else self.num_layers
+        expected = (rows, batch, self.hidden_size)
+        if self.mode != "LSTM":
+            return hx.shape == expected and hx.dtype == dtype
+        if len(hx) != 2:
+            return False
+        projected = (rows, batch, self.proj_size) if self.proj_size else expected
+        h, c = hx
+        return h.shape == projected and c.shape == expected and h.dtype == dtype and c.dtype == dtype
 
-    def _forward(self, input: Any, hx: Any) -> tuple[Any, Any]:
+    def _weights(self) -> list[Any]:
+        own = self._parameters
+        # A parametrized weight is no parameter of the layer itself.
+        return [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        tbptt: int | None = None,
+        return_states: bool = False,
+        return_gates: bool = False,
+    ) -> tuple[Any, ...]:
+        """Run the layer. The keyword arguments are what ``torch.nn`` has not; ``docs/recurrent-layers.md`` shows them.
+
+        Args:
+            input: (T, B, I), (B, T, I) if ``batch_first``, (T, I) without a batch, or a ``PackedSequence``.
+            hx: initial hidden state (L*D, B, H), (L*D, H) without a batch; of an LSTM h_0 (L*D, B, P) and c_0
+                (L*D, B, H); ``None`` for zeros.
+            reset: (T, B) bool or uint8, (B, T) if ``batch_first``, (T,) without a batch: ``True`` at the first step of
+                every document or episode. The state is zero there, or the learnt ``reset_state``, instead of what the
+                steps before left: nothing passes between documents, values or gradients, in either direction. Forward
+                this is the loop ``h = h * (1 - reset[t])`` before each step; the reverse direction enters a document
+                at its last step, so it is reset before the step that lies in front of a flag.
+            lengths: (B,) int32 or int64 on the device of the input: sequence b has ``lengths[b]`` steps, in any
+                order. Past them the input is not looked at, the output is 0, and final states and the reverse
+                direction's begin are at each sequence's own end, as with a ``PackedSequence``. Nothing waits for the
+                values. A sequence without steps ends in `hx`.
+            cu_seqlens: (N_docs + 1,) int32 or int64 on the device of the input, which is then (N, I), documents behind
+                one another: document d has the rows from ``cu_seqlens[d]`` to ``cu_seqlens[d + 1]``, and B is the
+                number of documents. Each runs as if alone.
+            max_seqlen: length of the longest document, or more; found out where absent, which takes `cu_seqlens` on
+                the CPU and no compilation.
+            tbptt: k, truncated back-propagation through time: gradients stop before the steps k, 2k, ... of each
+                direction, counted from where it begins. Values stay what they are.
+            return_states: also return the states of every step.
+            return_gates: also return the gates of every step.
+
+        Returns:
+            The output, in the form of the input with D*P features; the final states, in the form of `hx`; with
+            `return_states` or `return_gates` a list of `seqkernels.nn.Trace`, for each layer and direction in the
+            order of torch's weights.
+
+        Raises:
+            ValueError, RuntimeError: torch's, where `input` or `hx` does not fit.
+            ValueError, TypeError: another argument is not allowed; the message names it.
+        """
+        weights = self._weights()
+        if (
+            reset is not None
+            or lengths is not None
+            or cu_seqlens is not None
+            or max_seqlen is not None
+            or tbptt is not None
+            or return_states
+            or return_gates
+            or self.zoneout
+            or self.recurrent_dropout
+            or self.layer_norm
+            or self.peephole
+        ):
+            norm = self.layer_norm
+            options = Options(
+                reset,
+                self._listed("reset_state") if self.learn_reset_state and reset is not None else None,
+                lengths,
+                cu_seqlens,
+                max_seqlen,
+                tbptt,
+                return_states,
+                return_gates,
+                self.zoneout,
+                self.recurrent_dropout,
+                self._listed("norm_ih") if norm else None,
+                self._listed("norm_hh") if norm else None,
+                self._listed("norm_c") if norm and self.mode == "LSTM" else None,
+                self._listed("weight_peephole") if self.peephole else None,
+            )
+            return self._general(input, hx, weights, options)
+        if isinstance(input, PackedSequence) or not self._fits(input, hx, weights[0].dtype):
+            return self._general(input, hx, weights, None)
+        output, *states = run(
+            _CELLS[self.mode],
+            input,
+            None,
+            None if hx is None else self._states(hx),
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+        )
+        return output, self._join(states)
+
+    def step(self, input: Tensor, hx: Any = None, *, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Run one time step: for a stream or a policy that acts, in a loop that carries the state.
+
+        A sequence fed step by step gives what `forward` gives of the whole, and memory does not grow under
+        ``torch.no_grad()``.
+
+        Args:
+            input: (B, I), or (I,) without a batch.
+            hx: the state that the last step returned, as in `forward`; ``None`` for zeros.
+            reset: (B,) bool or uint8, () without a batch: where ``True``, the state is zero before this step.
+
+        Returns:
+            The output (B, P), or (P,), and the state to give to the next step.
+
+        Raises:
+            RuntimeError: the layer is bidirectional, or has ``recurrent_dropout`` and is in training, whose mask is
+                that of a whole sequence.
+        """
+        if self.bidirectional:
+            raise RuntimeError("step: a bidirectional layer needs the whole sequence")
+        if self.recurrent_dropout and self.training:
+            raise RuntimeError("step: recurrent_dropout has one mask for a whole sequence; call eval() first")
+        if input.dim() not in (1, 2):
+            raise ValueError(f"input: expected (B, I) or (I,), got {tuple(input.shape)}")
+        time = 1 if self.batch_first and input.dim() == 2 else 0
+        if reset is None:
+            output, hx = self(input.unsqueeze(time), hx)
+        else:
+            output, hx = self(input.unsqueeze(time), hx, reset=reset.unsqueeze(time))
+        return output.squeeze(time), hx
+
+    def _general(self, input: Any, hx: Any, weights: list[Any], options: Options | None) -> tuple[Any, ...]:
+        """Every form of input, with the errors of torch and of `seqkernels.functional`."""
         batch_sizes = sorted_indices = unsorted_indices = None
         batched, batch_dim = True, 0 if self.batch_first else 1
+        documents = options is not None and options.cu_seqlens is not None
         packed = isinstance(input, PackedSequence)
         if packed:
             input, batch_sizes, sorted_indices, unsorted_indices = input
-        else:
+        elif not documents:
             if input.dim() not in (2, 3):
                 raise ValueError(self._input_error.format(input.dim()))
             batched = input.dim() == 3
@@ -82,20 +324,44 @@ class _Layer(RNNBase):
                 self._check_rank(hx, batched)
             if not batched:
                 input = input.unsqueeze(batch_dim)
-                hx = None if hx is None else self._unsqueeze(hx)
-        if hx is None:
+                hx = None if hx is None else self._join([state.unsqueeze(1) for state in self._states(hx)])
+                options = None if options is None else self._unbatched(options, batch_dim)
+        if documents:
+            # The rows of the documents are checked as those of a PackedSequence.
+            self.check_input(input, options.cu_seqlens)  # type: ignore[union-attr]
+        elif hx is None:
             self.check_input(input, batch_sizes)
         else:
             self.check_forward_args(input, hx, batch_sizes)
             hx = self.permute_hidden(hx, sorted_indices)
-        weights = [getattr(self, name) for name in self._flat_weights_names]
-        settings = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        states = None if hx is None else self._states(hx)
+        cell, layers = _CELLS[self.mode], (self.num_layers, self.bidirectional, self.batch_first)
+        check(cell, input, batch_sizes, states, weights, self.bias, *layers, options)
+        settings = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
+        output, *results = run(cell, input, batch_sizes, states, weights, *settings, options)
+        traces = results.pop() if len(results) > CELLS[cell].states else None
+
+        def restore(x: Any) -> Any:
+            if packed:
+                return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
+            return x if batched else x.squeeze(batch_dim)
+
+        hidden = self._join(results if batched else [state.squeeze(1) for state in results])
         if packed:
-            data, hidden = self._run(input, batch_sizes, hx, *settings)
             hidden = self.permute_hidden(hidden, unsorted_indices)
-            return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices), hidden
-        output, hidden = self._run(input, hx, *settings, self.batch_first)
-        return (output, hidden) if batched else (output.squeeze(batch_dim), self._squeeze(hidden))
+        if traces is None:
+            return restore(output), hidden
+        restored = [Trace(*(None if part is None else restore(part) for part in trace)) for trace in traces]
+        return restore(output), hidden, restored
+
+    def _unbatched(self, options: Options, batch_dim: int) -> Options:
+        if options.lengths is not None:
+            raise ValueError("lengths: input without a batch has one length, that of the input")
+        if not isinstance(options.reset, Tensor):
+            return options
+        if options.reset.dim() != 1:
+            raise ValueError(f"reset: expected 1 dimension as the input has no batch, got {options.reset.dim()}")
+        return options._replace(reset=options.reset.unsqueeze(batch_dim))
 
 
 class RNN(_Layer):
@@ -133,24 +399,6 @@ class RNN(_Layer):
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
-
-    def _run(self, *args: Any) -> tuple[Tensor, Any]:
-        return functional.rnn(*args, nonlinearity="tanh" if self.mode == "RNN_TANH" else "relu")
-
-    def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
-        """Run the layer.
-
-        Args:
-            input: (T, B, I), (B, T, I) if ``batch_first``, (T, I) without a batch, or a ``PackedSequence``.
-            hx: initial hidden state (L*D, B, H), (L*D, H) without a batch; ``None`` for zeros.
-
-        Returns:
-            The output, in the form of the input with D*H features, and the final state, in the form of `hx`.
-
-        Raises:
-            ValueError, RuntimeError: torch's, where `input` or `hx` does not fit.
-        """
-        return self._forward(input, hx)
 
 
 class LSTM(_Layer):
@@ -192,31 +440,11 @@ class LSTM(_Layer):
                 f" but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
             )
 
-    def _unsqueeze(self, hx: Any) -> Any:
-        return hx[0].unsqueeze(1), hx[1].unsqueeze(1)
+    def _states(self, hx: Any) -> tuple[Tensor, ...]:
+        return tuple(hx)
 
-    def _squeeze(self, hx: Any) -> Any:
-        return hx[0].squeeze(1), hx[1].squeeze(1)
-
-    def _run(self, *args: Any) -> tuple[Tensor, Any]:
-        output, h_n, c_n = functional.lstm(*args)
-        return output, (h_n, c_n)
-
-    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Run the layer.
-
-        Args:
-            input: (T, B, I), (B, T, I) if ``batch_first``, (T, I) without a batch, or a ``PackedSequence``.
-            hx: initial hidden state (L*D, B, P) and cell state (L*D, B, H), without B where there is no batch;
-                ``None`` for zeros.
-
-        Returns:
-            The output, in the form of the input with D*P features, and the final states, in the form of `hx`.
-
-        Raises:
-            ValueError, RuntimeError: torch's, where `input` or `hx` does not fit.
-        """
-        return self._forward(input, hx)
+    def _join(self, states: Sequence[Tensor]) -> Any:
+        return tuple(states)
 
 
 class GRU(_Layer):
@@ -246,153 +474,3 @@ class GRU(_Layer):
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
-
-    def _run(self, *args: Any) -> tuple[Tensor, Any]:
-        return functional.gru(*args)
-
-    def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
-        """Run the layer; arguments, results and errors as `RNN.forward`."""
-        return self._forward(input, hx)
-
-
-class _Cell(RNNCellBase):
-    """What the cells share: input with or without a batch, states given or absent."""
-
-    def _check(self, input: Tensor, states: dict[str, Tensor]) -> None:
-        name = self._get_name()
-        for what, tensor in {"input": input, **states}.items():
-            if tensor.dim() not in (1, 2):
-                raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
-
-    def _zeros(self, input: Tensor) -> Tensor:
-        return input.new_zeros(input.size(0), self.hidden_size)
-
-    def _weights(self) -> tuple[Any, Any, Any, Any]:
-        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-
-    def _step(self, input: Tensor, hx: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _forward(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        self._check(input, {} if hx is None else {"hidden": hx})
-        batched = input.dim() == 2
-        if not batched:
-            input = input.unsqueeze(0)
-            hx = None if hx is None else hx.unsqueeze(0)
-        result = self._step(input, self._zeros(input) if hx is None else hx)
-        return result if batched else result.squeeze(0)
-
-
-class RNNCell(_Cell):
-    """One step of an Elman RNN: drop-in for ``torch.nn.RNNCell``.
-
-    Args:
-        input_size: I, features of the input.
-        hidden_size: H, features of the hidden state.
-        bias: whether there are biases. Default: ``True``.
-        nonlinearity: ``"tanh"`` or ``"relu"``. Default: ``"tanh"``.
-        device: of the parameters.
-        dtype: of the parameters: float32, float64, bfloat16 or float16.
-    """
-
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
-    nonlinearity: str
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
-
-    def _step(self, input: Tensor, hx: Tensor) -> Tensor:
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return functional.rnn_cell(input, hx, *self._weights(), nonlinearity=self.nonlinearity)
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Run one step.
-
-        Args:
-            input: (B, I) or (I,).
-            hx: hidden state (B, H) or (H,); ``None`` for zeros.
-
-        Returns:
-            The next hidden state, in the form of `hx`.
-
-        Raises:
-            ValueError, RuntimeError: torch's, where `input` or `hx` does not fit.
-        """
-        return self._forward(input, hx)
-
-
-class LSTMCell(_Cell):
-    """One step of an LSTM: drop-in for ``torch.nn.LSTMCell``.
-
-    Args:
-        input_size: I, features of the input.
-        hidden_size: H, features of the states.
-        bias: whether there are biases. Default: ``True``.
-        device: of the parameters.
-        dtype: of the parameters: float32, float64, bfloat16 or float16.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Run one step.
-
-        Args:
-            input: (B, I) or (I,).
-            hx: hidden and cell state, (B, H) or (H,) each; ``None`` for zeros.
-
-        Returns:
-            The next hidden and cell state, in the form of `hx`.
-
-        Raises:
-            ValueError, RuntimeError: torch's, where `input` or `hx` does not fit.
-        """
-        self._check(input, {} if hx is None else {f"hx[{k}]": state for k, state in enumerate(hx)})
-        batched = input.dim() == 2
-        if not batched:
-            input = input.unsqueeze(0)
-            hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        if hx is None:
-            zeros = self._zeros(input)
-            hx = (zeros, zeros)
-        h, c = functional.lstm_cell(input, hx, *self._weights())
-        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
-
-
-class GRUCell(_Cell):
-    """One step of a GRU: drop-in for ``torch.nn.GRUCell``; arguments as `LSTMCell`."""
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-
-    def _step(self, input: Tensor, hx: Tensor) -> Tensor:
-        return functional.gru_cell(input, hx, *self._weights())
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Run one step; arguments, result and errors as `RNNCell.forward`."""
-        return self._forward(input, hx)

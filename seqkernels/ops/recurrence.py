@@ -1,106 +1,117 @@
 """The recurrence contract.
 
-A recurrence is the sequential part of an RNN layer in one direction. The input projection of all steps,
-``gates_x = F.linear(x, weight_ih, bias)``, is one GEMM that happens before; the kernel adds ``weight_hh h``,
-applies the cell and carries the state. The formulas are in `seqkernels.cells`, the mathematics of the backward
-pass in ``docs/recurrence.md``.
+A recurrence is one direction of one layer of an RNN: the input projection of all steps, one GEMM, and the loop over
+time, which adds the recurrent product to it, applies the cell and carries the state. What may be added to a cell
+travels in `seqkernels.cells.Weights`. Formulas and the backward pass: ``docs/recurrence.md``.
 
-T time, B batch, H hidden size; G, S, R are gates, states and reserve of the cell (`seqkernels.cells.CELLS`).
+T time, B batch, I input size, H hidden size; G, S, R are gates, states and reserve of the cell
+(`seqkernels.cells.CELLS`); K is G, the number of gates that are returned.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..cells import CELLS, DTYPES, accumulate_dtype
+from ..cells import CELLS, CONSTANTS, DTYPES, Weights, accumulate_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _library.define(
-    "recurrence_forward(Tensor gates_x, Tensor weight_hh, Tensor? bias_hh, Tensor state0, Tensor? control,"
-    " str cell, bool reverse, bool save) -> (Tensor states, Tensor state_n, Tensor reserve)"
+    "recurrence_forward(Tensor input, Tensor?[] weights, Tensor state0, Tensor? control, str cell, bool reverse,"
+    " bool save) -> (Tensor states, Tensor state_n, Tensor reserve)"
 )
 _library.define(
-    "recurrence_backward(Tensor? grad_hidden, Tensor? grad_cells, Tensor? grad_state_n, Tensor weight_hh,"
-    " Tensor states, Tensor reserve, Tensor? control, str cell, bool reverse)"
-    " -> (Tensor grad_gates_x, Tensor grad_weight_hh, Tensor grad_bias_hh, Tensor grad_state0)"
+    "recurrence_backward(Tensor?[] grads, Tensor input, Tensor?[] weights, Tensor states, Tensor reserve,"
+    " Tensor? control, str cell, bool reverse, bool[] needs) -> Tensor[]"
 )
 
 
-def _call(x: Tensor, control: Tensor | None, cell: str) -> backends.Call:
-    return backends.Call("recurrence", x.device.type, x.dtype, cell, () if control is None else ("control",))
+def _call(x: Tensor, weights: Weights, control: Tensor | None, cell: str, gates: bool = False) -> backends.Call:
+    features: tuple[str, ...] = () if control is None else ("control",)
+    used = {
+        "gates": gates,
+        "norm": weights.norm_h is not None or weights.norm_c is not None,
+        "peephole": weights.peephole is not None,
+        "recurrent_mask": weights.recurrent_mask is not None,
+        "reset_state": weights.reset_state is not None,
+        "zoneout": weights.zoneout is not None,
+    }
+    return backends.Call(
+        "recurrence", x.device.type, x.dtype, cell, features + tuple(name for name, used in used.items() if used)
+    )
 
 
 def _forward(
-    gates_x: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
+    input: Tensor,
+    weights: Sequence[Tensor | None],
     state0: Tensor,
     control: Tensor | None,
     cell: str,
     reverse: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = backends.implementation(_call(gates_x, control, cell))
-    return module.recurrence_forward(gates_x, weight_hh, bias_hh, state0, control, cell, reverse, save)
+    named = Weights._make(weights)
+    module = backends.implementation(_call(input, named, control, cell))
+    return module.recurrence_forward(input, named, state0, control, cell, reverse, save)
 
 
 def _backward(
-    grad_hidden: Tensor | None,
-    grad_cells: Tensor | None,
-    grad_state_n: Tensor | None,
-    weight_hh: Tensor,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    weights: Sequence[Tensor | None],
     states: Tensor,
     reserve: Tensor,
     control: Tensor | None,
     cell: str,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = backends.implementation(_call(states, control, cell))
-    return module.recurrence_backward(
-        grad_hidden, grad_cells, grad_state_n, weight_hh, states, reserve, control, cell, reverse
-    )
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    named = Weights._make(weights)
+    module = backends.implementation(_call(input, named, control, cell, grads[3] is not None))
+    return module.recurrence_backward(grads, input, named, states, reserve, control, cell, reverse, needs)
 
 
 def _forward_fake(
-    gates_x: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
+    input: Tensor,
+    weights: Sequence[Tensor | None],
     state0: Tensor,
     control: Tensor | None,
     cell: str,
     reverse: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    steps, batch, _ = gates_x.shape
+    steps, batch, _ = input.shape
     num_states, _, hidden = state0.shape
-    states = gates_x.new_empty((num_states if save else 1, steps + 1, batch, hidden))
-    state_n = gates_x.new_empty((num_states, batch, hidden))
+    states = input.new_empty((num_states if save else 1, steps + 1, batch, hidden))
+    state_n = input.new_empty((num_states, batch, hidden))
     shape = (steps, batch, CELLS[cell].reserve, hidden) if save else (0,)
-    return states, state_n, gates_x.new_empty(shape, dtype=accumulate_dtype(gates_x.dtype))
+    return states, state_n, input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
 
 
 def _backward_fake(
-    grad_hidden: Tensor | None,
-    grad_cells: Tensor | None,
-    grad_state_n: Tensor | None,
-    weight_hh: Tensor,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    weights: Sequence[Tensor | None],
     states: Tensor,
     reserve: Tensor,
     control: Tensor | None,
     cell: str,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_states, steps, batch, hidden = states.shape
-    return (
-        states.new_empty((steps - 1, batch, weight_hh.shape[0])),
-        weight_hh.new_empty(weight_hh.shape),
-        weight_hh.new_empty((weight_hh.shape[0],)),
-        states.new_empty((num_states, batch, hidden)),
-    )
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    num_states, _, batch, hidden = states.shape
+    shapes = [input.shape, (num_states, batch, hidden), *(None if x is None else x.shape for x in weights)]
+    return [
+        input.new_empty(shape if need and shape is not None else (0,))
+        for shape, need in zip(shapes, needs, strict=True)
+    ]
 
 
 _library.impl("recurrence_forward", _forward, "CompositeExplicitAutograd")
@@ -116,30 +127,24 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        gates_x: Tensor,
-        weight_hh: Tensor,
-        bias_hh: Tensor | None,
+        input: Tensor,
         state0: Tensor,
         control: Tensor | None,
         cell: str,
         reverse: bool,
+        gates: bool,
+        *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        states, state_n, reserve = forward_op(gates_x, weight_hh, bias_hh, state0, control, cell, reverse, True)
-        ctx.save_for_backward(gates_x, weight_hh, bias_hh, state0, control, states, reserve)
-        ctx.cell, ctx.reverse = cell, reverse
+        states, state_n, reserve = forward_op(input, weights, state0, control, cell, reverse, True)
+        ctx.save_for_backward(input, state0, control, states, reserve, *weights)
+        ctx.cell, ctx.reverse, ctx.gates = cell, reverse, gates
         ctx.set_materialize_grads(False)
-        return *_step_states(states, reverse), state_n
+        outputs = (*_step_states(states, reverse), state_n)
+        return (*outputs, _gates(reserve, cell, input.dtype)) if gates else outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, weight_hh, bias_hh, _, control, states, reserve = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_backward(ctx, grads), None, None, None
-        grad_cells = grads[1] if CELLS[ctx.cell].states == 2 else None
-        grad_gates_x, grad_weight_hh, grad_bias_hh, grad_state0 = backward_op(
-            grads[0], grad_cells, grads[-1], weight_hh, states, reserve, control, ctx.cell, ctx.reverse
-        )
-        return grad_gates_x, grad_weight_hh, None if bias_hh is None else grad_bias_hh, grad_state0, None, None, None
+        return _gradients(ctx, grads)
 
 
 def _step_states(states: Tensor, reverse: bool) -> tuple[Tensor, ...]:
@@ -147,69 +152,128 @@ def _step_states(states: Tensor, reverse: bool) -> tuple[Tensor, ...]:
     return tuple(states.narrow(1, 0 if reverse else 1, steps).unbind(0))
 
 
-def _differentiable_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients as a graph, for the second order: the reference recurrence, recomputed from the saved inputs."""
-    from ..backends.reference.recurrence import recurrence as reference
-
-    gates_x, weight_hh, bias_hh, state0, control, _, _ = ctx.saved_tensors
-    inputs = (gates_x, weight_hh, bias_hh, state0)
-    with torch.enable_grad():
-        states, state_n, _ = reference(*inputs, control, ctx.cell, ctx.reverse)
-        outputs = (*_step_states(states, ctx.reverse), state_n)
-        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-        found = iter(
-            torch.autograd.grad(
-                [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:4])
+def _gates(reserve: Tensor, cell: str, dtype: torch.dtype) -> Tensor:
+    return reserve.narrow(2, 0, CELLS[cell].gates).to(dtype)
 
 
-def check(
-    gates_x: Tensor, weight_hh: Tensor, bias_hh: Tensor | None, state0: Tensor, control: Tensor | None, cell: str
-) -> None:
-    """Raise the error that names the argument which breaks the contract of `recurrence`."""
+def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    input, state0, control, states, reserve, *weights = ctx.saved_tensors
+    needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[6:])
+    cells = grads[1] if CELLS[ctx.cell].states == 2 else None
+    ordered = (grads[0], cells, grads[CELLS[ctx.cell].states], grads[-1] if ctx.gates else None)
+    found: Sequence[Tensor | None]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # A graph of the gradients is wanted, for the second order.
+        from ..backends.reference.recurrence import gradients
+
+        found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs)
+    else:
+        op = backward_op(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs)
+        found = [x if need else None for x, need in zip(op, needs, strict=True)]
+    return *found[:2], None, None, None, None, *found[2:]
+
+
+def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | None, cell: str) -> None:
+    """Raise the error that names the argument which breaks the contract of `recurrence`.
+
+    Args:
+        input, state0, control, cell: as in `recurrence`.
+        weights: its other tensors.
+
+    Raises:
+        ValueError, TypeError: the message names the argument, what it was and what is allowed.
+    """
     if cell not in CELLS:
         raise ValueError(f"cell: {cell!r} is not one of {', '.join(map(repr, CELLS))}")
     gates, num_states, _ = CELLS[cell]
-    if not isinstance(gates_x, Tensor):
-        raise TypeError(f"gates_x: expected a Tensor, got {type(gates_x).__name__}")
-    if not isinstance(weight_hh, Tensor):
-        raise TypeError(f"weight_hh: expected a Tensor, got {type(weight_hh).__name__}")
-    if gates_x.dim() != 3:
-        raise ValueError(f"gates_x: expected 3 dimensions (T, B, G*H), got shape {tuple(gates_x.shape)}")
-    if gates_x.dtype not in DTYPES:
-        raise TypeError(f"gates_x: expected one of {DTYPES}, got {gates_x.dtype}")
-    _, batch, rows = gates_x.shape
-    if weight_hh.dim() != 2 or weight_hh.shape[0] != rows or weight_hh.shape[0] != gates * weight_hh.shape[1]:
-        raise ValueError(
-            f"weight_hh: expected shape (G*H, H) with G = {gates} and G*H = {rows} as in gates_x,"
-            f" got {tuple(weight_hh.shape)}"
-        )
-    hidden = weight_hh.shape[1]
-    expected: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
-        ("weight_hh", weight_hh, (rows, hidden)),
-        ("state0", state0, (num_states, batch, hidden)),
-        ("bias_hh", bias_hh, (rows,)),
-        ("control", control, (gates_x.shape[0], batch)),
-    )
-    for name, tensor, shape in expected:
-        if tensor is None and name != "state0":
-            continue
+    weight_ih, weight_hh = weights[:2]
+    for name, tensor in (("input", input), ("weight_hh", weight_hh)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != gates_x.device:
-            raise ValueError(f"{name}: expected on {gates_x.device} as gates_x, got {tensor.device}")
-        dtype = torch.uint8 if name == "control" else gates_x.dtype
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}{'' if name == 'control' else ' as gates_x'}, got {tensor.dtype}")
+    if input.dim() != 3:
+        last = "G*H" if weight_ih is None else "I"
+        raise ValueError(f"input: expected 3 dimensions (T, B, {last}), got shape {tuple(input.shape)}")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input: expected one of {DTYPES}, got {input.dtype}")
+    steps, batch, size = input.shape
+    if weight_hh.dim() != 2 or weight_hh.shape[0] != gates * weight_hh.shape[1]:
+        raise ValueError(
+            f"weight_hh: expected shape (G*H, H) with G = {gates} for {cell!r}, got {tuple(weight_hh.shape)}"
+        )
+    rows, hidden = weight_hh.shape
+    if weight_ih is None and size != rows:
+        raise ValueError(
+            f"input: expected shape (T, B, {rows}) with G*H of weight_hh where there is no weight_ih,"
+            f" got {tuple(input.shape)}"
+        )
+    shapes = {
+        "weight_ih": (rows, size),
+        "weight_hh": (rows, hidden),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+        "reset_state": (num_states, hidden),
+        "peephole": (3, hidden),
+        "recurrent_mask": (batch, hidden),
+        "norm_h": (rows,),
+        "norm_c": (2, hidden),
+        "zoneout": (num_states,),
+        "seed": (),
+    }
+    _check_tensor("state0", state0, (num_states, batch, hidden), input)
+    if control is not None:
+        _check_tensor("control", control, (steps, batch), input, torch.uint8)
+    for name, tensor in weights._asdict().items():
+        if tensor is None:
+            continue
+        _check_tensor(name, tensor, shapes[name], input, _OWN_DTYPES.get(name))
+        if name in CONSTANTS and tensor.requires_grad:
+            raise ValueError(f"{name}: expected no requires_grad, since it has no gradient; detach it")
+        if name in ("peephole", "norm_c") and cell != "lstm":
+            raise ValueError(f"{name}: expected None for {cell!r}, only an 'lstm' has one")
+        needed = _NEEDED.get(name)
+        if needed is not None and getattr(weights, needed) is None:
+            raise ValueError(f"{name}: expected None where {needed} is None")
 
 
+_OWN_DTYPES = {"zoneout": torch.float32, "seed": torch.int64}
+#: Arguments that mean nothing without another.
+_NEEDED = {"bias_ih": "weight_ih", "seed": "zoneout"}
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: expected on {input.device} as input, got {tensor.device}")
+    if tensor.dtype != (dtype or input.dtype):
+        raise TypeError(f"{name}: expected {dtype or f'{input.dtype} as input'}, got {tensor.dtype}")
+
+
+class Options(TypedDict, total=False):
+    """The optional tensors of `recurrence`, fields of `seqkernels.cells.Weights`."""
+
+    weight_ih: Tensor | None
+    bias_ih: Tensor | None
+    reset_state: Tensor | None
+    peephole: Tensor | None
+    recurrent_mask: Tensor | None
+    norm_h: Tensor | None
+    norm_c: Tensor | None
+    zoneout: Tensor | None
+    seed: Tensor | None
+
+
+_Results = tuple[Tensor, Tensor | None, Tensor]
+_ResultsWithGates = tuple[Tensor, Tensor | None, Tensor, Tensor]
+
+
+@overload
 def recurrence(
-    gates_x: Tensor,
+    input: Tensor,
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     state0: Tensor,
@@ -217,36 +281,120 @@ def recurrence(
     *,
     cell: str,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Run a recurrence over all steps.
+    gates: Literal[False] = False,
+    states: bool = False,
+    **options: Unpack[Options],
+) -> _Results: ...
+@overload
+def recurrence(
+    input: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    state0: Tensor,
+    control: Tensor | None = None,
+    *,
+    cell: str,
+    reverse: bool = False,
+    gates: Literal[True],
+    states: bool = False,
+    **options: Unpack[Options],
+) -> _ResultsWithGates: ...
+@overload
+def recurrence(
+    input: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    state0: Tensor,
+    control: Tensor | None = None,
+    *,
+    cell: str,
+    reverse: bool = False,
+    gates: bool,
+    states: bool = False,
+    **options: Unpack[Options],
+) -> _Results | _ResultsWithGates: ...
+def recurrence(
+    input: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    state0: Tensor,
+    control: Tensor | None = None,
+    *,
+    cell: str,
+    reverse: bool = False,
+    weight_ih: Tensor | None = None,
+    bias_ih: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    peephole: Tensor | None = None,
+    recurrent_mask: Tensor | None = None,
+    norm_h: Tensor | None = None,
+    norm_c: Tensor | None = None,
+    zoneout: Tensor | None = None,
+    seed: Tensor | None = None,
+    gates: bool = False,
+    states: bool = False,
+) -> _Results | _ResultsWithGates:
+    """Run one direction of one layer over all steps.
 
     Args:
-        gates_x: (T, B, G*H), float32, float64, bfloat16 or float16; the input part of the gates, input bias
-            included; any strides.
-        weight_hh: (G*H, H), dtype of `gates_x`, torch's gate order.
-        bias_hh: (G*H,) or ``None``; needed apart from the input bias only by the GRU.
+        input: (T, B, I), float32, float64, bfloat16 or float16, any strides. Without `weight_ih` (T, B, G*H), the
+            input part of the gates, input bias included. All other floating point tensors have its dtype but for
+            `zoneout`.
+        weight_hh: (G*H, H), torch's gate order.
+        bias_hh: (G*H,) or ``None``; needed apart from the input bias only by the GRU and after `norm_h`.
         state0: (S, B, H), the initial state: hidden, then (LSTM) cell.
-        control: (T, B) uint8 or ``None``: the sum of `seqkernels.cells.RESET` (the state of this row is zeroed
-            before this step) and `HOLD` (this step is padding: its gates are ignored, the state is carried on).
+        control: (T, B) uint8 or ``None``: for each step and row the sum of `seqkernels.cells.RESET` (the state is
+            `reset_state` before this step, and no gradient goes to the steps before), `HOLD` (this step is padding:
+            its input is not looked at, not even for NaN, and the state is carried on) and `DETACH` (the state
+            before this step counts as a constant: truncated back-propagation; nothing more where there is a reset).
         cell: a key of `seqkernels.cells.CELLS`.
         reverse: run from step T-1 to step 0.
+        weight_ih: (G*H, I) or ``None``.
+        bias_ih: (G*H,) or ``None``, only with `weight_ih`.
+        reset_state: (S, H) or ``None`` for zero: the state after a reset.
+        peephole: (3, H) or ``None``, LSTM only: what i, f and o see of the cell state, i and f of the previous one
+            (Gers & Schmidhuber, "Recurrent nets that time and count", IJCNN 2000).
+        recurrent_mask: (B, H) or ``None``: factors of the hidden state in the product with `weight_hh` and nowhere
+            else, the same in all steps, 1/(1-p) included: variational dropout (Gal & Ghahramani, "A theoretically
+            grounded application of dropout in recurrent neural networks", NIPS 2016). A constant.
+        norm_h: (G*H,) or ``None``: gain of a layer norm over the G*H elements of the product with `weight_hh`,
+            before `bias_hh` is added; epsilon 1e-5 (Ba, Kiros & Hinton, "Layer normalization", 2016, in the form of
+            haste's ``LayerNormLSTM``).
+        norm_c: (2, H) or ``None``, LSTM only: gain and bias of a layer norm of the cell state where it becomes h;
+            the state that is carried is not normalised.
+        zoneout: (S,) float32 or ``None``: the probabilities that an element of the state keeps its value in a step
+            (Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations", 2016). The
+            LSTM's h is made of the cell state before zoneout. A constant.
+        seed: () int64 or ``None``, only with `zoneout`: with it zoneout is random, by Philox4x32-10 (Salmon et al.,
+            SC 2011) on the seed and the element's place, the same on each implementation; without, the expectation
+            ``p * old + (1 - p) * new``, as in evaluation.
+        gates: whether to return the gates.
+        states: whether to return the cell states where no gradient is recorded too.
 
     Returns:
         ``hidden`` (T, B, H), the hidden state after each step; ``cells`` (T, B, H), the LSTM's cell states,
-        ``None`` for other cells and for an LSTM when no gradient is recorded; ``state_n`` (S, B, H), the state
-        after the last step. In held steps `hidden` is the carried state: a layer that wants 0 there masks it.
+        ``None`` for other cells, and for an LSTM when no gradient is recorded and neither `states` nor `gates` asks;
+        ``state_n`` (S, B, H), the state after the last step; with `gates` also (T, B, K, H), the gates after their
+        activations: i, f, g, o of an LSTM, r, z, n of a GRU, 0 in held steps; h itself of an RNN. In held steps
+        `hidden` is the carried state: a layer that wants 0 there masks it.
 
     Raises:
         ValueError, TypeError: the message names the argument, what it was and what is allowed.
     """
-    check(gates_x, weight_hh, bias_hh, state0, control, cell)
-    if torch.is_grad_enabled() and (
-        gates_x.requires_grad
-        or weight_hh.requires_grad
-        or state0.requires_grad
-        or (bias_hh is not None and bias_hh.requires_grad)
-    ):
-        outputs = _Recurrence.apply(gates_x, weight_hh, bias_hh, state0, control, cell, reverse)
-        return outputs[0], outputs[1] if len(outputs) == 3 else None, outputs[-1]
-    states, state_n, _ = forward_op(gates_x, weight_hh, bias_hh, state0, control, cell, reverse, False)
-    return _step_states(states, reverse)[0], None, state_n
+    weights = Weights(
+        weight_ih, weight_hh, bias_ih, bias_hh, reset_state, peephole, recurrent_mask, norm_h, norm_c, zoneout, seed
+    )
+    check(input, weights, state0, control, cell)
+    stored = gates and CELLS[cell].reserve > 0
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, state0, *weights)):
+        hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, *weights)
+        of_steps = rest.pop() if stored else None
+        state_n = rest.pop()
+    else:
+        saved, state_n, reserve = forward_op(input, weights, state0, control, cell, reverse, stored or states)
+        hidden, *rest = _step_states(saved, reverse)
+        of_steps = _gates(reserve, cell, input.dtype) if stored else None
+    cells = rest[0] if rest else None
+    if not gates:
+        return hidden, cells, state_n
+    return hidden, cells, state_n, hidden.unsqueeze(2) if of_steps is None else of_steps

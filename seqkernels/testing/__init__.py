@@ -15,17 +15,21 @@ from .baselines import attention_oracle, recurrence_oracle, torch_attention, tor
 from .budget import assert_within_budget, check_attention, check_recurrence, evaluate, random_grads
 from .inputs import (
     LAYOUTS,
+    OPTIONS,
     AttentionInputs,
     RecurrenceInputs,
     attention_inputs,
     cast,
     lay_out,
     recurrence_inputs,
+    recurrence_options,
+    recurrence_weights,
 )
 from .switches import force_isa, poisoned_empty, threads
 
 __all__ = [
     "LAYOUTS",
+    "OPTIONS",
     "AttentionInputs",
     "RecurrenceInputs",
     "assert_within_budget",
@@ -40,7 +44,9 @@ __all__ = [
     "poisoned_empty",
     "random_grads",
     "recurrence_inputs",
+    "recurrence_options",
     "recurrence_oracle",
+    "recurrence_weights",
     "threads",
     "torch_attention",
     "torch_recurrence",

@@ -6,18 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.reference.attention import attention as reference_attention
 from ..backends.reference.recurrence import recurrence as reference_recurrence
-from ..cells import CELLS, HOLD, RESET, accumulate_dtype
+from ..backends.reference.recurrence_step import States, recurrent_part, step, zone_out
+from ..cells import CELLS, DETACH, HOLD, RESET, Weights, accumulate_dtype
+from .inputs import OPTIONS, recurrence_weights
 
 Recurrence = Callable[..., tuple[Tensor | None, ...]]
 Attention = Callable[..., tuple[Tensor | None, ...]]
 
 
 def recurrence_oracle(
-    gates_x: Tensor,
+    input: Tensor,
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     state0: Tensor,
@@ -25,15 +28,23 @@ def recurrence_oracle(
     *,
     cell: str,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    gates: bool = False,
+    **options: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """`seqkernels.ops.recurrence.recurrence` by the differentiable reference, without ops or a registry between."""
-    states, state_n, _ = reference_recurrence(gates_x, weight_hh, bias_hh, state0, control, cell, reverse)
-    per_step = states.narrow(1, 0 if reverse else 1, gates_x.shape[0]).unbind(0)
-    return per_step[0], per_step[1] if cell == "lstm" else None, state_n
+    weights = recurrence_weights(weight_hh, bias_hh, **options)
+    states, state_n, reserve = reference_recurrence(input, weights, state0, control, cell, reverse)
+    hidden, *rest = states.narrow(1, 0 if reverse else 1, input.shape[0]).unbind(0)
+    outputs = hidden, rest[0] if rest else None, state_n
+    return (*outputs, _gates(hidden, reserve, cell)) if gates else outputs
+
+
+def _gates(hidden: Tensor, reserve: Tensor, cell: str) -> Tensor:
+    return reserve[:, :, : CELLS[cell].gates].to(hidden.dtype) if CELLS[cell].reserve else hidden.unsqueeze(2)
 
 
 def torch_recurrence(
-    gates_x: Tensor,
+    input: Tensor,
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     state0: Tensor,
@@ -41,34 +52,66 @@ def torch_recurrence(
     *,
     cell: str,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`seqkernels.ops.recurrence.recurrence` by torch's own cells, every rounding in the dtype of the inputs."""
+    gates: bool = False,
+    **options: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """`seqkernels.ops.recurrence.recurrence` by torch, every rounding in the dtype of the inputs.
+
+    By torch's own cells where they can do it, else (options of the cell, or its gates) operation by operation.
+    """
+    weights = recurrence_weights(weight_hh, bias_hh, **options)
+    plain = not gates and all(options.get(name) is None for name in OPTIONS if name not in _OUTSIDE)
+    steps, batch, _ = input.shape
+    state = tuple(state0)
+    fresh = state0.new_zeros(len(state), 1) if weights.reset_state is None else weights.reset_state
+    history: list[States] = []
+    reserve: list[Tensor] = []
+    projected = input if plain or weights.weight_ih is None else F.linear(input, weights.weight_ih, weights.bias_ih)
+    for t in reversed(range(steps)) if reverse else range(steps):
+        if control is not None:
+            reset, hold, detach = ((control[t] & bit).bool().unsqueeze(1) for bit in (RESET, HOLD, DETACH))
+            state = tuple(torch.where(detach, s.detach(), s) for s in state)
+            state = tuple(torch.where(reset, f, s) for f, s in zip(fresh, state, strict=True))
+        if plain:
+            new = _torch_cell(input[t], state, weights, cell)
+        else:
+            new, saved = step(projected[t], recurrent_part(state[0], weights), state, weights, cell)
+            reserve.append(saved if control is None else saved.masked_fill(hold.unsqueeze(2), 0))
+        if weights.zoneout is not None:
+            new = zone_out(state, new, weights.zoneout, weights.seed, t)
+        if control is not None:
+            new = tuple(torch.where(hold, s, n) for s, n in zip(state, new, strict=True))
+        state = new
+        history.append(state)
+    if reverse:
+        history.reverse()
+        reserve.reverse()
+    empty = input.new_empty((0, batch, weight_hh.shape[1]))
+    hidden, *rest = (torch.stack(column) for column in zip(*history, strict=True)) if history else [empty] * len(state)
+    outputs = hidden, rest[0] if rest else None, torch.stack(state)
+    if not gates:
+        return outputs
+    saved = torch.stack(reserve) if reserve else empty.new_empty(0, batch, CELLS[cell].reserve, weight_hh.shape[1])
+    return *outputs, _gates(hidden, saved, cell)
+
+
+#: Options that are no business of the cell.
+_OUTSIDE = ("weight_ih", "bias_ih", "reset_state")
+
+
+def _torch_cell(x: Tensor, state: States, weights: Weights, cell: str) -> States:
     cells: dict[str, Callable[..., Any]] = {
         "rnn_tanh": torch.rnn_tanh_cell,
         "rnn_relu": torch.rnn_relu_cell,
         "gru": torch.gru_cell,
         "lstm": torch.lstm_cell,
     }
-    identity = torch.eye(gates_x.shape[2], dtype=gates_x.dtype)
-    zero = None if bias_hh is None else torch.zeros_like(bias_hh)
-    steps, batch, _ = gates_x.shape
-    state = state0
-    history: list[Tensor] = []
-    for t in reversed(range(steps)) if reverse else range(steps):
-        hold = None
-        if control is not None:
-            reset, hold = ((control[t] & bit).bool().unsqueeze(1) for bit in (RESET, HOLD))
-            state = state.masked_fill(reset, 0)
-        hx = list(state) if cell == "lstm" else state[0]
-        new = cells[cell](gates_x[t], hx, identity, weight_hh, zero, bias_hh)
-        new = torch.stack(new if cell == "lstm" else (new,))
-        state = new if hold is None else torch.where(hold, state, new)
-        history.append(state)
-    if reverse:
-        history.reverse()
-    empty = gates_x.new_empty((state0.shape[0], 0, batch, state0.shape[2]))
-    per_step = torch.stack(history, 1) if history else empty
-    return per_step[0], per_step[1] if cell == "lstm" else None, state
+    weight_ih = torch.eye(x.shape[1], dtype=x.dtype) if weights.weight_ih is None else weights.weight_ih
+    biases: list[Tensor | None] = [weights.bias_ih, weights.bias_hh]
+    if any(b is not None for b in biases):
+        biases = [x.new_zeros(weight_ih.shape[0]) if b is None else b for b in biases]
+    new = cells[cell](x, list(state) if cell == "lstm" else state[0], weight_ih, weights.weight_hh, *biases)
+    return tuple(new) if cell == "lstm" else (new,)
 
 
 def attention_oracle(
@@ -157,26 +200,35 @@ def reversed_recurrence(fn: Recurrence) -> Recurrence:
     """`fn` with the hidden units in reverse order: the same recurrence, other rounding errors."""
 
     def run(
-        gates_x: Tensor,
+        input: Tensor,
         weight_hh: Tensor,
         bias_hh: Tensor | None,
         state0: Tensor,
         control: Tensor | None = None,
         *,
         cell: str,
-        reverse: bool = False,
+        **options: Any,
     ) -> tuple[Tensor | None, ...]:
+        if options.get("seed") is not None:
+            # Random zoneout depends on a unit's place.
+            return fn(input, weight_hh, bias_hh, state0, control, cell=cell, **options)
+
         def flip(gates: Tensor, dim: int) -> Tensor:
             return gates.unflatten(dim, (CELLS[cell].gates, -1)).flip(dim + 1).flatten(dim, dim + 1)
 
+        moved = {name: x for name, x in options.items() if x is not None}
+        for name in moved.keys() & {"weight_ih", "bias_ih", "norm_h"}:
+            moved[name] = flip(moved[name], 0)
+        for name in moved.keys() & {"reset_state", "peephole", "recurrent_mask", "norm_c"}:
+            moved[name] = moved[name].flip(-1)
         outputs = fn(
-            flip(gates_x, 2),
+            flip(input, 2) if "weight_ih" not in moved else input,
             flip(weight_hh, 0).flip(1),
             None if bias_hh is None else flip(bias_hh, 0),
             state0.flip(2),
             control,
             cell=cell,
-            reverse=reverse,
+            **moved,
         )
         return tuple(None if x is None else x.flip(-1) for x in outputs)
 

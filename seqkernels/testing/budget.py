@@ -83,17 +83,19 @@ def evaluate(
     Args:
         fn: `seqkernels.ops.recurrence.recurrence`, `seqkernels.ops.attention.attention`, or a function alike.
         inputs: its tensors; those that require a gradient get one.
-        grads: gradients of outputs by name: ``hidden``, ``cells``, ``state_n``; ``out``, ``lse``. Outputs not named
-            get none. Empty for no backward pass.
-        options: keyword arguments of `fn`.
+        grads: gradients of outputs by name: ``hidden``, ``cells``, ``state_n``, ``gates``; ``out``, ``lse``. Outputs
+            not named get none. Empty for no backward pass.
+        options: keyword arguments of `fn`; tensors among them that require a gradient get one too.
 
     Returns:
         The outputs by name and the gradients as ``grad_`` and the name of the input.
     """
-    names = ("hidden", "cells", "state_n") if isinstance(inputs, RecurrenceInputs) else ("out", "lse")
-    outputs = {n: x for n, x in zip(names, fn(*inputs, **options), strict=True) if x is not None}
+    names = ("hidden", "cells", "state_n", "gates") if isinstance(inputs, RecurrenceInputs) else ("out", "lse")
+    found = fn(*inputs, **options)
+    outputs = {n: x for n, x in zip(names[: len(found)], found, strict=True) if x is not None}
     results = {n: x.detach() for n, x in outputs.items()}
-    wanted = {n: x for n, x in inputs._asdict().items() if x is not None and x.requires_grad}
+    given = inputs._asdict() | options
+    wanted = {n: x for n, x in given.items() if isinstance(x, Tensor) and x.requires_grad}
     taken = [n for n in grads if n in outputs and outputs[n].requires_grad]
     if wanted and taken:
         found = torch.autograd.grad(
@@ -120,6 +122,7 @@ def check_recurrence(
     cell: str,
     reverse: bool = False,
     grads: Mapping[str, Tensor] | None = None,
+    **options: Tensor | bool,
 ) -> Results:
     """Assert that `seqkernels.ops.recurrence.recurrence` is within the error budget.
 
@@ -129,6 +132,7 @@ def check_recurrence(
         cell: as in the contract.
         reverse: as in the contract.
         grads: gradients of the outputs; random ones for every output by default.
+        options: other keyword arguments of the contract, as `recurrence_options` draws them.
 
     Returns:
         What was computed, see `evaluate`; of several draws, stacked.
@@ -136,8 +140,8 @@ def check_recurrence(
     Raises:
         AssertionError: an output or a gradient is beyond the budget.
     """
-    options = {"cell": cell, "reverse": reverse}
-    return _check(recurrence_op.recurrence, recurrence_oracle, RECURRENCES, draws, grads, options)
+    every = {"cell": cell, "reverse": reverse, **options}
+    return _check(recurrence_op.recurrence, recurrence_oracle, RECURRENCES, draws, grads, every)
 
 
 def check_attention(
@@ -177,7 +181,9 @@ def _check(
         with torch.no_grad():
             grads = random_grads(evaluate(oracle, draws[0], {}, **options))
     actual = _stack([evaluate(fn, inputs, grads, **options) for inputs in draws])
-    key = _digest([x for inputs in draws for x in inputs] + list(grads.values()), [fn, options, list(grads)])
+    tensors = {n: x for n, x in options.items() if isinstance(x, Tensor)}
+    rest = [fn, {n: x for n, x in options.items() if n not in tensors}, list(tensors), list(grads)]
+    key = _digest([x for inputs in draws for x in inputs] + [*tensors.values(), *grads.values()], rest)
     if key not in _known:
         if len(_known) == _KNOWN_AT_MOST:
             _known.clear()
@@ -220,7 +226,8 @@ def _run(
     acc = accumulate_dtype(dtype)
     cotangents = {n: x.detach().to(acc if n == "lse" else dtype) for n, x in grads.items()}
     copies = (type(inputs)._make(cast(x, dtype) for x in inputs) for inputs in draws)
-    return _stack([evaluate(fn, inputs, cotangents, **options) for inputs in copies])
+    others = {n: cast(x, dtype) if isinstance(x, Tensor) and n != "zoneout" else x for n, x in options.items()}
+    return _stack([evaluate(fn, inputs, cotangents, **others) for inputs in copies])
 
 
 def _stack(draws: list[Results]) -> Results:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cells import CELLS, DTYPES, HOLD, RESET
+from ..cells import CELLS, CONSTANTS, DETACH, DTYPES, HOLD, RESET, Weights
 
 #: Layouts of `lay_out`.
 LAYOUTS = ("contiguous", "strided", "swapped", "transposed", "sliced", "expanded", "scalar")
 
+#: Optional tensors of the recurrence that an LSTM has; all cells but for the last two.
+OPTIONS = (
+    *(n for n in Weights._fields if n not in ("weight_hh", "bias_hh", "peephole", "norm_c")),
+    *("peephole", "norm_c"),
+)
+
 
 class RecurrenceInputs(NamedTuple):
-    """The tensors of `seqkernels.ops.recurrence.recurrence`, in its order."""
+    """The positional tensors of `seqkernels.ops.recurrence.recurrence`, in its order."""
 
-    gates_x: Tensor
+    input: Tensor
     weight_hh: Tensor
     bias_hh: Tensor | None
     state0: Tensor
@@ -81,8 +87,10 @@ def recurrence_inputs(
     hidden: int,
     dtype: torch.dtype = torch.float32,
     *,
+    input_size: int | None = None,
     bias: bool = True,
     control: bool = False,
+    detach: bool = False,
     layout: str = "contiguous",
     requires_grad: bool = True,
     seed: int = 0,
@@ -95,8 +103,11 @@ def recurrence_inputs(
         batch: B.
         hidden: H.
         dtype: of all tensors but `control`.
+        input_size: I, the size of the input of a recurrence with a ``weight_ih`` (from `recurrence_options`); by
+            default the input is the input part of the gates.
         bias: whether there is a ``bias_hh``.
         control: whether there is a ``control``: resets, holds and both at random.
+        detach: whether that has detached states too.
         layout: of every tensor, see `lay_out`.
         requires_grad: of the floating point tensors.
         seed: of the generator.
@@ -110,14 +121,77 @@ def recurrence_inputs(
     generator = torch.Generator().manual_seed(seed)
     gates, states, _ = CELLS[cell]
     rows = gates * hidden
+    bits = RESET + HOLD + (DETACH if detach else 0)
     drawn = RecurrenceInputs(
-        draw((steps, batch, rows), generator, dtype),
+        draw((steps, batch, rows if input_size is None else input_size), generator, dtype),
         draw((rows, hidden), generator, dtype, 0.6 * max(hidden, 1) ** -0.5),
         draw((rows,), generator, dtype, 0.5) if bias else None,
         draw((states, batch, hidden), generator, dtype, 0.5),
-        torch.randint(0, RESET + HOLD + 1, (steps, batch), generator=generator, dtype=torch.uint8) if control else None,
+        torch.randint(0, bits + 1, (steps, batch), generator=generator, dtype=torch.uint8) if control else None,
     )
     return RecurrenceInputs._make(_finish(drawn, layout, requires_grad))
+
+
+def recurrence_options(
+    cell: str,
+    batch: int,
+    hidden: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    names: Sequence[str],
+    input_size: int | None = None,
+    layout: str = "contiguous",
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random values of optional tensors of a recurrence, by the names of its keyword arguments.
+
+    Args:
+        cell: a key of `seqkernels.cells.CELLS`.
+        batch: B.
+        hidden: H.
+        dtype: of the tensors, where the contract does not fix another.
+        names: of `OPTIONS`.
+        input_size: I, for ``weight_ih``.
+        layout: of every tensor, see `lay_out`.
+        requires_grad: of the tensors that have a gradient.
+        seed: of the generator.
+
+    Raises:
+        ValueError, TypeError: `cell`, `dtype`, `names` or `layout` is not one of those allowed, or `input_size` is
+            missing.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell: {cell!r} is not one of {', '.join(map(repr, CELLS))}")
+    _check_dtype(dtype)
+    for name in names:
+        if name not in OPTIONS:
+            raise ValueError(f"names: {name!r} is not one of {', '.join(map(repr, OPTIONS))}")
+    if input_size is None and "weight_ih" in names:
+        raise ValueError("input_size: expected the input size for 'weight_ih', got None")
+    size = input_size or 0
+    generator = torch.Generator().manual_seed(seed + 1)
+    gates, states, _ = CELLS[cell]
+    rows = gates * hidden
+    makers: dict[str, Callable[[], Tensor]] = {
+        "weight_ih": lambda: draw((rows, size), generator, dtype, 0.8 * max(size, 1) ** -0.5),
+        "bias_ih": lambda: draw((rows,), generator, dtype, 0.5),
+        "reset_state": lambda: draw((states, hidden), generator, dtype, 0.5),
+        "peephole": lambda: draw((3, hidden), generator, dtype, 0.5),
+        "recurrent_mask": lambda: (torch.rand(batch, hidden, generator=generator) < 0.75).to(dtype) * 1.25,
+        "norm_h": lambda: 0.7 + draw((rows,), generator, dtype, 0.2),
+        "norm_c": lambda: 0.5 + draw((2, hidden), generator, dtype, 0.2),
+        "zoneout": lambda: torch.linspace(0.25, 0.375, 2)[:states],
+        "seed": lambda: torch.randint(-(2**62), 2**62, (), generator=generator),
+    }
+    drawn = {name: lay_out(makers[name](), layout) for name in names}
+    return {name: x.requires_grad_(requires_grad and name not in CONSTANTS) for name, x in drawn.items()}
+
+
+def recurrence_weights(weight_hh: Tensor, bias_hh: Tensor | None = None, **options: Tensor | None) -> Weights:
+    """The `weights` of the ops of the recurrence, from the arguments of `seqkernels.ops.recurrence.recurrence`."""
+    given: dict[str, Any] = {"weight_ih": None, "weight_hh": weight_hh, "bias_hh": bias_hh, **options}
+    return Weights(**given)
 
 
 def attention_inputs(

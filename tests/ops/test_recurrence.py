@@ -104,7 +104,7 @@ def test_each_output_alone(plain_runner, cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_input_alone(plain_runner, cell):
     inputs = _inputs(cell, (4, 3, 9))
-    for name in ("gates_x", "weight_hh", "bias_hh", "state0"):
+    for name in ("input", "weight_hh", "bias_hh", "state0"):
         some = inputs._make(
             None if x is None else x.detach().requires_grad_(n == name) for n, x in inputs._asdict().items()
         )
@@ -162,7 +162,7 @@ def test_first_order_is_the_same_where_the_second_is_wanted(plain_runner, cell):
     outputs = [x for x in recurrence(*inputs, cell=cell) if x is not None]
     grads = testing.random_grads({n: x for n, x in results.items() if not n.startswith("grad_")})
     found = torch.autograd.grad(outputs, leaves, list(grads.values()), create_graph=True)
-    for name, x in zip(("gates_x", "weight_hh", "bias_hh", "state0"), found, strict=True):
+    for name, x in zip(("input", "weight_hh", "bias_hh", "state0"), found, strict=True):
         assert x.requires_grad
         torch.testing.assert_close(x.detach(), results[f"grad_{name}"], rtol=1e-11, atol=1e-11)
 
@@ -175,17 +175,17 @@ def test_held_steps(plain_runner, cell, reverse):
     control = torch.zeros(steps, batch, dtype=torch.uint8)
     control[1:3, 0] = HOLD
     control[:, 1] = HOLD
-    gates_x = inputs.gates_x.clone()
-    gates_x[control == HOLD] = torch.nan
-    inputs = inputs._replace(gates_x=gates_x, control=control)
+    input = inputs.input.clone()
+    input[control == HOLD] = torch.nan
+    inputs = inputs._replace(input=input, control=control)
     inputs = inputs._make(x.requires_grad_(x.is_floating_point()) for x in inputs)
     outputs = testing.evaluate(recurrence, inputs, {}, cell=cell, reverse=reverse)
     results = testing.evaluate(recurrence, inputs, testing.random_grads(outputs), cell=cell, reverse=reverse)
     assert all(x.isfinite().all() for x in results.values())
-    assert (results["grad_gates_x"][control == HOLD] == 0).all()
+    assert (results["grad_input"][control == HOLD] == 0).all()
     assert torch.equal(results["state_n"][:, 1], inputs.state0[:, 1])
     assert torch.equal(results["hidden"][:, 1], inputs.state0[0, 1].expand(steps, hidden))
-    clean = inputs._replace(gates_x=gates_x.detach().nan_to_num(0.5).requires_grad_())
+    clean = inputs._replace(input=input.detach().nan_to_num(0.5).requires_grad_())
     for name, x in testing.check_recurrence(clean, cell=cell, reverse=reverse).items():
         assert torch.equal(x, results[name]), name
 
@@ -205,11 +205,11 @@ def test_resets(plain_runner, cell, reverse):
     grads = {"state_n": testing.random_grads(outputs)["state_n"]}
     results = testing.evaluate(recurrence, inputs, grads, cell=cell, reverse=reverse)
     assert all(x.isfinite().all() for x in results.values())
-    blocked = results["grad_gates_x"][at + 1 :, 0] if reverse else results["grad_gates_x"][:at, 0]
+    blocked = results["grad_input"][at + 1 :, 0] if reverse else results["grad_input"][:at, 0]
     assert (blocked == 0).all()
     assert (results["grad_state0"][:, :2] == 0).all()
     assert (results["grad_state0"][:, 2] != 0).any()
-    part = inputs.gates_x.detach()[: at + 1 if reverse else None, :1][None if reverse else at :]
+    part = inputs.input.detach()[: at + 1 if reverse else None, :1][None if reverse else at :]
     alone = recurrence(
         part, inputs.weight_hh, inputs.bias_hh, torch.zeros_like(state0[:, :1]), cell=cell, reverse=reverse
     )[2]
@@ -223,7 +223,7 @@ def test_resets(plain_runner, cell, reverse):
 def test_visible_nan_shows(runner):
     for cell in CELLS:
         inputs = _inputs(cell, (4, 3, 20), requires_grad=False)
-        inputs.gates_x[1, 1] = torch.nan
+        inputs.input[1, 1] = torch.nan
         hidden = recurrence(*inputs, cell=cell)[0]
         assert hidden[1:, 1].isnan().all(), cell
         assert hidden[:, ::2].isfinite().all(), cell
@@ -233,11 +233,11 @@ def test_visible_nan_shows(runner):
 @pytest.mark.parametrize("cell", CELLS)
 def test_saturated_gates(plain_runner, cell):
     inputs = _inputs(cell, (3, 2, 20))
-    gates_x = (inputs.gates_x.detach() * 60).requires_grad_()
+    input = (inputs.input.detach() * 60).requires_grad_()
     grads = testing.random_grads(testing.evaluate(testing.recurrence_oracle, inputs, {}, cell=cell))
-    results = testing.check_recurrence(inputs._replace(gates_x=gates_x), cell=cell, grads=grads)
+    results = testing.check_recurrence(inputs._replace(input=input), cell=cell, grads=grads)
     assert all(x.isfinite().all() for x in results.values())
-    huge = inputs._replace(gates_x=gates_x.detach().sign() * 3e38, state0=torch.zeros_like(inputs.state0))
+    huge = inputs._replace(input=input.detach().sign() * 3e38, state0=torch.zeros_like(inputs.state0))
     hidden = recurrence(*huge, cell=cell)[0]
     assert cell == "rnn_relu" or (hidden.abs() <= 1).all()
 
@@ -249,11 +249,11 @@ def test_split_in_time_equals_one_run(plain_runner, cell):
         whole = testing.check_recurrence(inputs, cell=cell, reverse=reverse)
         grads = testing.random_grads({n: x for n, x in whole.items() if not n.startswith("grad_")})
 
-        def split(gates_x, weight_hh, bias_hh, state, control, *, cell, reverse):
+        def split(input, weight_hh, bias_hh, state, control, *, cell, reverse):
             parts, slices = [], [slice(0, 3), slice(3, 7)]
             for part in reversed(slices) if reverse else slices:
                 hidden, cells, state = recurrence(
-                    gates_x[part], weight_hh, bias_hh, state, control[part], cell=cell, reverse=reverse
+                    input[part], weight_hh, bias_hh, state, control[part], cell=cell, reverse=reverse
                 )
                 parts.append((hidden, cells))
             hidden, cells = zip(*(reversed(parts) if reverse else parts), strict=True)
@@ -268,7 +268,7 @@ def test_rows_of_the_batch_are_independent(plain_runner, cell):
     inputs = _inputs(cell, (5, 11, 9), torch.float64, control=True, requires_grad=False)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
     moved = inputs._replace(
-        gates_x=inputs.gates_x[:, order], state0=inputs.state0[:, order], control=inputs.control[:, order]
+        input=inputs.input[:, order], state0=inputs.state0[:, order], control=inputs.control[:, order]
     )
     for x, y in zip(recurrence(*inputs, cell=cell), recurrence(*moved, cell=cell), strict=True):
         if x is not None:
@@ -278,19 +278,25 @@ def test_rows_of_the_batch_are_independent(plain_runner, cell):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_one_saves_another_reads(plain_runner, other_backend, cell, dtype):
-    inputs = _inputs(cell, (4, 3, 9), dtype, control=True, requires_grad=False)
+    inputs = _inputs(cell, (4, 3, 9), dtype, input_size=5, control=True, detach=True, requires_grad=False)
+    options = testing.recurrence_options(cell, 3, 9, dtype, names=("weight_ih", "bias_ih"), input_size=5)
+    weights = testing.recurrence_weights(inputs.weight_hh, inputs.bias_hh, **options)
+    needs = [x is not None for x in (inputs.input, inputs.state0, *weights)]
     for reverse in (False, True):
-        states, state_n, reserve = forward_op(*inputs, cell, reverse, True)
+        states, state_n, reserve = forward_op(inputs.input, weights, inputs.state0, inputs.control, cell, reverse, True)
+        assert (reserve[(inputs.control & HOLD).bool()] == 0).all()
         grads = [x.flip(-1) for x in (states[0, 1:], states[-1, 1:], state_n)]
         if cell != "lstm":
             grads[1] = None
-        call = (*grads, inputs.weight_hh, states, reserve, inputs.control, cell, reverse)
+        call = ((*grads, None), inputs.input, weights, states, reserve, inputs.control, cell, reverse, needs)
         own = backward_op(*call)
         with seqkernels.use_backend(other_backend):
             other = backward_op(*call)
-        for x, y in zip(own, other, strict=True):
-            tolerance = 4 * torch.finfo(dtype).eps * max(y.abs().max().item(), 1)
-            torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
+        for x, y, need in zip(own, other, needs, strict=True):
+            assert (x.numel() > 0) == (y.numel() > 0) == need
+            if need:
+                tolerance = 4 * torch.finfo(dtype).eps * max(y.abs().max().item(), 1)
+                torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("cell", CELLS)

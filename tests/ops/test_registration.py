@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
-from seqkernels import testing
-from seqkernels.cells import CELLS, DTYPES
+import seqkernels
+from seqkernels import backends, testing
+from seqkernels.cells import CELLS, CONSTANTS, DTYPES, Weights
 from seqkernels.ops import attention as attention_ops
 from seqkernels.ops import recurrence as recurrence_ops
 from seqkernels.ops.attention import attention
@@ -22,19 +24,41 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
 ]
 
+#: Implementations that have the options of the recurrence.
+WITH_OPTIONS = [name for name in ("native", "reference") if backends.backend(name).unavailable() is None]
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
 
 
-def _recurrence_calls(cell, dtype=torch.float32, shape=(4, 3, 5)):
+@pytest.fixture(params=WITH_OPTIONS)
+def options_backend(request):
+    with seqkernels.use_backend(request.param), testing.poisoned_empty():
+        yield request.param
+
+
+def _options(cell):
+    return [name for name in testing.OPTIONS[2:] if cell == "lstm" or name not in ("peephole", "norm_c")]
+
+
+def _recurrence_calls(cell, dtype=torch.float32, shape=(4, 3, 5), options=()):
     """Arguments of the forward and of the backward op, with and without what is optional."""
     for reverse, save in ((False, True), (True, False)):
         inputs = testing.recurrence_inputs(cell, *shape, dtype, bias=save, control=save, requires_grad=False)
-        yield recurrence_ops.forward_op, (*inputs, cell, reverse, save)
-    states, state_n, reserve = recurrence_ops.forward_op(*inputs, cell, True, True)
-    saved = (inputs.weight_hh, states, reserve, inputs.control, cell, True)
-    yield recurrence_ops.backward_op, (None, None, torch.ones_like(state_n), *saved)
+        weights = testing.recurrence_weights(inputs.weight_hh, inputs.bias_hh)
+        yield recurrence_ops.forward_op, (inputs.input, weights, inputs.state0, inputs.control, cell, reverse, save)
+    inputs = testing.recurrence_inputs(cell, *shape, dtype, input_size=6, control=True, requires_grad=False)
+    names = ("weight_ih", "bias_ih", *options)
+    given = testing.recurrence_options(cell, *shape[1:], dtype, names=names, input_size=6, requires_grad=False)
+    weights = testing.recurrence_weights(inputs.weight_hh, inputs.bias_hh, **given)
+    call = (inputs.input, weights, inputs.state0, inputs.control, cell, True, True)
+    yield recurrence_ops.forward_op, call
+    states, state_n, reserve = recurrence_ops.forward_op(*call)
+    saved = (inputs.input, weights, states, reserve, inputs.control, cell, True)
+    given = [x is not None for x in (inputs.input, inputs.state0, *weights)]
+    every = [need and name not in CONSTANTS for need, name in zip(given, ("", "", *Weights._fields), strict=True)]
+    some = [need and k % 2 == 0 for k, need in enumerate(every)]
     cells = torch.ones_like(states[1, 1:]) if cell == "lstm" else None
-    yield recurrence_ops.backward_op, (torch.ones_like(states[0, 1:]), cells, None, *saved)
+    yield recurrence_ops.backward_op, ((None, None, torch.ones_like(state_n), None), *saved, every)
+    yield recurrence_ops.backward_op, ((torch.ones_like(states[0, 1:]), cells, None, None), *saved, some)
 
 
 def _attention_calls(dtype=torch.float32, lengths=(5, 7)):
@@ -55,6 +79,13 @@ def test_opcheck_of_the_recurrence(plain_runner, cell):
         torch.library.opcheck(op, args, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_of_the_recurrence_with_options(options_backend, cell):
+    for op, args in _recurrence_calls(cell, options=_options(cell)):
+        torch.library.opcheck(op, args, test_utils=CHECKS)
+        _same_metadata(op, args)
+
+
 def test_opcheck_of_attention(plain_runner):
     for op, args in _attention_calls():
         torch.library.opcheck(op, args, test_utils=CHECKS)
@@ -62,7 +93,7 @@ def test_opcheck_of_attention(plain_runner):
 
 def _same_metadata(op, args):
     with FakeTensorMode() as mode:
-        fake = op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
+        fake = op(*tree_map_only(torch.Tensor, mode.from_tensor, args))
     for real, imitated in zip(op(*args), fake, strict=True):
         assert real.shape == imitated.shape
         assert real.dtype == imitated.dtype
@@ -80,16 +111,16 @@ def test_fakes_have_the_metadata_of_real_results(plain_runner, dtype):
             _same_metadata(op, args)
 
 
-def _network(gates_x, weight_hh, bias_hh, state0, bias):
-    hidden, cells, state_n = recurrence(gates_x, weight_hh, bias_hh, state0, cell="lstm")
+def _network(input, weight_hh, bias_hh, state0, bias):
+    hidden, cells, state_n = recurrence(input, weight_hh, bias_hh, state0, cell="lstm")
     heads = hidden.unflatten(2, (2, -1)).permute(1, 2, 0, 3)
     out, lse = attention(heads, heads, heads, None, bias, is_causal=True)
     return out.sum() + lse.square().sum() + cells.cos().sum() + state_n.sum()
 
 
 def _network_inputs(steps):
-    gates_x, weight_hh, bias_hh, state0, _ = testing.recurrence_inputs("lstm", steps, 3, 8)
-    return gates_x, weight_hh, bias_hh, state0, torch.zeros(1, 2, 1, 1, requires_grad=True)
+    input, weight_hh, bias_hh, state0, _ = testing.recurrence_inputs("lstm", steps, 3, 8)
+    return input, weight_hh, bias_hh, state0, torch.zeros(1, 2, 1, 1, requires_grad=True)
 
 
 def _value_and_gradients(fn, inputs):
@@ -133,6 +164,27 @@ def test_compile_without_gradients():
     assert torch.equal(torch.compile(infer, fullgraph=True, backend="aot_eager")(*inputs), infer(*inputs))
 
 
+@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_compile_with_options(options_backend, cell, gates):
+    torch._dynamo.reset()
+    inputs = testing.recurrence_inputs(cell, 4, 3, 5, torch.float64, input_size=6, control=True, detach=True)
+    options = testing.recurrence_options(
+        cell, 3, 5, torch.float64, names=("weight_ih", "bias_ih", *_options(cell)), input_size=6
+    )
+    leaves = [x for x in (*inputs, *options.values()) if x.requires_grad]
+
+    def loss():
+        outputs = recurrence(*inputs, cell=cell, gates=gates, **options)
+        return sum(x.square().sum() for x in outputs if x is not None)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for x, y in zip(torch.autograd.grad(compiled(), leaves), torch.autograd.grad(loss(), leaves), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(), loss(), rtol=1e-12, atol=1e-12)
+
+
 def _targets(graph):
     return {str(node.target) for node in graph.nodes}
 
@@ -140,8 +192,8 @@ def _targets(graph):
 def test_traces_hold_the_ops():
     inputs = [x.detach() for x in _network_inputs(6)]
 
-    def infer(gates_x, weight_hh, bias_hh, state0, bias):
-        hidden = recurrence(gates_x, weight_hh, bias_hh, state0, cell="lstm")[0]
+    def infer(input, weight_hh, bias_hh, state0, bias):
+        hidden = recurrence(input, weight_hh, bias_hh, state0, cell="lstm")[0]
         heads = hidden.unflatten(2, (2, -1)).permute(1, 2, 0, 3)
         return attention(heads, heads, heads, None, bias)[0]
 

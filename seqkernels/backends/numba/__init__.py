@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from .. import Call
 
+#: Features of recurrences that it leaves to others.
+_DECLINED = ("gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout")
+
 
 def unavailable() -> str | None:
     """``None`` where numba imports, else why it does not."""
@@ -15,7 +18,8 @@ def unavailable() -> str | None:
 
 
 def unsupported(call: Call) -> str | None:
-    """``None`` for every call on the CPU, else why it cannot run."""
+    """``None`` for every call on the CPU without options of the cell, else why it cannot run."""
     if call.device != "cpu":
         return f"runs on cpu only, not on {call.device}"
-    return None
+    declined = [name for name in call.features if name in _DECLINED]
+    return f"has no {', '.join(declined)}" if declined else None

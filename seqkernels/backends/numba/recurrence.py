@@ -1,17 +1,21 @@
 """The recurrence on the CPU: one compiled call per thread runs all steps of its batch rows.
 
 A step is one product of the states with the transposed weight, whose sums start from the input part of the gates,
-and the cell on the sums while they are in the cache. The backward pass writes the gradients of the gates; the
-weight gradient is one product over all steps after the loop. Formulas: ``docs/recurrence.md``.
+and the cell on the sums while they are in the cache. The backward pass writes the gradients of the gates. The
+products with the input and those for the weight gradients are torch's, over all steps at once. Formulas:
+``docs/recurrence.md``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...cells import CELLS, HOLD, RESET, accumulate_dtype
+from ...cells import CELLS, DETACH, HOLD, RESET, Weights, accumulate_dtype
 from .simd import PANEL_BYTES, TILE_ROWS, Array, add_product, flat, kernel, panels, sigmoid, tanh_all
 from .team import run, team_size
 
@@ -160,29 +164,36 @@ def _forward(
 
 
 def recurrence_forward(
-    gates_x: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
+    input: Tensor,
+    weights: Weights,
     state0: Tensor,
     control: Tensor | None,
     cell: str,
     reverse: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``seqkernels::recurrence_forward``; the arguments are those of `seqkernels.ops.recurrence.recurrence`.
+    """``seqkernels::recurrence_forward``, without options of the cell.
 
-    `save` says whether a backward pass will follow.
+    Args:
+        input, state0, control, cell, reverse: as in `seqkernels.ops.recurrence.recurrence`.
+        weights: of which ``weight_ih``, ``weight_hh`` and the biases are used.
+        save: whether a backward pass will follow.
 
     Returns:
         ``states`` (S, T+1, B, H), only the hidden state unless `save`; ``state_n`` (S, B, H); ``reserve``
         (T, B, R, H), empty unless `save`.
     """
-    dtype, acc = gates_x.dtype, accumulate_dtype(gates_x.dtype)
-    steps, batch, gate_size = gates_x.shape
+    dtype, acc = input.dtype, accumulate_dtype(input.dtype)
+    steps, batch, _ = input.shape
     num_states, _, hidden = state0.shape
-    x = gates_x.detach().to(acc).contiguous()
-    weight = panels(weight_hh.detach().to(acc).t())
-    bias = x.new_zeros(gate_size) if bias_hh is None else bias_hh.detach().to(acc).contiguous()
+    x = input.detach().to(acc)
+    if weights.weight_ih is not None:
+        x = F.linear(x, weights.weight_ih.detach().to(acc), _maybe(weights.bias_ih, acc))
+    x = x.contiguous()
+    gate_size = x.shape[2]
+    weight = panels(weights.weight_hh.detach().to(acc).t())
+    bias = _maybe(weights.bias_hh, acc)
+    bias = x.new_zeros(gate_size) if bias is None else bias.contiguous()
     start = state0.detach().to(acc).contiguous()
     states = x.new_empty((num_states if save else 1, steps + 1, batch, hidden))
     state_n = torch.empty_like(start)
@@ -196,6 +207,10 @@ def recurrence_forward(
     threads = team_size(batch, work)
     run(task, batch, threads, threads, TILE_ROWS if batch >= threads * TILE_ROWS else 1)
     return states.to(dtype), state_n.to(dtype), reserve
+
+
+def _maybe(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.detach().to(dtype)
 
 
 def _bits(control: Tensor | None) -> Tensor:
@@ -339,7 +354,7 @@ def _backward(
         )  # fmt: skip
         if control.size:
             for r in range(rows):
-                if control[t * batch + begin + r] & RESET:
+                if control[t * batch + begin + r] & (RESET | DETACH):
                     grad_h[r] = zero
                     grad_c[r] = zero
     for r in range(rows):
@@ -351,44 +366,39 @@ def _backward(
 
 
 def recurrence_backward(
-    grad_hidden: Tensor | None,
-    grad_cells: Tensor | None,
-    grad_state_n: Tensor | None,
-    weight_hh: Tensor,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    weights: Weights,
     states: Tensor,
     reserve: Tensor,
     control: Tensor | None,
     cell: str,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``seqkernels::recurrence_backward``: back-propagation through time.
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """``seqkernels::recurrence_backward``: back-propagation through time, then products over all steps.
 
     Args:
-        grad_hidden: (T, B, H) or ``None``, the gradient of the hidden state of each step.
-        grad_cells: (T, B, H) or ``None``, the gradient of the LSTM's cell state of each step.
-        grad_state_n: (S, B, H) or ``None``.
-        weight_hh: (G*H, H).
+        grads: gradients of the hidden state and of the LSTM's cell state of each step (T, B, H) and of the last state
+            (S, B, H), any of them ``None``; a gradient of the gates is declined by ``unsupported``.
+        input, weights, control, cell, reverse: as in the forward pass.
         states: (S, T+1, B, H), from the forward pass of any implementation.
         reserve: (T, B, R, H), likewise.
-        control: as in the forward pass.
-        cell: as in the forward pass.
-        reverse: as in the forward pass.
+        needs: whether the gradient is wanted, of the input, of the initial state, of each of `weights`.
 
     Returns:
-        Gradients of gates_x (T, B, G*H), weight_hh, bias_hh (G*H,) and state0 (S, B, H).
+        For each of `needs` the gradient in shape and dtype of its tensor; empty where there is no need.
     """
     dtype, acc = states.dtype, accumulate_dtype(states.dtype)
     num_states, steps, batch, hidden = states.shape
     steps -= 1
-    gate_size = weight_hh.shape[0]
+    gate_size = weights.weight_hh.shape[0]
     history = states.detach().to(acc).contiguous()
     empty = history.new_empty(0)
-    of_steps = [empty if grad is None else grad.detach().to(acc).contiguous() for grad in (grad_hidden, grad_cells)]
-    if grad_state_n is None:
-        of_end = history.new_zeros((num_states, batch, hidden))
-    else:
-        of_end = grad_state_n.detach().to(acc).contiguous()
-    weight = panels(weight_hh.detach().to(acc))
+    of_steps = [empty if grad is None else grad.detach().to(acc).contiguous() for grad in grads[:2]]
+    of_end = _maybe(grads[2], acc)
+    of_end = history.new_zeros((num_states, batch, hidden)) if of_end is None else of_end.contiguous()
+    weight = panels(weights.weight_hh.detach().to(acc))
     bits = _bits(control)
     grad_gates_x = history.new_empty((steps, batch, gate_size))
     grad_gates_h = torch.empty_like(grad_gates_x) if cell == "gru" else grad_gates_x
@@ -402,9 +412,34 @@ def recurrence_backward(
     work = 2.0 * steps * batch * gate_size * (hidden + 16)
     threads = team_size(batch, work)
     run(task, batch, threads, threads, TILE_ROWS if batch >= threads * TILE_ROWS else 1)
-    before = history[0, 1:] if reverse else history[0, :-1]
-    if control is not None:
-        before = before.masked_fill((bits & RESET).bool().unsqueeze(2), 0)
-    rows = grad_gates_h.flatten(0, 1)
-    grad_weight = torch.mm(rows.t(), before.flatten(0, 1))
-    return grad_gates_x.to(dtype), grad_weight.to(dtype), rows.sum(0).to(dtype), grad_state0.to(dtype)
+    of_x, of_h = grad_gates_x.flatten(0, 1), grad_gates_h.flatten(0, 1)
+    weight_ih = weights.weight_ih
+
+    def of_input() -> Tensor:
+        return grad_gates_x if weight_ih is None else grad_gates_x @ weight_ih.detach().to(acc)
+
+    def of_weight_ih() -> Tensor:
+        return of_x.t() @ _unless(input.detach().to(acc), control, HOLD).flatten(0, 1)
+
+    def of_weight_hh() -> Tensor:
+        before = history[0, 1:] if reverse else history[0, :-1]
+        return of_h.t() @ _unless(before, control, RESET).flatten(0, 1)
+
+    made: dict[str, Callable[[], Tensor]] = {
+        "input": of_input,
+        "state0": lambda: grad_state0,
+        "weight_ih": of_weight_ih,
+        "weight_hh": of_weight_hh,
+        "bias_ih": lambda: of_x.sum(0),
+        "bias_hh": lambda: of_h.sum(0),
+    }
+    given = ("input", "state0", *(n for n, x in zip(Weights._fields, weights, strict=True) if x is not None))
+    return [
+        made[name]().to(dtype) if need and name in given else input.new_empty(0)
+        for name, need in zip(("input", "state0", *Weights._fields), needs, strict=True)
+    ]
+
+
+def _unless(x: Tensor, control: Tensor | None, bit: int) -> Tensor:
+    """`x` (T, B, ...) with 0 in the steps of `control` that have `bit`."""
+    return x if control is None else x.masked_fill((control & bit).bool().unsqueeze(2), 0)
