@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export SEQKERNELS_BUILD ?= 1
 
-.PHONY: demo test bench bench-quick lint build pure wheel sanitize ci clean
+.PHONY: demo test bench bench-quick bench-engines errors lint build pure wheel sanitize ci clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: requirements-dev.txt
@@ -33,6 +33,20 @@ bench: build
 
 bench-quick: build
 	$(RUN) benchmarks/run.py --quick
+
+# Inference beside ONNX Runtime and OpenVINO, which are installed for it, once.
+$(VENV)/.engines: $(VENV)/.built pyproject.toml
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --editable ".[bench-engines]"
+	touch $@
+
+bench-engines: $(VENV)/.engines
+	$(RUN) benchmarks/run.py --providers torch,native,onnxruntime,openvino --json report/bench-engines.json \
+		-k "not attention and not forward_backward"
+
+# docs/errors.md: the recurrences against float64.
+errors: build
+	$(RUN) -m benchmarks.errors
 
 # The checks are listed in .pre-commit-config.yaml.
 lint: $(VENV)/.installed

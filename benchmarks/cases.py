@@ -9,7 +9,7 @@ whatever a cache or an implementation makes of it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -18,6 +18,9 @@ MODES: tuple[Mode, ...] = ("forward", "forward_backward")
 
 PROVIDERS = ("torch", "native", "numba", "reference")
 """torch is ``torch.nn`` or ``F.scaled_dot_product_attention``; the others are backends of seqkernels."""
+
+ENGINES = ("onnxruntime", "openvino")
+"""Inference engines that are timed where asked for, on float32 recurrent layers without gradients."""
 
 TAGS = {
     "grid": "the shapes of the measured baselines, each cell at each shape",
@@ -32,6 +35,20 @@ LIMIT_OF = {"numba": (12e9, 1e9), "reference": (2e9, 30e6)}
 """Useful flops of forward and backward, and bytes of forward, above which a case leaves a slow provider out."""
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+class Phase(NamedTuple):
+    """A part of a call that ends before the next one begins.
+
+    Attributes:
+        flops: useful floating point operations.
+        bytes: of the data that the part reads again and again: its working set.
+        times: how often it reads them.
+    """
+
+    flops: int
+    bytes: int
+    times: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,25 @@ class Recurrence:
         forward = x + parameters + out + state
         backward = (x + parameters + 2 * out) + (x + parameters)
         return (forward if mode == "forward" else forward + backward) * self.dtype.itemsize
+
+    def phases(self, mode: Mode) -> list[Phase]:
+        """The parts of one call, layer by layer, the directions of a layer at once.
+
+        Forward is the input projection, which reads ``weight_ih`` once, and the time loop, which reads ``weight_hh``
+        at each step. Backward is the loop again, and the products after it, which read ``weight_ih`` once.
+        """
+        directions = 2 if self.bidirectional else 1
+        parts = []
+        weights = self._weights()
+        for (rows, columns), (_, hidden) in zip(weights[:: 2 * directions], weights[1 :: 2 * directions], strict=True):
+            projection, loop = (directions * rows * n for n in (columns, hidden))
+            times = 2 * self.steps * self.batch
+            forward = Phase(times * loop, loop * self.dtype.itemsize, self.steps)
+            read = projection * self.dtype.itemsize
+            parts += [Phase(times * projection, read, 1), forward]
+            if mode == "forward_backward":
+                parts += [forward, Phase(times * (2 * projection + loop), read, 1)]
+        return parts
 
     def _weights(self) -> list[tuple[int, int]]:
         directions = 2 if self.bidirectional else 1
@@ -185,6 +221,10 @@ class Attention:
         if mode == "forward":
             return forward * self.dtype.itemsize + padding
         return (forward + backward) * self.dtype.itemsize + 2 * padding
+
+    def phases(self, mode: Mode) -> list[Phase]:
+        """One part: all products, and the compulsory traffic once."""
+        return [Phase(self.flops(mode), self.bytes(mode), 1)]
 
 
 Case = Recurrence | Attention
@@ -309,6 +349,11 @@ def with_tag(tag: str) -> list[Case]:
     return [case for case in CASES if tag in case.tags]
 
 
-def providers(case: Case) -> tuple[str, ...]:
-    """Who is timed on `case`: torch and native always, the slower ones where the case carries their tag."""
-    return tuple(name for name in PROVIDERS if name not in LIMIT_OF or name in case.tags)
+def providers(case: Case, mode: Mode) -> tuple[str, ...]:
+    """Who can be timed on `case`: torch and native always, the slower ones where the case carries their tag.
+
+    The engines run float32 layers (no cells), without gradients.
+    """
+    own = tuple(name for name in PROVIDERS if name not in LIMIT_OF or name in case.tags)
+    layer = isinstance(case, Recurrence) and not case.single
+    return own + (ENGINES if layer and case.dtype == torch.float32 and mode == "forward" else ())

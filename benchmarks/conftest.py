@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,8 +26,11 @@ import seqkernels
 from seqkernels.backends.native.extension import extension, load_error
 from seqkernels.testing import force_isa
 
-from . import measure, workloads
-from .cases import PROVIDERS, Case, Mode, providers, with_tag
+from . import engines, measure, roofline, workloads
+from .cases import ENGINES, PROVIDERS, Case, Mode, providers, with_tag
+
+WRONG = 100.0
+"""Times the error that the tests allow: rounding stays far below, another formula is far beyond."""
 
 
 class Group(NamedTuple):
@@ -34,12 +38,14 @@ class Group(NamedTuple):
 
     Attributes:
         samples, ratios, errors: by provider.
+        native: native's speed over each engine, from the rounds that both took part in.
         reasons: why a provider cannot run the case.
         failures: what a provider raised.
     """
 
     samples: dict[str, measure.Samples]
     ratios: dict[str, measure.Ratio]
+    native: dict[str, measure.Ratio]
     errors: dict[str, workloads.Errors]
     reasons: dict[str, str]
     failures: dict[str, Exception]
@@ -50,7 +56,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.addoption("--threads", type=int, help="threads of torch and of each backend (torch's default)")
     options.addoption("--isa", help="instruction set of the compiled module (the best that the processor has)")
     options.addoption("--quick", action="store_true", help="few cases, few rounds: a check that takes a minute")
-    options.addoption("--providers", default=",".join(PROVIDERS), help="who is timed, of: %(default)s")
+    options.addoption(
+        "--providers",
+        default=",".join(PROVIDERS),
+        help=f"who is timed (%(default)s); where installed also {', '.join(ENGINES)}",
+    )
     options.addoption("--allow-missing", action="store_true", help="go on where the compiled module is missing")
 
 
@@ -71,9 +81,13 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--isa: {error}") from error
         config.add_cleanup(stack.close)
     selected = config.getoption("providers").split(",")
-    unknown = set(selected) - set(PROVIDERS)
+    known = (*PROVIDERS, *ENGINES)
+    unknown = set(selected) - set(known)
     if unknown:
-        raise pytest.UsageError(f"--providers: {', '.join(sorted(unknown))} is not among {', '.join(PROVIDERS)}")
+        raise pytest.UsageError(f"--providers: {', '.join(sorted(unknown))} is not among {', '.join(known)}")
+    absent = [reason for name in ENGINES if name in selected and (reason := engines.missing(name)) is not None]
+    if absent:
+        raise pytest.UsageError(f"--providers: {'; '.join(absent)}")
     if load_error() is not None and "native" in selected and not config.getoption("allow_missing"):
         raise pytest.UsageError(f"native cannot be timed ({load_error()}); build it, or pass --allow-missing")
 
@@ -88,7 +102,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for case in metafunc.module.CASES
         if quick is None or case in quick
         for mode in case.modes
-        for provider in providers(case)
+        for provider in providers(case, mode)
         if provider in selected
     ]
     metafunc.parametrize(("case", "mode", "provider"), parameters)
@@ -99,6 +113,7 @@ class Session:
 
     def __init__(self, config: pytest.Config) -> None:
         self.plan = measure.QUICK if config.getoption("quick") else measure.FULL
+        self.machine: roofline.Roofline | None = None
         self.wanted: dict[tuple[str, Mode], list[str]] = defaultdict(list)
         self.unavailable: list[dict[str, str]] = []
         self.news = ""
@@ -111,6 +126,8 @@ class Session:
         key = (case.name, mode)
         if self._last is None or self._last[0] != key:
             self._last = None
+            if self.machine is None:
+                self.machine = roofline.measure()
             group = _measure(case, mode, self.wanted[key], self.plan)
             self._last = (key, group)
             self._done += 1
@@ -156,11 +173,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def _measure(case: Case, mode: Mode, wanted: list[str], plan: measure.Plan) -> Group:
-    group = Group({}, {}, {}, {}, {})
+    group = Group({}, {}, {}, {}, {}, {})
     exact = _call(workloads.build(case, mode, "torch", torch.float64))
     baseline = exact
     ready = {}
-    for provider in PROVIDERS:
+    for provider in (*PROVIDERS, *ENGINES):
         if provider != "torch" and provider not in wanted:
             continue
         try:
@@ -168,7 +185,9 @@ def _measure(case: Case, mode: Mode, wanted: list[str], plan: measure.Plan) -> G
             results = _call(workload)
             if provider == "torch":
                 baseline = results
-            group.errors[provider] = workloads.errors(results, baseline, exact)
+            found = group.errors[provider] = workloads.errors(results, baseline, exact)
+            if found.of_budget > WRONG:
+                raise ValueError(f"wrong results: the error is {found.of_budget:.3g} times what the tests allow")
             ready[provider] = workload
         except seqkernels.BackendError as error:
             group.reasons[provider] = str(error)
@@ -176,9 +195,15 @@ def _measure(case: Case, mode: Mode, wanted: list[str], plan: measure.Plan) -> G
             group.failures[provider] = error
     del exact, baseline
     if ready:
-        group.samples.update(measure.interleave(ready, plan))
+        # With one thread nobody's threads wait busily.
+        rest = torch.get_num_threads() > 1 and not ready.keys().isdisjoint(ENGINES)
+        group.samples.update(measure.interleave(ready, plan.with_pauses() if rest else plan))
     if "torch" in ready:
         group.ratios.update({name: measure.ratio(group.samples["torch"], own) for name, own in group.samples.items()})
+    if "native" in ready:
+        group.native.update(
+            {name: measure.ratio(group.samples[name], group.samples["native"]) for name in ready if name in ENGINES}
+        )
     return group
 
 
@@ -223,6 +248,7 @@ def _extra_info(case: Case, mode: Mode, provider: str, group: Group) -> dict[str
         "threads": torch.get_num_threads(),
         "flops": case.flops(mode),
         "bytes": case.bytes(mode),
+        "phases": [list(phase) for phase in case.phases(mode)],
         "calls_per_round": group.samples[provider].calls,
         "max_error": group.errors[provider].largest,
         "error_to_torch": group.errors[provider].to_torch,
@@ -230,6 +256,8 @@ def _extra_info(case: Case, mode: Mode, provider: str, group: Group) -> dict[str
     }
     if provider in group.ratios:
         info["ratio"] = dict(group.ratios[provider]._asdict())
+    if provider in group.native:
+        info["native"] = dict(group.native[provider]._asdict())
     return info
 
 
@@ -238,13 +266,19 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
     return (report.outcome, "", "") if report.when == "call" else None
 
 
-def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node")
     machine_info["threads"] = torch.get_num_threads()
     machine_info["torch"] = torch.__version__
     machine_info["seqkernels"] = seqkernels.__version__
     machine_info["isa"] = extension().isa() if load_error() is None else None
+    selected = config.getoption("providers").split(",")
+    machine_info["engines"] = {name: metadata.version(name) for name in ENGINES if name in selected}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    output_json["unavailable"] = config.stash[session_key].unavailable
+    session = config.stash[session_key]
+    output_json["unavailable"] = session.unavailable
+    # Measured before the first case and after the last one, since the machine may be slower for a while.
+    machine = None if session.machine is None else session.machine.better(roofline.measure()).to_json()
+    output_json["roofline"] = machine

@@ -19,12 +19,23 @@ class Plan(NamedTuple):
         round_seconds: a round repeats a call until it lasts about this long.
         budget_seconds: time for all rounds of one callable.
         min_rounds, max_rounds: bounds of the number of rounds; the lower one goes before the budget.
+        pause_seconds: rest before each turn, in which the threads of the others stop waiting busily for work. After a
+            rest a call that is shorter is made once before it is timed.
     """
 
     round_seconds: float = 0.5e-3
     budget_seconds: float = 0.3
     min_rounds: int = 5
     max_rounds: int = 200
+    pause_seconds: float = 0.0
+
+    def with_pauses(self) -> Plan:
+        """This plan for callables that have threads of their own, with rests and fewer rounds.
+
+        The threads of OpenMP wait for up to 8 ms for the next parallel region, on the cores that the next callable
+        needs, unless both use the same OpenMP.
+        """
+        return self._replace(max_rounds=min(self.max_rounds, 60), pause_seconds=0.01)
 
 
 FULL = Plan()
@@ -86,13 +97,15 @@ def interleave(
     Returns:
         Samples by name.
     """
-    calls, rounds = {}, {}
+    calls, rounds, warm = {}, {}, {}
     for name, workload in workloads.items():
         with workload.context():
             seconds = _time(workload.run, 1, timer)
             if seconds < plan.budget_seconds:
                 seconds = min(seconds, _time(workload.run, 1, timer))
         calls[name] = max(1, ceil(plan.round_seconds / max(seconds, 1e-9)))
+        # A short call is made once before: the last callable's data leaves the caches, and its threads stop spinning.
+        warm[name] = calls[name] > 1 or seconds < plan.pause_seconds
         fitting = int(plan.budget_seconds / max(seconds * calls[name], 1e-9))
         rounds[name] = min(max(fitting, plan.min_rounds), plan.max_rounds)
     names = list(workloads)
@@ -106,8 +119,13 @@ def interleave(
             for name in names[index % len(names) :] + names[: index % len(names)]:
                 share = min(rounds[name], total)
                 if (index + 1) * share // total > index * share // total:
+                    if plan.pause_seconds:
+                        time.sleep(plan.pause_seconds)
                     with workloads[name].context():
-                        samples[name].seconds[index] = _round(workloads[name].run, calls[name], timer)
+                        if warm[name]:
+                            workloads[name].run()
+                        seconds = _time(workloads[name].run, calls[name], timer)
+                    samples[name].seconds[index] = seconds / calls[name]
     finally:
         if collecting:
             gc.enable()
@@ -115,19 +133,13 @@ def interleave(
 
 
 def ratio(baseline: Samples, own: Samples) -> Ratio:
-    """The ratio of the times of `baseline` and `own` over the rounds of `own`."""
-    found = [baseline.seconds[index] / seconds for index, seconds in own.seconds.items()]
+    """The ratio of the times of `baseline` and `own` over the rounds in which both took part, at least the last."""
+    both = baseline.seconds.keys() & own.seconds.keys()
+    found = [baseline.seconds[index] / own.seconds[index] for index in both]
     if len(found) == 1:
         return Ratio(found[0], found[0], found[0])
     q1, median, q3 = statistics.quantiles(found, n=4, method="inclusive")
     return Ratio(median, q1, q3)
-
-
-def _round(run: Callable[[], object], calls: int, timer: Callable[[], float]) -> float:
-    # A short call is made once before: the last callable's data leaves the caches, and its threads stop spinning.
-    if calls > 1:
-        run()
-    return _time(run, calls, timer) / calls
 
 
 def _time(run: Callable[[], object], calls: int, timer: Callable[[], float]) -> float:

@@ -1,6 +1,6 @@
 """Turns a JSON file of the benchmarks into tables of ratios to torch, and a picture.
 
-``python benchmarks/report.py report/bench.json [--markdown] [--png report/bench.png]``
+``python -m benchmarks.report report/bench.json [--markdown] [--png report/bench.png]``
 """
 
 from __future__ import annotations
@@ -14,9 +14,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ORDER = ("torch", "native", "numba", "reference")
+from .cases import ENGINES, Phase
+from .roofline import SIZE, Roofline, limit
+
+ORDER = ("torch", "native", *ENGINES, "numba", "reference")
 MODES = {"forward": "forward", "forward_backward": "forward+backward"}
-COLORS = {"native": "#1f5fbf", "numba": "#e08214", "reference": "#999999"}
+COLORS = {
+    "native": "#1f5fbf",
+    "onnxruntime": "#2a9d4b",
+    "openvino": "#8e44ad",
+    "numba": "#e08214",
+    "reference": "#999999",
+}
 
 
 class Entry(NamedTuple):
@@ -27,6 +36,10 @@ class Entry(NamedTuple):
         ratio: torch's time over `seconds`, median and quartiles of the paired rounds; ``None`` without torch.
         error: largest error against float64 over torch's own.
         budget: the error over what the tests allow.
+        native: of an engine, `seconds` over native's, median and quartiles of the paired rounds.
+        dtype: ``"float32"`` and so on.
+        phases: parts of the call.
+        overhead: whether it is one step of one row.
     """
 
     case: str
@@ -39,6 +52,15 @@ class Entry(NamedTuple):
     ratio: tuple[float, float, float] | None
     error: float
     budget: float
+    native: tuple[float, float, float] | None
+    dtype: str
+    phases: tuple[Phase, ...]
+    overhead: bool
+
+    @property
+    def kind(self) -> str:
+        """Calls of one kind pass through the same code: layers, cells, or attention."""
+        return self.group if self.group == "cells" else "attention" if self.group.startswith("attention") else "layers"
 
 
 class Table(NamedTuple):
@@ -68,7 +90,7 @@ def entries(data: dict[str, Any]) -> list[Entry]:
         info = bench["extra_info"]
         if "provider" not in info:
             raise ValueError(f"FILE: {bench['fullname']} is not a benchmark of seqkernels")
-        ratio = info.get("ratio")
+        ratio, native = info.get("ratio"), info.get("native")
         found.append(
             Entry(
                 info["case"],
@@ -81,6 +103,10 @@ def entries(data: dict[str, Any]) -> list[Entry]:
                 (ratio["median"], ratio["q1"], ratio["q3"]) if ratio else None,
                 info["error_to_torch"],
                 info["error_of_budget"],
+                (native["median"], native["q1"], native["q3"]) if native else None,
+                info["shape"]["dtype"],
+                tuple(Phase(*phase) for phase in info["phases"]),
+                "overhead" in info["tags"],
             )
         )
     groups = _unique(entry.group for entry in found)
@@ -113,10 +139,71 @@ def summary(found: Sequence[Entry]) -> Table:
     return Table("Speed over torch by group: torch's time over the provider's", columns, rows, frozenset({0, 1, 2, 6}))
 
 
-def per_case(found: Sequence[Entry]) -> Table:
-    """Times and ratios of each case and mode; rates and errors of the preferred provider."""
+def beside_engines(found: Sequence[Entry]) -> Table | None:
+    """Native over each engine by cell, and over the faster one in each case; ``None`` without both."""
+    measured = {(e.case, e.provider): e.native[0] for e in found if e.native}
+    groups = {e.case: e.group for e in found if e.native}
+    names = [name for name in ENGINES if any(provider == name for _, provider in measured)]
+    rows = []
+    for group in (*_unique(groups.values()), "all"):
+        chosen = [case for case in groups if group in (groups[case], "all")]
+        over = {name: {case: measured[case, name] for case in chosen if (case, name) in measured} for name in names}
+        if len(names) > 1:
+            over["the faster one"] = {
+                case: min(ratios[case] for ratios in over.values() if case in ratios) for case in chosen
+            }
+        for name, ratios in over.items():
+            if ratios:
+                worst = min(ratios, key=lambda case: ratios[case])
+                numbers = (f"{geometric_mean(ratios.values()):.2f}", f"{ratios[worst]:.2f}", str(len(ratios)))
+                rows.append((group, name, *numbers, worst))
+    columns = ("group", "engine", "geomean", "worst", "cases", "worst case")
+    title = "native beside inference engines: the engine's time over native's, forward"
+    return Table(title, columns, rows, frozenset({0, 1, 5})) if rows else None
+
+
+def rates(found: Sequence[Entry], machine: Roofline) -> Table:
+    """What the machine was measured to do, and the most that a case reached of it."""
+    rows = []
+    for dtype, gflops in machine.gflops.items():
+        best = max((e for e in found if e.dtype == dtype), key=_gflops, default=None)
+        reached = ("-", "-") if best is None else (f"{_gflops(best):.0f} GFLOP/s", f"{best.provider} on {best.case}")
+        rows.append((f"torch.mm, {SIZE} x {SIZE}, {dtype}", f"{gflops:.0f} GFLOP/s", *reached))
+    for size, gigabytes in machine.bandwidth:
+        amount = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+        where = machine.level(size)
+        rows.append((f"reading {amount}" + (f" ({where})" if where else ""), f"{gigabytes:.0f} GB/s", "-", "-"))
+    columns = ("limit", "measured", "largest rate reached", "by")
+    return Table("What the machine can do, measured in the same run", columns, rows, frozenset({0, 3}))
+
+
+def limits(found: Sequence[Entry], machine: Roofline) -> dict[tuple[str, str, str], str]:
+    """What bounds each entry, and the share of its time that this alone would take: by case, mode and provider.
+
+    The arithmetic counts at the rate of ``torch.mm``, or at the largest rate that any case reached if that is more;
+    the call itself as the shortest one of one step and row, if there is one of that kind in the run.
+    """
+    peak = {
+        dtype: max([rate, *(_gflops(entry) for entry in found if entry.dtype == dtype)])
+        for dtype, rate in machine.gflops.items()
+    }
+    shortest: dict[tuple[str, str, str], float] = {}
+    for entry in filter(lambda entry: entry.overhead, found):
+        key = (entry.kind, entry.mode, entry.provider)
+        shortest[key] = min(entry.seconds, shortest.get(key, math.inf))
+    texts = {}
+    for entry in found:
+        least = shortest.get((entry.kind, entry.mode, entry.provider), 0.0)
+        name, seconds = limit(entry.phases, least, peak[entry.dtype], machine)
+        texts[entry.case, entry.mode, entry.provider] = f"{name} {seconds / entry.seconds:.0%}"
+    return texts
+
+
+def per_case(found: Sequence[Entry], machine: Roofline | None) -> Table:
+    """Times and ratios of each case and mode; rates, limits and errors of the preferred provider."""
     present = [name for name in ORDER[1:] if any(entry.provider == name for entry in found)]
     lead = present[0] if present else "torch"
+    bounds = {} if machine is None else limits(found, machine)
     rows = []
     for case, mode in _unique((entry.case, entry.mode) for entry in found):
         by = {entry.provider: entry for entry in found if (entry.case, entry.mode) == (case, mode)}
@@ -126,12 +213,12 @@ def per_case(found: Sequence[Entry]) -> Table:
             row.append("{:.2f} ({:.2f}-{:.2f})".format(*ratio) if ratio else "-")
         first = by.get(lead)
         if first is None:
-            row += ["-"] * 3
+            row += ["-"] * 4
         else:
-            rates = (first.flops / first.seconds / 1e9, first.bytes / first.seconds / 1e9)
-            row += [f"{rates[0]:.1f}", f"{rates[1]:.2f}", f"{first.error:.2f}"]
+            row += [f"{_gflops(first):.1f}", f"{first.bytes / first.seconds / 1e9:.2f}"]
+            row += [bounds.get((case, mode, lead), "-"), f"{first.error:.2f}"]
         rows.append(row)
-    columns = ("case", "mode", "torch ms", *present, f"{lead} GFLOP/s", "GB/s", "error/torch's")
+    columns = ("case", "mode", "torch ms", *present, f"{lead} GFLOP/s", "GB/s", "limit", "error/torch's")
     return Table("Each case: torch's time, speed over torch (quartiles)", columns, rows, frozenset({0, 1}))
 
 
@@ -141,8 +228,9 @@ def machine(data: dict[str, Any]) -> str:
     cpu = info.get("cpu", {}).get("brand_raw", info.get("machine", "unknown processor"))
     isa = info.get("isa") or "no compiled module"
     threads = f"{info['threads']} thread" + ("s" if info["threads"] > 1 else "")
+    engines = "".join(f", {name} {version}" for name, version in info["engines"].items())
     return (
-        f"{cpu}, {threads}, {isa}; torch {info['torch']}, seqkernels {info['seqkernels']},"
+        f"{cpu}, {threads}, {isa}; torch {info['torch']}, seqkernels {info['seqkernels']}{engines},"
         f" Python {info['python_version']}; {data['datetime'][:10]}"
     )
 
@@ -235,7 +323,12 @@ def plot(found: Sequence[Entry], title: str, path: Path) -> None:
     shown = [name for name in ORDER if name in handles]
     if shown:
         axes[0][-1].legend(
-            [handles[name] for name in shown], shown, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
+            [handles[name] for name in shown],
+            shown,
+            fontsize=8,
+            ncols=len(shown),
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
         )
     figure.suptitle(title, fontsize=9, y=1 - 0.15 / height)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.2 / height))
@@ -256,13 +349,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not found:
         parser.error(f"{options.file}: no benchmark in it")
     where = machine(data)
-    parts = [render(per_case(found), options.markdown), render(summary(found), options.markdown), where]
-    print("\n\n".join(parts))
+    measured = Roofline.from_json(data["roofline"]) if data.get("roofline") else None
+    tables = [per_case(found, measured), summary(found), beside_engines(found)]
+    tables.append(None if measured is None else rates(found, measured))
+    parts = [render(table, options.markdown) for table in tables if table is not None]
+    print("\n\n".join((*parts, where)))
     for line in remarks(data, found):
         print(f"- {line}" if options.markdown else line)
     if options.png is not None:
         plot(found, where, options.png)
     return 0
+
+
+def _gflops(entry: Entry) -> float:
+    return entry.flops / entry.seconds / 1e9
 
 
 def _median(entry: Entry) -> float:

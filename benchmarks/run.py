@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds: a check that takes a minute")
     parser.add_argument("--threads", type=int, help="threads of torch and of each backend (torch's default)")
     parser.add_argument("--isa", help="instruction set of the compiled module (the best that the processor has)")
-    parser.add_argument("--providers", help="who is timed, of torch,native,numba,reference (all)")
+    parser.add_argument("--providers", help="who is timed: torch,native,numba,reference (these), onnxruntime,openvino")
     parser.add_argument("-k", metavar="EXPRESSION", help="only the cases that match, as in pytest")
     parser.add_argument("--json", type=Path, default=ROOT / "report" / "bench.json", help="result (%(default)s)")
     parser.add_argument("--png", type=Path, help="picture (beside the JSON)")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status or 1
 
     png = (options.png or json.with_suffix(".png")).resolve()
-    report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(json), f"--png={png}"]
+    report = [sys.executable, "-m", "benchmarks.report", str(json), f"--png={png}"]
     report += ["--markdown"] if options.markdown else []
     return status or subprocess.run(report, cwd=ROOT).returncode
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import seqkernels
 
-from .cases import Attention, Case, Mode, Recurrence
+from . import engines
+from .cases import ENGINES, Attention, Case, Mode, Recurrence
 
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
@@ -57,7 +58,7 @@ def build(case: Case, mode: Mode, provider: str, dtype: torch.dtype | None = Non
     Args:
         case: what to call.
         mode: with or without gradients.
-        provider: ``"torch"`` or a backend of seqkernels.
+        provider: ``"torch"``, a backend of seqkernels, or one of `ENGINES` where `providers` names it for the case.
         dtype: compute in another dtype than the case's, on the same values.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
@@ -71,7 +72,8 @@ def build(case: Case, mode: Mode, provider: str, dtype: torch.dtype | None = Non
     def context() -> AbstractContextManager[object]:
         stack = ExitStack()
         stack.enter_context(torch.set_grad_enabled(training))
-        stack.enter_context(nullcontext() if provider == "torch" else seqkernels.use_backend(provider))
+        if provider != "torch" and provider not in ENGINES:
+            stack.enter_context(seqkernels.use_backend(provider))
         return stack
 
     return Workload(run, context)
@@ -109,6 +111,8 @@ def _recurrence(
     layer = _layer(case, provider, generator).to(case.dtype).to(dtype)
     x_shape = (case.batch, case.inputs) if case.single else (case.steps, case.batch, case.inputs)
     x = _randn(generator, case, dtype, *x_shape).requires_grad_(training)
+    if provider in ENGINES:
+        return engines.build(provider, case, layer, x)
     inputs: tuple[object, ...] = (x,)
     wanted = [x, *layer.parameters()]
     if case.single:
@@ -139,7 +143,7 @@ def _layer(case: Recurrence, provider: str, generator: torch.Generator) -> nn.Mo
     options: dict[str, object] = {"nonlinearity": case.cell[4:]} if case.cell.startswith("rnn") else {}
     if not case.single:
         options |= {"num_layers": case.layers, "bidirectional": case.bidirectional}
-    module = nn if provider == "torch" else seqkernels.nn
+    module = nn if provider == "torch" or provider in ENGINES else seqkernels.nn
     layer: nn.Module = getattr(module, LAYERS[case.cell] + ("Cell" if case.single else ""))(
         case.inputs, case.hidden, **options
     )

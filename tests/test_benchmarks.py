@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from seqkernels.testing import assert_within_budget
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, measure, report, workloads  # noqa: E402
+from benchmarks import cases, conftest, engines, errors, measure, report, roofline, workloads  # noqa: E402
 
 EVERY = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 
@@ -29,8 +33,12 @@ def test_case_is_well_formed(case):
     assert case.tags <= set(cases.TAGS)
     assert case.modes[0] == "forward"
     assert case.name.isidentifier()
-    assert all(case.flops(mode) > 0 and case.bytes(mode) > 0 for mode in case.modes)
-    assert {"torch", "native"} <= set(cases.providers(case)) <= set(cases.PROVIDERS)
+    for mode in case.modes:
+        assert case.bytes(mode) > 0
+        assert sum(phase.flops for phase in case.phases(mode)) == case.flops(mode) > 0
+        assert all(phase.bytes > 0 and phase.times > 0 for phase in case.phases(mode))
+    assert {"torch", "native"} <= set(cases.providers(case, "forward")) <= {*cases.PROVIDERS, *cases.ENGINES}
+    assert set(cases.providers(case, "forward_backward")) <= set(cases.PROVIDERS)
 
 
 def test_every_shape_of_the_grid_is_there_for_each_cell():
@@ -40,6 +48,39 @@ def test_every_shape_of_the_grid_is_there_for_each_cell():
         if isinstance(case, cases.Recurrence) and case.dtype == torch.float32
     }
     assert found == {(cell, *shape) for cell in ("lstm", "gru", "rnn_tanh") for shape in cases.GRID_RECURRENCE}
+
+
+def test_what_the_targets_name_is_there():
+    recurrences = [case for case in cases.CASES if isinstance(case, cases.Recurrence)]
+    single = {(case.cell, case.batch, case.hidden) for case in recurrences if case.single}
+    assert single == {(cell, 1, hidden) for cell in ("lstm", "gru", "rnn_tanh") for hidden in (64, 256)}
+    assert {case.cell for case in recurrences if case.dtype == torch.bfloat16} == {"lstm", "gru"}
+    stacks = [case for case in recurrences if case.layers == 2 and case.bidirectional]
+    assert ("lstm", 128, 16, 128) in [(case.cell, case.steps, case.batch, case.hidden) for case in stacks]
+
+
+def test_engines_run_float32_layers_without_gradients():
+    layer = cases.Recurrence("gru", 3, 2, 3, 4)
+    assert set(cases.ENGINES) <= set(cases.providers(layer, "forward"))
+    others = [
+        (layer, "forward_backward"),
+        (cases.Recurrence("gru", 1, 2, 3, 4, single=True), "forward"),
+        (cases.Recurrence("gru", 3, 2, 3, 4, dtype=torch.bfloat16), "forward"),
+        (cases.Attention(2, 2, 4, 4, 8), "forward"),
+    ]
+    for case, mode in others:
+        assert set(cases.ENGINES).isdisjoint(cases.providers(case, mode))
+    with pytest.raises(ValueError, match=r"case: expected a float32 layer, got gru_T3_B2_I3_H4_bfloat16"):
+        engines.build("openvino", others[2][0], torch.nn.GRU(3, 4), torch.zeros(3, 2, 3))
+
+
+def test_phases_of_a_recurrence():
+    case = cases.Recurrence("gru", 10, 2, 3, 4, bidirectional=True, layers=2, dtype=torch.bfloat16)
+    # Two directions of 12 rows each, 3 then 8 columns from below, 4 of the state.
+    read = [(2 * 12 * 3 * 2, 1), (2 * 12 * 4 * 2, 10), (2 * 12 * 8 * 2, 1), (2 * 12 * 4 * 2, 10)]
+    assert [(phase.bytes, phase.times) for phase in case.phases("forward")] == read
+    assert [phase.flops for phase in case.phases("forward")] == [20 * size for size, _ in read]
+    assert len(case.phases("forward_backward")) == 8
 
 
 def test_the_quick_form_has_each_operation():
@@ -109,6 +150,82 @@ def test_providers_make_the_same_call(case, mode):
     assert found.of_budget < 100
 
 
+LAYERS = [
+    cases.Recurrence(cell, 4, 3, 5, 6, layers=layers, bidirectional=bidirectional)
+    for cell in cases.GATES
+    for layers, bidirectional in ((1, False), (1, True), (2, False), (3, True))
+]
+BY_NAME = pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+
+
+def by_onnx(case: cases.Recurrence, layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The layer by the formulas of the ONNX operators, in their gate order."""
+    last: dict[str, list[torch.Tensor]] = {"h": [], "c": []}
+    for weights in engines.weights(case, layer):
+        w, r, b = (torch.from_numpy(array).double() for array in weights)
+        sides = []
+        for direction in range(w.shape[0]):
+            b_w, b_r = b[direction].chunk(2)
+            h = c = torch.zeros(case.batch, case.hidden, dtype=torch.float64)
+            outputs = []
+            for x_t in reversed(x) if direction else x:
+                xs = (x_t @ w[direction].T + b_w).chunk(cases.GATES[case.cell], 1)
+                hs = (h @ r[direction].T + b_r).chunk(cases.GATES[case.cell], 1)
+                if case.cell == "lstm":
+                    i, o, f = (torch.sigmoid(a + b) for a, b in zip(xs[:3], hs[:3], strict=True))
+                    c = f * c + i * torch.tanh(xs[3] + hs[3])
+                    h = o * torch.tanh(c)
+                elif case.cell == "gru":
+                    z, reset = (torch.sigmoid(a + b) for a, b in zip(xs[:2], hs[:2], strict=True))
+                    h = (1 - z) * torch.tanh(xs[2] + reset * hs[2]) + z * h
+                else:
+                    h = torch.tanh(xs[0] + hs[0]) if case.cell == "rnn_tanh" else torch.relu(xs[0] + hs[0])
+                outputs.append(h)
+            sides.append(torch.stack(outputs[::-1] if direction else outputs))
+            last["h"].append(h)
+            last["c"].append(c)
+        x = torch.cat(sides, 2)
+    states = [torch.stack(last["h"]), torch.stack(last["c"])]
+    return [x, *(states if case.cell == "lstm" else states[:1])]
+
+
+@BY_NAME
+def test_weights_for_the_engines(case):
+    generator = torch.Generator().manual_seed(3)
+    layer = workloads._layer(case, "onnxruntime", generator)
+    x = torch.randn(case.steps, case.batch, case.inputs, generator=generator, dtype=torch.float64)
+    found = by_onnx(case, layer, x)
+    with torch.no_grad():
+        out, last = layer.double()(x)
+    for ours, theirs in zip(found, [out, *(last if case.cell == "lstm" else [last])], strict=True):
+        assert_within_budget(ours, theirs, theirs.float())
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
+@BY_NAME
+def test_engines_make_the_same_call(case, engine):
+    reason = engines.missing(engine)
+    if reason is not None:
+        with pytest.raises(ImportError):
+            workloads.build(case, "forward", engine)
+        return
+    results = {}
+    for provider, dtype in (("exact", torch.float64), ("torch", None), (engine, None)):
+        workload = workloads.build(case, "forward", "torch" if provider == "exact" else provider, dtype)
+        with workload.context():
+            workload.run()
+            results[provider] = [result.clone() for result in workload.run()]
+    found = workloads.errors(results[engine], results["torch"], results["exact"])
+    assert found.of_budget < conftest.WRONG
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
+def test_a_missing_engine_says_how_to_install_it(engine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert engines.missing(engine).startswith(f"{engine} cannot be timed (")
+    assert engines.missing(engine).endswith("install it: make bench-engines, or the extra bench-engines")
+
+
 def test_errors_of_a_wrong_result():
     exact = [torch.tensor([1.0, 2.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
     good = [x.float() for x in exact]
@@ -147,6 +264,20 @@ def test_rounds_are_taken_in_turns():
     assert all(list(own.seconds) == [0, 1, 2, 3] and own.calls == 1 for own in samples.values())
 
 
+def test_rests_between_turns(monkeypatch):
+    simulation = Simulation()
+    plan = measure.Plan(1, 3, 3, 3, pause_seconds=2)
+    monkeypatch.setattr(time, "sleep", lambda seconds: setattr(simulation, "order", simulation.order + "-"))
+    workloads_ = {"a": simulation.workload("a", 1.0), "b": simulation.workload("b", 5.0)}
+    samples = measure.interleave(workloads_, plan, lambda: simulation.now)
+    # Two calls of a and, over the budget, one of b; then a is called once more in each turn, since it is short.
+    assert simulation.order == "aab" + "-aa-b" + "-b-aa" + "-aa-b"
+    assert set(samples["a"].seconds.values()) == {1.0}
+    rests = measure.FULL.with_pauses()
+    assert (rests.pause_seconds, rests.budget_seconds) == (0.01, measure.FULL.budget_seconds)
+    assert measure.QUICK.with_pauses().max_rounds <= measure.QUICK.max_rounds
+
+
 def test_short_calls_are_repeated_and_slow_ones_sit_out():
     simulation = Simulation()
     plan = measure.Plan(round_seconds=1, budget_seconds=12, min_rounds=2, max_rounds=8)
@@ -166,6 +297,47 @@ def test_ratio_is_paired():
     torch_ = measure.Samples(1, {i: 3 * seconds for i, seconds in slower.items()})
     own = measure.Samples(1, {i: seconds for i, seconds in slower.items() if i % 2})
     assert measure.ratio(torch_, own) == (3, 3, 3)
+    few = measure.Samples(1, {0: 100.0, 3: slower[3], 7: slower[7]})
+    assert measure.ratio(few, own) == (1, 1, 1)
+
+
+class Group:
+    """Providers whose results and times are known."""
+
+    def __init__(self, **values: float) -> None:
+        self.values, self.simulation = values, Simulation()
+
+    def build(self, case: object, mode: str, provider: str, dtype: object = None) -> workloads.Workload:
+        seconds = {"torch": 4e-3, "native": 1e-3}.get(provider, 2e-3)
+        workload = self.simulation.workload(provider, seconds)
+
+        def run() -> tuple[torch.Tensor, ...]:
+            workload.run()
+            return (torch.full((3,), self.values.get(provider, 1.0), dtype=dtype),)
+
+        return workloads.Workload(run, workload.context)
+
+
+def measured(monkeypatch, group, *wanted):
+    monkeypatch.setattr(workloads, "build", group.build)
+    timed = measure.interleave
+    monkeypatch.setattr(measure, "interleave", lambda ready, plan: timed(ready, plan, lambda: group.simulation.now))
+    return conftest._measure(LAYERS[0], "forward", list(wanted), measure.Plan(1e-3, 1e-3, 5, 5))
+
+
+def test_engines_are_measured_beside_native(monkeypatch):
+    found = measured(monkeypatch, Group(), "native", "openvino")
+    assert not found.failures
+    assert set(found.samples) == {"torch", "native", "openvino"}
+    assert found.native == {"openvino": pytest.approx((2, 2, 2))}
+    assert found.ratios["native"] == pytest.approx((4, 4, 4))
+
+
+def test_a_wrong_result_is_a_failure(monkeypatch):
+    found = measured(monkeypatch, Group(openvino=1.01), "native", "openvino")
+    assert set(found.failures) == {"openvino"}
+    assert str(found.failures["openvino"]).startswith("wrong results: the error is 8.39e+04 times")
+    assert set(found.samples) == {"torch", "native"}
 
 
 def entry(case: str, mode: str, provider: str, ratio: float, **more: object) -> dict[str, object]:
@@ -176,6 +348,9 @@ def entry(case: str, mode: str, provider: str, ratio: float, **more: object) -> 
         "provider": provider,
         "flops": 2_000_000,
         "bytes": 1000,
+        "phases": [[2_000_000, 1000, 1]],
+        "shape": {"dtype": "float32"},
+        "tags": ["overhead"] if case == "attention_small" else [],
         "ratio": {"median": ratio, "q1": ratio * 0.9, "q3": ratio * 1.1},
         "error_to_torch": 1.0,
         "error_of_budget": 0.5,
@@ -192,6 +367,14 @@ def file(tmp_path):
             benchmarks.append(entry(case, mode, "torch", 1.0))
             benchmarks.append(entry(case, mode, "native", ratio))
     benchmarks.append(entry("lstm_small", "forward", "numba", 0.5, error_to_torch=5.0, error_of_budget=2.5))
+    for case, engine, over in (
+        ("lstm_small", "openvino", 2.0),
+        ("lstm_large", "openvino", 8.0),
+        ("lstm_small", "onnxruntime", 4.5),
+        ("lstm_large", "onnxruntime", 0.5),
+    ):
+        native = {"median": over, "q1": over, "q3": over}
+        benchmarks.append(entry(case, "forward", engine, 0.5, native=native))
     reason = "backend 'numba' cannot run attention of torch.float32 on cpu: it rains: again"
     data = {
         "machine_info": {
@@ -201,6 +384,12 @@ def file(tmp_path):
             "isa": "x86-64-v3",
             "torch": "2.13.0",
             "seqkernels": "0.1.0",
+            "engines": {"openvino": "2026.4.1"},
+        },
+        "roofline": {
+            "gflops": {"float32": 4.0, "bfloat16": 8.0},
+            "bandwidth": [[1024, 200.0], [1 << 20, 1.0]],
+            "caches": {"L1": 2048, "L2": 1 << 16},
         },
         "datetime": "2026-01-02T03:04:05",
         "benchmarks": benchmarks,
@@ -218,8 +407,16 @@ def test_report_prints_tables_and_draws(file, tmp_path, capsys):
     rows = [line.split() for line in text.splitlines()]
     assert ["LSTM", "forward", "native", "2.00", "1.00", "2", "lstm_small"] in rows
     assert ["attention", "forward+backward", "native", "3.00", "3.00", "1", "attention_small"] in rows
-    assert ["lstm_large", "forward", "1", "4.00", "(3.60-4.40)", "-", "8.0", "0.00", "1.00"] in rows
-    assert "A Processor, 2 threads, x86-64-v3; torch 2.13.0" in text
+    large = ["lstm_large", "forward", "1", "4.00", "(3.60-4.40)", *["0.50", "(0.45-0.55)"] * 2, "-"]
+    # 8 GFLOP/s are the most that anybody reached, so that this case takes as long as its products.
+    assert [*large, "8.0", "0.00", "compute", "100%", "1.00"] in rows
+    assert ["LSTM", "onnxruntime", "1.50", "0.50", "2", "lstm_large"] in rows
+    assert ["LSTM", "openvino", "4.00", "2.00", "2", "lstm_small"] in rows
+    assert ["all", "the", "faster", "one", "1.00", "0.50", "2", "lstm_large"] in rows
+    product = ["torch.mm,", "1024", "x", "1024,", "float32", "4", "GFLOP/s", "8", "GFLOP/s"]
+    assert [*product, "native", "on", "lstm_large"] in rows
+    assert ["reading", "1", "KiB", "(L1)", "200", "GB/s", "-", "-"] in rows
+    assert "A Processor, 2 threads, x86-64-v3; torch 2.13.0, seqkernels 0.1.0, openvino 2026.4.1, Python" in text
     assert "numba not timed 1 times: it rains: again" in text
     assert "numba on lstm_small forward: error 5.00 times torch's own, 2.50 of what the tests allow" in text
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -228,9 +425,44 @@ def test_report_prints_tables_and_draws(file, tmp_path, capsys):
 def test_report_in_markdown(file, capsys):
     assert report.main([str(file), "--markdown"]) == 0
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(tables) == (6 + 2) + (5 + 2)
+    assert len(tables) == (6 + 2) + (7 + 2) + (6 + 2) + (4 + 2)
     assert all(line.endswith(" |") for line in tables)
-    assert {line.count("|") for line in tables} == {8, 9}
+    assert {line.count("|") for line in tables} == {12, 8, 7, 5}
+
+
+MACHINE = roofline.Roofline({"float32": 100.0}, [(1 << 10, 100.0), (1 << 20, 10.0)], {"L1": 1 << 12, "L2": 1 << 20})
+
+
+def test_rates_of_working_sets():
+    assert MACHINE.rate(0) == MACHINE.rate(1 << 10) == 100
+    assert MACHINE.rate(1 << 15) == pytest.approx(55)
+    assert MACHINE.rate(1 << 30) == 10
+    levels = [MACHINE.level(size) for size in (1, 1 << 12, (1 << 12) + 1, 1 << 21)]
+    assert levels == ["L1", "L1", "L2", "memory"]
+    assert MACHINE._replace(caches={}).level(1) == ""
+    faster = MACHINE._replace(gflops={"float32": 50.0}, bandwidth=[(1 << 10, 90.0), (1 << 20, 20.0)])
+    assert MACHINE.better(faster) == MACHINE._replace(bandwidth=[(1 << 10, 100.0), (1 << 20, 20.0)])
+    assert roofline.Roofline.from_json(json.loads(json.dumps(MACHINE.to_json()))) == MACHINE
+
+
+def test_limits():
+    products = cases.Phase(flops=10**9, bytes=1 << 10, times=1)
+    loop = cases.Phase(flops=10**6, bytes=1 << 20, times=1000)
+    assert roofline.limit([products], 0, 100, MACHINE) == ("compute", pytest.approx(0.01))
+    name, seconds = roofline.limit([products, loop], 0, 100, MACHINE)
+    assert (name, seconds) == ("L2", pytest.approx(0.01 + 1000 * (1 << 20) / 10e9))
+    assert roofline.limit([loop], 0, 100, MACHINE._replace(caches={})).name == "reading"
+    assert roofline.limit([products], 0.02, 100, MACHINE) == ("call", 0.02)
+
+
+def test_caches_of_the_threads(tmp_path):
+    rows = (("1", "Data", "32K", "0"), ("1", "Instruction", "64K", "0"), ("2", "Unified", "1024K", "0,8"))
+    for index, values in enumerate((*rows, ("3", "Unified", "32768K", "0-7"))):
+        (tmp_path / f"index{index}").mkdir()
+        for name, value in zip(("level", "type", "size", "shared_cpu_list"), values, strict=True):
+            (tmp_path / f"index{index}" / name).write_text(value + "\n")
+    assert roofline.caches(2, tmp_path) == {"L1": 64 << 10, "L2": 2 << 20, "L3": 32 << 20}
+    assert roofline.caches(2, tmp_path / "none") == {}
 
 
 def test_report_refuses_other_benchmarks(tmp_path):
@@ -250,6 +482,10 @@ def test_a_tiny_run(tmp_path):
     assert path.with_suffix(".png").exists()
     assert data["machine_info"]["threads"] == 1
     assert data["machine_info"]["torch"] == torch.__version__
+    machine = roofline.Roofline.from_json(data["roofline"])
+    assert all(rate > 0 for rate in machine.gflops.values())
+    assert [size for size, _ in machine.bandwidth] == list(roofline.WORKING_SETS)
+    assert "call 100%" in done.stdout
     infos = [bench["extra_info"] for bench in data["benchmarks"]]
     assert [(info["mode"], info["provider"]) for info in infos] == list(
         itertools.product(cases.MODES, ("torch", "reference"))
@@ -267,12 +503,56 @@ def test_a_tiny_run(tmp_path):
     ("argument", "message"),
     [
         ("--threads=0", "--threads: at least 1, not 0"),
-        ("--providers=torch,jax", "--providers: jax is not among torch, native, numba, reference"),
+        ("--providers=torch,jax", "--providers: jax is not among torch, native, numba, reference, onnxruntime,"),
         ("--isa=z80", "--isa: "),
+        ("--providers=torch,openvino", "--providers: openvino cannot be timed (no onnx here); install it: make bench-"),
     ],
 )
 def test_bad_options_are_named(argument, message, tmp_path):
+    (tmp_path / "onnx.py").write_text("raise ImportError('no onnx here')")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--allow-missing", argument]
-    done = subprocess.run([*command, f"--json={tmp_path / 'x.json'}"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, f"--json={tmp_path / 'x.json'}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     assert done.returncode == 4
     assert message in done.stdout + done.stderr
+
+
+def test_error_in_units_in_the_last_place():
+    exact = [torch.tensor([3.0, -0.5], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
+    eps = torch.finfo(torch.float32).eps
+    results = [torch.tensor([3.0 + 2 * eps, -0.5]), torch.zeros(2)]
+    found = errors.error(results, exact)
+    # One unit in the last place of 3 is 2 eps.
+    assert found == pytest.approx((2 * eps / 3, 2 * eps / 3 / 2**0.5, 1.0))
+    assert errors.error(exact, exact) == (0, 0, 0)
+    assert errors.error([torch.ones(2), torch.ones(2)], exact).ulp == float("inf")
+    with pytest.raises(ValueError, match="result 1: not finite"):
+        errors.error([results[0], torch.tensor([0.0, torch.nan])], exact)
+
+
+def test_the_table_of_errors(tmp_path, capsys):
+    page = tmp_path / "docs" / "errors.md"
+    arguments = ["--cells", "lstm", "--steps", "1", "3", "--allow-missing", "--output", str(page)]
+    assert errors.main(arguments) == 0
+    assert str(page) in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
+    assert rows[0] == ["dtype", "T", "of"] + [
+        f"{name} {what}" for name in errors.PROVIDERS for what in ("max", "RMS", "ulp")
+    ]
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    named = list(itertools.product(dtypes, ("1", "3"), ("outputs", "gradients")))
+    assert [tuple(row[:3]) for row in rows[2:]] == named
+    for row in rows[2:]:
+        # torch in float64 is what the others are compared with.
+        assert (row[3] == "-") == (row[0] == "float64")
+        for number in row[9:] if row[0] == "float64" else row[3:6] + row[9:]:
+            assert float(number) < 100
+    with pytest.raises(SystemExit):
+        errors.main(["--steps", "0", "--allow-missing"])
+    assert "--steps: at least 1 each, not 0" in capsys.readouterr().err
