@@ -216,8 +216,14 @@ class GateGradients {
     if (biases[0] == nullptr && biases[1] == nullptr) return;
     for (std::int64_t c = columns.begin; c < columns.end; c += n) {
       const std::int64_t left = columns.end - c;
-      Vec<T> sum{};
-      for (std::int64_t r = 0; r < rows; ++r) sum += load(gates + r * stride_ + s.column + c, left);
+      // Sums of sums are more exact than one long sum.
+      constexpr int kParts = 8;
+      Vec<T> part[kParts] = {};
+      for (std::int64_t r = 0; r < rows; ++r) part[r % kParts] += load(gates + r * stride_ + s.column + c, left);
+      for (int step = kParts / 2; step > 0; step /= 2) {
+        for (int k = 0; k < step; ++k) part[k] += part[k + step];
+      }
+      const Vec<T> sum = part[0];
       for (int k = 0; k < 2; ++k) {
         if (biases[k] == nullptr) continue;
         T* to = biases[k] + row[k] + c;
