@@ -16,7 +16,7 @@ template <class T>
 struct Lstm {
   using V = Vec<T>;
   static constexpr int kGates = 4, kStates = 2, kReserve = 4;
-  static constexpr bool kSameGates = true;  // gates_x and gates_h have the same gradient
+  static constexpr int kSummedGates = 4;  // gates that see only the sum of both parts
 
   static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved) {
     const V i = sigmoid<T>(x[0] + h[0]);
@@ -49,7 +49,7 @@ template <class T>
 struct Gru {
   using V = Vec<T>;
   static constexpr int kGates = 3, kStates = 1, kReserve = 4;
-  static constexpr bool kSameGates = false;
+  static constexpr int kSummedGates = 2;
 
   static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved) {
     const V r = sigmoid<T>(x[0] + h[0]);
@@ -80,7 +80,7 @@ template <class T, bool kTanh>
 struct Rnn {
   using V = Vec<T>;
   static constexpr int kGates = 1, kStates = 1, kReserve = 0;
-  static constexpr bool kSameGates = true;
+  static constexpr int kSummedGates = 1;
 
   static inline void forward(const V* x, const V* h, const V*, V* next, V*) {
     next[0] = kTanh ? tanh<T>(x[0] + h[0]) : relu<T>(x[0] + h[0]);

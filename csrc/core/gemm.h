@@ -120,5 +120,32 @@ inline MicroKernel<T> micro_kernel_for(int rows, int vectors) {
   }
 }
 
+// Depth of a block of B that stays in the nearest cache while all rows pass by.
+constexpr std::int64_t kPanelDepth = 256;
+
+// c (rows, vectors * lanes) (+)= a b: `a` points to rows of `depth` elements, b is (depth, vectors * lanes). The rows
+// go in blocks of even size: a last block of one row would cost as much as a full one.
+template <class T>
+inline void product(std::int64_t rows, std::int64_t depth, const T* const* a, const T* b, int vectors, bool add, T* c,
+                    std::int64_t ldc) {
+  if (rows == 0) return;
+  const std::int64_t width = vectors * kLanes<T>;
+  const std::int64_t blocks = ceil_div(rows, block_rows(vectors));
+  const std::int64_t size = rows / blocks, larger = rows % blocks;
+  for (std::int64_t k = 0; k == 0 || k < depth; k += kPanelDepth) {
+    const std::int64_t part = min_of(depth - k, kPanelDepth);
+    std::int64_t r = 0;
+    for (std::int64_t i = 0; i < blocks; ++i) {
+      const int count = static_cast<int>(size + (i < larger));
+      const T* at[kMaxRows];
+      for (int m = 0; m < count; ++m) at[m] = a[r + m] + k;
+      const auto kernel = add || k > 0 ? micro_kernel_for<T, Layout::kRows, true>(count, vectors)
+                                       : micro_kernel_for<T, Layout::kRows, false>(count, vectors);
+      kernel(part, at, 1, b + k * width, width, c + r * ldc, ldc);
+      r += count;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace seqkernels

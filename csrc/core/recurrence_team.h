@@ -16,16 +16,30 @@ struct Split {
   int threads;
 };
 
-inline Split split_of(int threads, std::int64_t batch, std::int64_t groups, double work_per_step, std::int64_t steps,
-                      std::int64_t weight_bytes) {
-  const int most = team_size(threads, work_per_step * static_cast<double>(steps));
+// Rows of input part that a thread makes at a time: enough for the weights to be worth their way into the cache.
+constexpr std::int64_t kChunkRows = 128;
+
+inline Split split_of(const Recurrence& p, int gates, std::int64_t groups, std::int64_t weight_bytes) {
+  const double row = 2.0 * gates * p.hidden * p.batch, recurrent = row * p.hidden;
+  const double entering = p.project ? row * p.inputs : 0;
+  const int most = team_size(p.threads, (recurrent + entering) * static_cast<double>(p.steps));
   if (most == 1) return {true, 1};
-  if (weight_bytes <= kResidentBytes && batch >= 4 * most) return {true, most};
-  const double worth = work_per_step / kWorkPerTurn;
-  const int columns = static_cast<int>(min_of<double>(min_of<std::int64_t>(most, groups), worth));
-  const int rows = static_cast<int>(min_of<std::int64_t>(most, batch));
+  if (weight_bytes <= kResidentBytes && p.batch >= 4 * most) return {true, most};
+  const int columns =
+      static_cast<int>(min_of<double>(min_of<std::int64_t>(most, groups), recurrent / kWorkPerTurn));
+  const int rows = static_cast<int>(min_of<std::int64_t>(most, p.batch));
   if (columns >= rows && columns > 1) return {false, columns};
   return {true, rows};
+}
+
+inline std::int64_t rows_of_thread(const Recurrence& p, const Split& split) {
+  return split.rows ? ceil_div(p.batch, split.threads) : p.batch;
+}
+
+// Steps of a chunk.
+inline std::int64_t chunk_of(const Recurrence& p, const Split& split) {
+  const std::int64_t rows = max_of<std::int64_t>(1, rows_of_thread(p, split));
+  return max_of<std::int64_t>(1, min_of(p.steps, kChunkRows / rows));
 }
 
 inline const std::uint8_t* control_of_step(const std::uint8_t* control, std::int64_t t, std::int64_t stride) {
@@ -44,6 +58,15 @@ inline std::int64_t partition_rows(const std::uint8_t* control, std::int64_t str
     }
   }
   return active;
+}
+
+template <bool kFull, class E>
+inline Vec<Compute<E>> get(const E* from, std::int64_t left) {
+  return kFull ? load(from) : load(from, left);
+}
+template <bool kFull, class E>
+inline void put(E* to, Vec<Compute<E>> x, std::int64_t left) {
+  kFull ? store(to, x) : store(to, x, left);
 }
 
 template <template <template <class> class, class> class Pass, class S, class Params>

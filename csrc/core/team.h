@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <new>
 
+#include "core/simd.h"
+
 namespace seqkernels {
 namespace {
 
@@ -80,19 +82,81 @@ inline Share share(std::int64_t count, int thread, int threads) {
   return {count * thread / threads, count * (thread + 1) / threads};
 }
 
+// Memory that the calls of one thread leave to its next ones: pages that are fresh from the system cost more than many a
+// call. Holds at most kKept bytes.
+class Pool {
+ public:
+  ~Pool() {
+    for (Block& block : blocks_) ::operator delete(block.data, kAlignment);
+  }
+
+  // At least `bytes`, 64-byte aligned, and how many it is in fact. Throws std::bad_alloc.
+  void* take(std::size_t& bytes) {
+    Block* best = nullptr;
+    for (Block& block : blocks_) {
+      if (block.data == nullptr || block.bytes < bytes || block.bytes / 2 > bytes + kSlack) continue;
+      if (best == nullptr || block.bytes < best->bytes) best = &block;
+    }
+    if (best == nullptr) return ::operator new(bytes, kAlignment);
+    void* data = best->data;
+    bytes = best->bytes;
+    kept_ -= best->bytes;
+    best->data = nullptr;
+    return data;
+  }
+
+  void give(void* data, std::size_t bytes) {
+    if (bytes > kKept) return ::operator delete(data, kAlignment);
+    Block* free = nullptr;
+    for (;;) {
+      Block* oldest = nullptr;
+      for (Block& block : blocks_) {
+        if (block.data == nullptr) {
+          free = &block;
+        } else if (oldest == nullptr || block.age < oldest->age) {
+          oldest = &block;
+        }
+      }
+      if (free != nullptr && kept_ + bytes <= kKept) break;
+      ::operator delete(oldest->data, kAlignment);
+      kept_ -= oldest->bytes;
+      oldest->data = nullptr;
+    }
+    *free = {data, bytes, ++given_};
+    kept_ += bytes;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  static constexpr std::size_t kKept = std::size_t{64} << 20, kSlack = 4096;
+  static constexpr int kBlocks = 32;
+  struct Block {
+    void* data;
+    std::size_t bytes, age;
+  };
+  Block blocks_[kBlocks] = {};
+  std::size_t kept_ = 0, given_ = 0;
+};
+
+inline Pool& pool() {
+  thread_local Pool instance;
+  return instance;
+}
+
 // Scratch memory of one call, 64-byte aligned. Throws std::bad_alloc: to be created outside a team.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(std::int64_t count)
-      : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), kAlignment))) {}
-  ~Scratch() { ::operator delete(data_, kAlignment); }
+      : bytes_(max_of<std::size_t>(1, static_cast<std::size_t>(count) * sizeof(T))),
+        data_(static_cast<T*>(pool().take(bytes_))) {}
+  ~Scratch() { pool().give(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
+  std::size_t bytes_;
   T* data_;
 };
 

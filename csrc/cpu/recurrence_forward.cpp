@@ -1,21 +1,18 @@
-// The recurrence on the CPU: the whole sequence in one call.
+// The recurrence on the CPU: the whole sequence of a layer in one direction, in one call.
 //
-// Hidden units are cut into groups of a few vectors. The recurrent weight of a group, all gates of its units side by
-// side, is packed once per call, and the group stays with one thread for all steps, so the weights stay in that
-// core's cache. Per step and group the micro-kernel multiplies a block of batch rows into a tile of pre-activations
-// and the cell works on the tile at once. Threads own either rows (small weights: no synchronisation at all) or
-// groups (one barrier a step).
+// Hidden units are cut into groups of a few vectors. The weights of a group, all gates of its units side by side, are
+// packed once per call, and the group stays with one thread for all steps, so the weights stay in that core's cache.
+// A chunk of steps at a time, the input part of the gates of a group is made by the same micro-kernel as the
+// recurrent part, into memory that the thread alone reads. Then, per step and group, the micro-kernel multiplies a
+// block of batch rows into a tile of pre-activations, and the cell works on the tile at once. Threads own either rows
+// (small weights: no synchronisation at all) or groups (one barrier a step).
 #include "core/gemm.h"
 #include "core/kernels.h"
+#include "core/recurrence_pack.h"
 #include "core/recurrence_team.h"
 
 namespace seqkernels {
 namespace {
-
-template <class S>
-inline void copy_converted(const S* from, Compute<S>* to, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; i += kLanes<Compute<S>>) store(to + i, load(from + i, count - i), count - i);
-}
 
 // The forward pass for a cell and a storage type.
 template <template <class> class CellOf, class S>
@@ -28,23 +25,32 @@ class Forward {
   // Units of a group, in vectors: as many as fill a block of the micro-kernel.
   static constexpr int kUnits = kMaxVectors / Cell::kGates;
   static constexpr int kWidth = kUnits * Cell::kGates;  // vectors of a full group
+  static constexpr int kTileRows = 6 * kMaxRows;
 
  public:
   explicit Forward(const RecurrenceForward& p)
       : p_(p),
         units_(units_of(p)),
         groups_(ceil_div(p.hidden, units_ * n)),
-        group_size_(p.hidden * units_ * Cell::kGates * n),
-        split_(split_of(p.threads, p.batch, groups_, 2.0 * p.batch * Cell::kGates * p.hidden * p.hidden, p.steps,
-                        groups_ * group_size_ * static_cast<std::int64_t>(sizeof(T)))),
+        width_(units_ * Cell::kGates * n),
+        split_(split_of(p, Cell::kGates, groups_,
+                        groups_ * width_ * (p.hidden + (p.project ? p.inputs : 0)) * std::int64_t{sizeof(T)})),
         plane_(p.batch * p.hidden),
-        packed_(groups_ * group_size_),
-        zeros_(p.hidden),
+        chunk_(chunk_of(p, split_)),
+        packed_(groups_ * width_ * p.hidden),
+        packed_ih_(p.project ? groups_ * width_ * p.inputs : 0),
+        bias_(groups_ * (width_ + units_ * n)),
+        gates_(chunk_ * p.batch * groups_ * width_),
+        input_(kConvert && p.project ? split_.threads * chunk_rows() * p.inputs : 0),
         hidden_(kConvert ? 2 * plane_ : 0),
         cells_(Cell::kStates == 2 ? plane_ : 0),
+        fresh_(Cell::kStates * p.hidden),
         rows_(p.batch * split_.threads),
-        pointers_(p.batch * split_.threads) {
-    for (std::int64_t i = 0; i < p.hidden; ++i) zeros_.get()[i] = 0;
+        pointers_(max_of(p.batch, chunk_rows()) * split_.threads) {
+    const S* reset_state = static_cast<const S*>(p.reset_state);
+    for (std::int64_t i = 0; i < Cell::kStates * p.hidden; ++i) {
+      fresh_.get()[i] = reset_state == nullptr ? T(0) : load_one(reset_state + i);
+    }
   }
 
   void run() {
@@ -68,28 +74,88 @@ class Forward {
     return static_cast<int>(max_of<std::int64_t>(1, min_of<std::int64_t>(kUnits, blocks / max_of(1, p.threads))));
   }
 
-  // packed[group][k][gate][unit] = weight_hh[gate * H + unit, k], units beyond H as 0.
+  // Rows of a chunk that one thread works on, at most.
+  std::int64_t chunk_rows() const { return chunk_ * rows_of_thread(p_, split_); }
+
   void pack(Share groups) {
-    const std::int64_t H = p_.hidden;
-    const S* weight = static_cast<const S*>(p_.weight_hh);
-    const std::int64_t width = units_ * Cell::kGates * n;
+    const S* bias_ih = static_cast<const S*>(p_.bias_ih);
+    const S* bias_hh = static_cast<const S*>(p_.bias_hh);
     for (std::int64_t group = groups.begin; group < groups.end; ++group) {
-      T* out = packed_.get() + group * group_size_;
-      for (int g = 0; g < Cell::kGates; ++g) {
-        for (int u = 0; u < units_; ++u) {
-          const std::int64_t unit = (group * units_ + u) * n;
-          T* column = out + (g * units_ + u) * n;
-          for (std::int64_t k = 0; k < H; k += n) {
-            V block[n];
-            for (int i = 0; i < n; ++i) {
-              block[i] = unit + i < H ? load(weight + (g * H + unit + i) * p_.weight_row + k, H - k) : V{};
-            }
-            transpose<T>(block);
-            for (std::int64_t i = 0; i < min_of<std::int64_t>(n, H - k); ++i) {
-              store_full(column + (k + i) * width, block[i]);
+      const std::int64_t unit = group * units_ * n;
+      pack_group(static_cast<const S*>(p_.weight_hh), p_.weight_hh_row, p_.hidden, p_.hidden, Cell::kGates, unit,
+                 units_, packed_.get() + group * width_ * p_.hidden);
+      if (p_.project) {
+        pack_group(static_cast<const S*>(p_.weight_ih), p_.weight_ih_row, p_.inputs, p_.hidden, Cell::kGates, unit,
+                   units_, packed_ih_.get() + group * width_ * p_.inputs);
+      }
+      T* bias = bias_of(group);
+      pack_bias(bias_ih, bias_hh, p_.hidden, Cell::kGates, Cell::kSummedGates, unit, units_, bias);
+      if constexpr (Cell::kSummedGates < Cell::kGates) {
+        const S* last = bias_hh == nullptr ? nullptr : bias_hh + Cell::kSummedGates * p_.hidden;
+        pack_bias<S>(last, nullptr, p_.hidden, 1, 0, unit, units_, bias + width_);
+      }
+    }
+  }
+
+  // The biases that go to the input part, then that of the gate whose recurrent part stays apart.
+  T* bias_of(std::int64_t group) const { return bias_.get() + group * (width_ + units_ * n); }
+
+  // What a thread works on.
+  struct Part {
+    Share rows, groups;
+    std::int64_t first, steps;  // of the chunk, in the order of processing
+    T* gates;                   // [group][step][row][width]
+    std::int64_t* index;        // rows of a step, held ones last
+    const T** pointers;
+  };
+
+  T* gates_of(const Part& part, std::int64_t group, std::int64_t step) const {
+    const std::int64_t count = part.rows.end - part.rows.begin;
+    return part.gates + ((group - part.groups.begin) * chunk_ + step) * count * width_;
+  }
+
+  std::int64_t time(std::int64_t i) const { return p_.reverse ? p_.steps - 1 - i : i; }
+
+  // The input part of the gates of a chunk, biases included.
+  void enter(const Part& part, T* scratch) {
+    const std::int64_t count = part.rows.end - part.rows.begin, rows = part.steps * count;
+    const S* input = static_cast<const S*>(p_.input);
+    const auto row_of = [&](std::int64_t i, std::int64_t b) {
+      return input + time(part.first + i) * p_.input_step + (part.rows.begin + b) * p_.input_row;
+    };
+    if (p_.project) {
+      for (std::int64_t i = 0, r = 0; i < part.steps; ++i) {
+        for (std::int64_t b = 0; b < count; ++b, ++r) {
+          if constexpr (kConvert) {
+            copy_converted(row_of(i, b), scratch + r * p_.inputs, p_.inputs);
+            part.pointers[r] = scratch + r * p_.inputs;
+          } else {
+            part.pointers[r] = row_of(i, b);
+          }
+        }
+      }
+    }
+    for (std::int64_t group = part.groups.begin; group < part.groups.end; ++group) {
+      T* gates = gates_of(part, group, 0);
+      const T* bias = bias_of(group);
+      for (std::int64_t i = 0, r = 0; i < part.steps; ++i) {
+        for (std::int64_t b = 0; b < count; ++b, ++r) {
+          T* to = gates + r * width_;
+          for (std::int64_t v = 0; v < width_; v += n) store_full(to + v, load_full(bias + v));
+          if (p_.project) continue;
+          for (int g = 0; g < Cell::kGates; ++g) {
+            for (int u = 0; u < units_; ++u) {
+              const std::int64_t unit = (group * units_ + u) * n, at = (g * units_ + u) * n;
+              if (unit >= p_.hidden) continue;
+              const V x = load(row_of(i, b) + g * p_.hidden + unit, p_.hidden - unit);
+              store_full(to + at, load_full(to + at) + x);
             }
           }
         }
+      }
+      if (p_.project) {
+        product(rows, p_.inputs, part.pointers, packed_ih_.get() + group * width_ * p_.inputs, units_ * Cell::kGates,
+                true, gates, width_);
       }
     }
   }
@@ -97,16 +163,14 @@ class Forward {
   // All steps for the rows and groups of one thread, which meets `threads` others after each step.
   void loop(Share rows, Share groups, int thread, int threads) {
     const std::int64_t H = p_.hidden, T_ = p_.steps;
-    S* states = static_cast<S*>(p_.states);
     const S* state0 = static_cast<const S*>(p_.state0);
-    const bool save = p_.save;
+    S* states = static_cast<S*>(p_.states);
     const std::int64_t first = p_.reverse ? T_ : 0, last = p_.reverse ? 0 : T_;
     const std::int64_t unit_begin = groups.begin * units_ * n;
-    const std::int64_t unit_end = min_of(H, groups.end * units_ * n);
-    const std::int64_t units = unit_end - unit_begin;
+    const std::int64_t units = min_of(H, groups.end * units_ * n) - unit_begin;
 
     for (std::int64_t b = rows.begin; b < rows.end; ++b) {
-      for (int s = 0; s < (save ? Cell::kStates : 1); ++s) {
+      for (int s = 0; s < (p_.save ? Cell::kStates : 1); ++s) {
         std::memcpy(states + (s * (T_ + 1) + first) * plane_ + b * H + unit_begin,
                     state0 + s * plane_ + b * H + unit_begin, units * sizeof(S));
       }
@@ -119,34 +183,19 @@ class Forward {
     }
     barrier_.wait(threads);
 
-    const std::int64_t count = rows.end - rows.begin;
-    std::int64_t* index = rows_.get() + thread * p_.batch;
-    const T** pointers = pointers_.get() + thread * p_.batch;
-    for (std::int64_t i = 0; i < T_; ++i) {
-      const std::int64_t t = p_.reverse ? T_ - 1 - i : i;
-      Step step;
-      step.t = t;
-      step.control = control_of_step(p_.control, t, p_.control_step);
-      step.states = states + (p_.reverse ? t : t + 1) * plane_;
-      if constexpr (kConvert) {
-        step.hidden = hidden_.get() + (i % 2) * plane_;
-        step.next = hidden_.get() + ((i + 1) % 2) * plane_;
-      } else {
-        step.hidden = states + (p_.reverse ? t + 1 : t) * plane_;
-        step.next = step.states;
+    Part part;
+    part.rows = rows;
+    part.groups = groups;
+    part.gates = gates_.get() + (split_.rows ? rows.begin * groups_ : p_.batch * groups.begin) * chunk_ * width_;
+    part.index = rows_.get() + thread * p_.batch;
+    part.pointers = pointers_.get() + thread * max_of(p_.batch, chunk_rows());
+    for (part.first = 0; part.first < T_; part.first += chunk_) {
+      part.steps = min_of(chunk_, T_ - part.first);
+      enter(part, input_.get() + thread * chunk_rows() * p_.inputs);
+      for (std::int64_t i = 0; i < part.steps; ++i) {
+        run_step(part, i);
+        barrier_.wait(threads);
       }
-      step.active = count;
-      if (i == 0 || step.control != nullptr) {
-        step.active = partition_rows(step.control, p_.control_row, kHold, rows, index);
-      }
-      for (std::int64_t r = 0; r < count; ++r) {
-        const bool reset = step.control != nullptr && (step.control[index[r] * p_.control_row] & kReset);
-        pointers[r] = reset ? zeros_.get() : step.hidden + index[r] * H;
-      }
-      for (std::int64_t group = groups.begin; group < groups.end; ++group) {
-        run_group(step, group, index, pointers, count);
-      }
-      barrier_.wait(threads);
     }
 
     S* state_n = static_cast<S*>(p_.state_n);
@@ -169,88 +218,101 @@ class Forward {
     S* states;        // (B, H) after it, as stored
   };
 
-  void run_group(const Step& step, std::int64_t group, const std::int64_t* index, const T* const* pointers,
-                 std::int64_t rows) {
-    const int vectors = units_ * Cell::kGates;
-    const int block = block_rows(vectors);
-    const std::int64_t width = vectors * n;
-    const T* weight = packed_.get() + group * group_size_;
-    alignas(64) T tile[kMaxRows * kWidth * n];
-    for (std::int64_t r = 0; r < step.active; r += block) {
-      const int count = static_cast<int>(min_of<std::int64_t>(block, step.active - r));
-      prefetch(step, group, index + r, count);
-      micro_kernel_for<T, Layout::kRows, false>(count, vectors)(p_.hidden, pointers + r, 1, weight, width, tile, width);
-      for (int m = 0; m < count; ++m) {
-        const bool reset = pointers[r + m] == zeros_.get();
-        for (int u = 0; u < units_; ++u) cell(step, (group * units_ + u) * n, u, index[r + m], reset, tile + m * width);
-      }
+  void run_step(const Part& part, std::int64_t i) {
+    const std::int64_t H = p_.hidden, count = part.rows.end - part.rows.begin, done = part.first + i;
+    Step step;
+    step.t = time(done);
+    step.control = control_of_step(p_.control, step.t, p_.control_step);
+    step.states = static_cast<S*>(p_.states) + (p_.reverse ? step.t : step.t + 1) * plane_;
+    if constexpr (kConvert) {
+      step.hidden = hidden_.get() + (done % 2) * plane_;
+      step.next = hidden_.get() + ((done + 1) % 2) * plane_;
+    } else {
+      step.hidden = static_cast<const T*>(p_.states) + (p_.reverse ? step.t + 1 : step.t) * plane_;
+      step.next = step.states;
     }
-    for (std::int64_t r = step.active; r < rows; ++r) hold(step, group, index[r]);
+    step.active = partition_rows(step.control, p_.control_row, kHold, part.rows, part.index);
+    for (std::int64_t r = 0; r < count; ++r) {
+      part.pointers[r] = resets(step, part.index[r]) ? fresh_.get() : step.hidden + part.index[r] * H;
+    }
+    // There and back: the weights used last are still in the cache when the next step begins with them.
+    for (std::int64_t k = part.groups.begin; k < part.groups.end; ++k) {
+      const std::int64_t group = done % 2 == 0 ? k : part.groups.begin + part.groups.end - 1 - k;
+      run_group(part, step, group, gates_of(part, group, i));
+    }
   }
 
-  // Asks for the input gates of a block before its product, which is long enough for them to arrive: the pieces of
-  // 64 bytes that a group reads are too far apart for the processor to guess.
-  void prefetch(const Step& step, std::int64_t group, const std::int64_t* index, int count) {
-    const S* gates_x = static_cast<const S*>(p_.gates_x) + step.t * p_.gates_x_step + group * units_ * n;
-    for (int m = 0; m < count; ++m) {
-      for (int g = 0; g < Cell::kGates; ++g) __builtin_prefetch(gates_x + index[m] * p_.gates_x_row + g * p_.hidden);
+  bool resets(const Step& step, std::int64_t b) const {
+    return step.control != nullptr && (step.control[b * p_.control_row] & kReset);
+  }
+
+  // gates: (rows, width), the input part.
+  void run_group(const Part& part, const Step& step, std::int64_t group, const T* gates) {
+    const T* weight = packed_.get() + group * width_ * p_.hidden;
+    const T* bias = bias_of(group) + width_;
+    alignas(64) T tile[kTileRows * kWidth * n];
+    for (std::int64_t r = 0; r < step.active; r += kTileRows) {
+      const std::int64_t count = min_of<std::int64_t>(kTileRows, step.active - r);
+      product(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, false, tile, width_);
+      for (std::int64_t m = 0; m < count; ++m) {
+        const std::int64_t b = part.index[r + m];
+        const T* x = gates + (b - part.rows.begin) * width_;
+        const bool reset = resets(step, b);
+        for (int u = 0; u < units_; ++u) {
+          const std::int64_t unit = (group * units_ + u) * n, left = p_.hidden - unit;
+          if (left >= n) {
+            cell<true>(step, unit, b, reset, x + u * n, tile + m * width_ + u * n, bias + u * n, n);
+          } else if (left > 0) {
+            cell<false>(step, unit, b, reset, x + u * n, tile + m * width_ + u * n, bias + u * n, left);
+          }
+        }
+      }
     }
+    const std::int64_t rows = part.rows.end - part.rows.begin;
+    for (std::int64_t r = step.active; r < rows; ++r) hold(step, group, part.index[r]);
   }
 
   // The pointwise part for one row and one vector of units from `unit`.
-  void cell(const Step& step, std::int64_t unit, int u, std::int64_t b, bool reset, const T* tile) {
-    const std::int64_t left = p_.hidden - unit;
-    if (left >= n) {
-      cell_of<true>(step, unit, u, b, reset, tile, n);
-    } else if (left > 0) {
-      cell_of<false>(step, unit, u, b, reset, tile, left);
-    }
-  }
-
   template <bool kFull>
-  void cell_of(const Step& step, std::int64_t unit, int u, std::int64_t b, bool reset, const T* tile,
-               std::int64_t left) {
-    const std::int64_t H = p_.hidden;
-    const S* gates_x = static_cast<const S*>(p_.gates_x) + step.t * p_.gates_x_step + b * p_.gates_x_row + unit;
-    const S* bias = static_cast<const S*>(p_.bias_hh);
+  void cell(const Step& step, std::int64_t unit, std::int64_t b, bool reset, const T* gates_x, const T* gates_h,
+            const T* bias, std::int64_t left) {
     V x[Cell::kGates], h[Cell::kGates], prev[Cell::kStates], next[Cell::kStates];
     V saved[Cell::kReserve > 0 ? Cell::kReserve : 1];
     for (int g = 0; g < Cell::kGates; ++g) {
-      x[g] = get<kFull>(gates_x + g * H, left);
-      h[g] = load_full(tile + (g * units_ + u) * n);
-      if (bias != nullptr) h[g] += get<kFull>(bias + g * H + unit, left);
+      x[g] = load_full(gates_x + g * units_ * n);
+      h[g] = load_full(gates_h + g * units_ * n);
     }
-    const std::int64_t at = b * H + unit;
-    prev[0] = reset ? V{} : get<kFull>(step.hidden + at, left);
-    if constexpr (Cell::kStates == 2) prev[1] = reset ? V{} : get<kFull>(cells_.get() + at, left);
+    if constexpr (Cell::kSummedGates < Cell::kGates) h[Cell::kSummedGates] += load_full(bias);
+    const std::int64_t at = b * p_.hidden + unit;
+    previous<kFull>(step, at, unit, reset, prev, left);
     Cell::forward(x, h, prev, next, saved);
     put_states<kFull>(step, at, next, left);
     if constexpr (Cell::kReserve > 0) {
-      if (p_.save) {
-        T* reserve = static_cast<T*>(p_.reserve) + (step.t * p_.batch + b) * Cell::kReserve * H + unit;
-        for (int r = 0; r < Cell::kReserve; ++r) put<kFull>(reserve + r * H, saved[r], left);
-      }
+      if (p_.save) put_reserve<kFull>(step, b, unit, saved, left);
     }
   }
 
-  // Padding: the state is carried on (after a reset, as zero).
+  // Padding: the state is carried on (after a reset, the one that a reset gives).
   void hold(const Step& step, std::int64_t group, std::int64_t b) {
-    const bool reset = step.control[b * p_.control_row] & kReset;
     for (int u = 0; u < units_; ++u) {
       const std::int64_t unit = (group * units_ + u) * n, left = p_.hidden - unit;
       if (left <= 0) return;
       const std::int64_t at = b * p_.hidden + unit;
       V state[Cell::kStates];
-      state[0] = reset ? V{} : load(step.hidden + at, left);
-      if constexpr (Cell::kStates == 2) state[1] = reset ? V{} : load(cells_.get() + at, left);
+      previous<false>(step, at, unit, resets(step, b), state, left);
       put_states<false>(step, at, state, left);
       if constexpr (Cell::kReserve > 0) {
-        if (p_.save) {
-          T* reserve = static_cast<T*>(p_.reserve) + (step.t * p_.batch + b) * Cell::kReserve * p_.hidden + unit;
-          for (int r = 0; r < Cell::kReserve; ++r) store(reserve + r * p_.hidden, V{}, left);
-        }
+        const V none[Cell::kReserve] = {};
+        if (p_.save) put_reserve<false>(step, b, unit, none, left);
       }
     }
+  }
+
+  template <bool kFull>
+  void previous(const Step& step, std::int64_t at, std::int64_t unit, bool reset, V* prev, std::int64_t left) const {
+    const T* of_states[] = {reset ? fresh_.get() + unit : step.hidden + at,
+                            reset ? fresh_.get() + p_.hidden + unit : cells_.get() + at};
+    for (int s = 0; s < Cell::kStates; ++s) prev[s] = get<kFull>(of_states[s], left);
   }
 
   template <bool kFull>
@@ -263,21 +325,18 @@ class Forward {
     }
   }
 
-  template <bool kFull, class E>
-  static V get(const E* from, std::int64_t left) {
-    return kFull ? load(from) : load(from, left);
-  }
-  template <bool kFull, class E>
-  static void put(E* to, V x, std::int64_t left) {
-    kFull ? store(to, x) : store(to, x, left);
+  template <bool kFull>
+  void put_reserve(const Step& step, std::int64_t b, std::int64_t unit, const V* saved, std::int64_t left) {
+    T* reserve = static_cast<T*>(p_.reserve) + (step.t * p_.batch + b) * Cell::kReserve * p_.hidden + unit;
+    for (int r = 0; r < Cell::kReserve; ++r) put<kFull>(reserve + r * p_.hidden, saved[r], left);
   }
 
   const RecurrenceForward& p_;
   const int units_;
-  const std::int64_t groups_, group_size_;
+  const std::int64_t groups_, width_;
   const Split split_;
-  const std::int64_t plane_;
-  Scratch<T> packed_, zeros_, hidden_, cells_;
+  const std::int64_t plane_, chunk_;
+  Scratch<T> packed_, packed_ih_, bias_, gates_, input_, hidden_, cells_, fresh_;
   Scratch<std::int64_t> rows_;
   Scratch<const T*> pointers_;
   Barrier barrier_;

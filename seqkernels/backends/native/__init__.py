@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from .. import Call
 
+#: Options of recurrences that the kernel has not.
+_DECLINED = ("gates", "norm", "peephole", "recurrent_mask", "zoneout")
+
 
 def unavailable() -> str | None:
     """``None`` where the compiled module loads, else why it does not."""
@@ -16,4 +19,5 @@ def unsupported(call: Call) -> str | None:
     """``None`` where the compiled module serves `call`, else why it does not."""
     if call.device != "cpu":
         return f"runs on cpu only, not on {call.device}"
-    return None
+    declined = [name for name in call.features if name in _DECLINED]
+    return f"has no {', '.join(declined)}" if declined else None

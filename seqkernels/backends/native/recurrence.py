@@ -1,11 +1,13 @@
-"""The recurrence through ``seqkernels._C``: allocation here, the loop over time there, weight gradients as GEMMs."""
+"""The recurrence through ``seqkernels._C``: allocation here; loop over time, projection and weight gradients there."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ...cells import CELLS, RESET, accumulate_dtype
+from ...cells import CELLS, accumulate_dtype
 from .extension import extension
 
 _C = extension()
@@ -21,9 +23,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def recurrence_forward(
-    gates_x: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
+    input: Tensor,
+    weights: Sequence[Tensor | None],
     state0: Tensor,
     control: Tensor | None,
     cell: str,
@@ -31,16 +32,20 @@ def recurrence_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward`` in one call of the compiled module."""
-    steps, batch, _ = gates_x.shape
+    weight_ih, weight_hh, bias_ih, bias_hh, reset_state = weights[:5]
+    steps, batch, _ = input.shape
     num_states, _, hidden = state0.shape
-    states = gates_x.new_empty((num_states if save else 1, steps + 1, batch, hidden))
-    state_n = gates_x.new_empty((num_states, batch, hidden))
+    states = input.new_empty((num_states if save else 1, steps + 1, batch, hidden))
+    state_n = input.new_empty((num_states, batch, hidden))
     shape = (steps, batch, CELLS[cell].reserve, hidden) if save else (0,)
-    reserve = gates_x.new_empty(shape, dtype=accumulate_dtype(gates_x.dtype))
+    reserve = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
     _C.recurrence_forward(
-        _last_contiguous(gates_x),
+        _last_contiguous(input),
+        _last_contiguous(weight_ih),
         _last_contiguous(weight_hh),
+        _contiguous(bias_ih),
         _contiguous(bias_hh),
+        _contiguous(reset_state),
         state0.contiguous(),
         control,
         cell,
@@ -54,42 +59,48 @@ def recurrence_forward(
 
 
 def recurrence_backward(
-    grad_hidden: Tensor | None,
-    grad_cells: Tensor | None,
-    grad_state_n: Tensor | None,
-    weight_hh: Tensor,
+    grads: Sequence[Tensor | None],
+    input: Tensor,
+    weights: Sequence[Tensor | None],
     states: Tensor,
     reserve: Tensor,
     control: Tensor | None,
     cell: str,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``seqkernels::recurrence_backward``: the loop in the compiled module, then one GEMM for the weight."""
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """``seqkernels::recurrence_backward`` in one call of the compiled module."""
     dtype, acc = states.dtype, accumulate_dtype(states.dtype)
-    num_states, steps, batch, hidden = states.shape
-    steps -= 1
-    rows = weight_hh.shape[0]
-    grad_gates_x = states.new_empty((steps, batch, rows), dtype=acc)
-    grad_gates_h = torch.empty_like(grad_gates_x) if cell == "gru" else None
-    grad_state0 = states.new_empty((num_states, batch, hidden), dtype=acc)
+    num_states, _, batch, hidden = states.shape
+    weight_ih, weight_hh, bias_ih, bias_hh, reset_state = weights[:5]
+    # Nothing runs where there is no state or no step: the gradients are zero.
+    allocate = torch.empty if input.shape[0] * batch * hidden else torch.zeros
+
+    def result(of: Tensor | None, wanted: bool, dtype: torch.dtype = acc) -> Tensor | None:
+        return allocate(of.shape, dtype=dtype) if of is not None and wanted else None
+
+    results = [
+        result(input, needs[0], dtype),
+        allocate((num_states, batch, hidden), dtype=acc),
+        *(result(w, n) for w, n in zip((weight_ih, weight_hh, bias_ih, bias_hh, reset_state), needs[2:7], strict=True)),
+    ]
     _C.recurrence_backward(
-        _last_contiguous(grad_hidden),
-        _last_contiguous(grad_cells),
-        _contiguous(grad_state_n),
+        _last_contiguous(grads[0]),
+        _last_contiguous(grads[1]),
+        _contiguous(grads[2]),
+        _last_contiguous(input),
+        _last_contiguous(weight_ih),
         _last_contiguous(weight_hh),
+        _contiguous(reset_state),
         states.contiguous(),
         reserve.contiguous(),
         control,
         cell,
         reverse,
-        grad_gates_x,
-        grad_gates_h,
-        grad_state0,
+        results[0],
+        *results[2:],
+        results[1],
         torch.get_num_threads(),
     )
-    gates = (grad_gates_x if grad_gates_h is None else grad_gates_h).view(-1, rows)
-    before = states[0].narrow(0, 1 if reverse else 0, steps).to(acc)
-    if control is not None:
-        before = before.masked_fill((control & RESET).bool().unsqueeze(2), 0)
-    grad_weight = gates.t().mm(before.reshape(-1, hidden))
-    return grad_gates_x.to(dtype), grad_weight.to(dtype), gates.sum(0).to(dtype), grad_state0.to(dtype)
+    absent = [states.new_empty(0)] * (len(needs) - len(results))
+    return [states.new_empty(0) if x is None else x.to(dtype) for x in results] + absent
