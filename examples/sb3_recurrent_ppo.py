@@ -98,14 +98,14 @@ def same_updates(theirs: Run, ours: Run) -> int:
 
 
 @torch.no_grad()
-def gap_at_equal_weights(theirs: Run, ours: Run) -> tuple[float, float]:
-    """Largest differences of values and log-probabilities on the last rollout; `theirs` gets the weights of `ours`."""
+def gaps_at_equal_weights(theirs: Run, ours: Run) -> list[tuple[float, float]]:
+    """Largest difference and size of values and log-probabilities on the last rollout, with the weights of `ours`."""
     theirs.model.policy.load_state_dict(ours.model.policy.state_dict())
     data = next(ours.model.rollout_buffer.get())
     inputs = data.observations, data.actions.long().flatten(), data.lstm_states, data.episode_starts
     pairs = zip(*(run.model.policy.evaluate_actions(*inputs)[:2] for run in (theirs, ours)), strict=True)
-    values, log_probs = ((a - b).flatten()[data.mask > 0].abs().max().item() for a, b in pairs)
-    return values, log_probs
+    rows = ((a.flatten()[data.mask > 0], b.flatten()[data.mask > 0]) for a, b in pairs)
+    return [((a - b).abs().max().item(), a.abs().max().item()) for a, b in rows]
 
 
 def make_model(seed: int) -> Any:
@@ -139,14 +139,14 @@ def report(theirs: Run, ours: Run) -> None:
     for name in LOSSES:
         a, b = theirs.losses[0][name], ours.losses[0][name]
         print(f"  first update, {name:22}{a:>14.8f} and {b:.8f}, difference {abs(a - b):.1e}")
-    values, log_probs = gap_at_equal_weights(theirs, ours)
-    print(f"At equal weights after training: values differ by {values:.1e}, log-probabilities by {log_probs:.1e}.")
+    for name, (gap, size) in zip(("values", "log-probabilities"), gaps_at_equal_weights(theirs, ours), strict=True):
+        print(f"  equal weights after training, {name} of up to {size:.3g}: differ by at most {gap:.1e}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train both and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=60, help=f"of {ENVS} x {STEPS} steps each (default %(default)s)")
+    parser.add_argument("--updates", type=int, default=50, help=f"of {ENVS} x {STEPS} steps each (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default %(default)s)")
     options = parser.parse_args(arguments)
