@@ -15,34 +15,66 @@ from seqkernels.ops.recurrence import recurrence
 T, B, H = 4, 3, 5
 
 RECURRENCE = [
-    ("gates_x", lambda x: x[0], ValueError, r"gates_x: expected 3 dimensions \(T, B, G\*H\), got shape \(3, 20\)"),
-    ("gates_x", lambda x: x.long(), TypeError, r"gates_x: expected one of .*, got torch\.int64"),
-    ("gates_x", lambda x: x[..., 1:], ValueError, r"weight_hh: expected .* G\*H = 19 as in gates_x, got \(20, 5\)"),
-    ("gates_x", lambda x: x[:, 1:], ValueError, r"state0: expected shape \(2, 2, 5\), got \(2, 3, 5\)"),
+    ("input", lambda x: x[0], ValueError, r"input: expected 3 dimensions \(T, B, G\*H\), got shape \(3, 20\)"),
+    ("input", lambda x: x.long(), TypeError, r"input: expected one of .*, got torch\.int64"),
+    ("input", lambda x: x[..., 1:], ValueError, r"input: expected shape \(T, B, 20\) .* got \(4, 3, 19\)"),
+    ("input", lambda x: x[:, 1:], ValueError, r"state0: expected shape \(2, 2, 5\), got \(2, 3, 5\)"),
     ("weight_hh", lambda x: x.t(), ValueError, r"weight_hh: expected shape \(G\*H, H\) with G = 4 .*, got \(5, 20\)"),
     ("weight_hh", lambda x: x[0], ValueError, r"weight_hh: .* got \(5,\)"),
-    (
-        "weight_hh",
-        lambda x: x.double(),
-        TypeError,
-        r"weight_hh: expected torch\.float32 as gates_x, got torch\.float64",
-    ),
-    ("weight_hh", lambda x: x.to("meta"), ValueError, r"weight_hh: expected on cpu as gates_x, got meta"),
-    ("bias_hh", lambda x: x[1:], ValueError, r"bias_hh: expected shape \(20,\), got \(19,\)"),
-    ("bias_hh", lambda x: x.half(), TypeError, r"bias_hh: expected torch\.float32 as gates_x, got torch\.float16"),
-    ("bias_hh", lambda x: x.to("meta"), ValueError, r"bias_hh: expected on cpu as gates_x, got meta"),
     ("state0", lambda x: x[:1], ValueError, r"state0: expected shape \(2, 3, 5\), got \(1, 3, 5\)"),
     ("state0", lambda x: x[0], ValueError, r"state0: expected shape \(2, 3, 5\), got \(3, 5\)"),
-    ("state0", lambda x: x.bfloat16(), TypeError, r"state0: expected torch\.float32 as gates_x, got torch\.bfloat16"),
-    ("state0", lambda x: x.to("meta"), ValueError, r"state0: expected on cpu as gates_x, got meta"),
+    ("state0", lambda x: None, TypeError, "state0: expected a Tensor, got NoneType"),
     ("control", lambda x: x.bool(), TypeError, r"control: expected torch\.uint8, got torch\.bool"),
+    ("control", lambda x: x[1:], ValueError, r"control: expected shape \(4, 3\), got \(3, 3\)"),
     *(
         (name, lambda x: x.tolist(), TypeError, f"{name}: expected a Tensor, got list")
-        for name in ("gates_x", "weight_hh", "bias_hh", "state0", "control")
+        for name in ("input", "weight_hh", "bias_hh", "state0", "control")
     ),
-    ("state0", lambda x: None, TypeError, "state0: expected a Tensor, got NoneType"),
-    ("control", lambda x: x[1:], ValueError, r"control: expected shape \(4, 3\), got \(3, 3\)"),
-    ("control", lambda x: x.to("meta"), ValueError, r"control: expected on cpu as gates_x, got meta"),
+    *(
+        (name, lambda x: x.to("meta"), ValueError, rf"{name}: expected on cpu as input, got meta")
+        for name in ("weight_hh", "bias_hh", "state0", "control")
+    ),
+    *(
+        (name, lambda x: x.half(), TypeError, rf"{name}: expected torch\.float32 as input, got torch\.float16")
+        for name in ("weight_hh", "bias_hh", "state0")
+    ),
+    ("bias_hh", lambda x: x[1:], ValueError, r"bias_hh: expected shape \(20,\), got \(19,\)"),
+]
+
+SHAPES = {
+    "weight_ih": "(20, 7)",
+    "bias_ih": "(20,)",
+    "reset_state": "(2, 5)",
+    "peephole": "(3, 5)",
+    "recurrent_mask": "(3, 5)",
+    "norm_h": "(20,)",
+    "norm_c": "(2, 5)",
+    "zoneout": "(2,)",
+    "seed": "()",
+}
+OPTIONS = [
+    ("input", lambda x: x[0], ValueError, r"input: expected 3 dimensions \(T, B, I\), got shape \(3, 7\)"),
+    *(
+        (name, lambda x: x.unsqueeze(0), ValueError, f"{name}: expected shape {re.escape(shape)}, got \\(1, ")
+        for name, shape in SHAPES.items()
+        if name != "seed"
+    ),
+    ("seed", lambda x: x.view(1), ValueError, r"seed: expected shape \(\), got \(1,\)"),
+    *((name, lambda x: x.tolist(), TypeError, f"{name}: expected a Tensor, got ") for name in SHAPES),
+    *((name, lambda x: x.to("meta"), ValueError, f"{name}: expected on cpu as input, got meta") for name in SHAPES),
+    *(
+        (name, lambda x: x.double(), TypeError, rf"{name}: expected torch\.float32 as input, got torch\.float64")
+        for name in SHAPES
+        if name not in ("zoneout", "seed")
+    ),
+    ("zoneout", lambda x: x.double(), TypeError, r"zoneout: expected torch\.float32, got torch\.float64"),
+    ("seed", lambda x: x.int(), TypeError, r"seed: expected torch\.int64, got torch\.int32"),
+    *(
+        (name, lambda x: x.clone().requires_grad_(), ValueError, f"{name}: expected no requires_grad, .* detach it")
+        for name in ("recurrent_mask", "zoneout")
+    ),
+    ("weight_ih", lambda x: None, ValueError, r"input: expected shape \(T, B, 20\) .* no weight_ih, got \(4, 3, 7\)"),
+    ("zoneout", lambda x: None, ValueError, r"seed: expected None where zoneout is None"),
 ]
 
 ATTENTION = [
@@ -84,6 +116,30 @@ def test_recurrence(name, spoil, kind, text):
         recurrence(*inputs._replace(**{name: spoil(getattr(inputs, name))}), cell="lstm")
 
 
+@pytest.mark.parametrize(("name", "spoil", "kind", "text"), OPTIONS)
+def test_options_of_the_recurrence(name, spoil, kind, text):
+    common = {"input_size": 7, "requires_grad": False}
+    inputs = testing.recurrence_inputs("lstm", T, B, H, control=True, **common)
+    options = testing.recurrence_options("lstm", B, H, names=testing.OPTIONS, **common)
+    with seqkernels.use_backend("reference"):
+        recurrence(*inputs, cell="lstm", **options)
+    if name == "input":
+        inputs = inputs._replace(input=spoil(inputs.input))
+    else:
+        options[name] = spoil(options[name])
+    with pytest.raises(kind, match=text):
+        recurrence(*inputs, cell="lstm", **options)
+
+
+def test_options_that_other_cells_have():
+    inputs = testing.recurrence_inputs("gru", T, B, H)
+    for name, shape in (("peephole", (3, H)), ("norm_c", (2, H))):
+        with pytest.raises(ValueError, match=f"{name}: expected None for 'gru', only an 'lstm' has one"):
+            recurrence(*inputs, cell="gru", **{name: torch.ones(shape)})
+    with pytest.raises(ValueError, match="bias_ih: expected None where weight_ih is None"):
+        recurrence(*inputs, cell="gru", bias_ih=torch.ones(3 * H))
+
+
 def test_unknown_cell():
     inputs = testing.recurrence_inputs("lstm", T, B, H)
     with pytest.raises(ValueError, match=r"cell: 'mgu' is not one of 'rnn_tanh', 'rnn_relu', 'lstm', 'gru'"):
@@ -101,6 +157,9 @@ def test_attention(name, spoil, kind, text):
 
 TESTING = {
     r"cell: 'mgu' is not one of 'rnn_tanh'": lambda: testing.recurrence_inputs("mgu", T, B, H),
+    r"cell: 'mgu' is not one of 'rnn_tanh', ": lambda: testing.recurrence_options("mgu", B, H, names=()),
+    r"names: 'dropout' is not one of 'weight_ih', ": lambda: testing.recurrence_options("gru", B, H, names=["dropout"]),
+    r"input_size: .*'weight_ih', got None": lambda: testing.recurrence_options("gru", B, H, names=["weight_ih"]),
     r"layout: 'striped' is not one of 'contiguous'": lambda: testing.lay_out(torch.ones(2), "striped"),
     r"mask: expected 'BHMN' with some letters replaced by '1', got 'BN'": lambda: testing.attention_inputs(mask="BN"),
     r"bias: expected 'BHMN' .* got 'NMHB'": lambda: testing.attention_inputs(bias="NMHB"),
@@ -119,6 +178,8 @@ def test_dtypes_of_testing():
         testing.attention_inputs(dtype=torch.int8)
     with pytest.raises(TypeError, match=r"dtype: expected one of .*, got torch\.int8"):
         testing.recurrence_inputs("gru", T, B, H, torch.int8)
+    with pytest.raises(TypeError, match=r"dtype: expected one of .*, got torch\.int8"):
+        testing.recurrence_options("gru", B, H, torch.int8, names=())
 
 
 def test_force_isa(compiled):

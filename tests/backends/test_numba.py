@@ -169,6 +169,9 @@ def test_availability(monkeypatch):
     call = Call("recurrence", "cpu", torch.float16, "gru", ("control",))
     assert backend.unsupported(call) is None
     assert backend.unsupported(call._replace(device="cuda")) == "runs on cpu only, not on cuda"
+    more = ("control", "gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout")
+    declined = "has no gates, norm, peephole, recurrent_mask, reset_state, zoneout"
+    assert backend.unsupported(call._replace(features=more)) == declined
     monkeypatch.setitem(sys.modules, "numba", None)
     assert backend.unavailable().startswith("numba cannot be imported: ")
 

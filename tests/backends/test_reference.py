@@ -45,8 +45,8 @@ def test_recurrence_is_a_layer_of_torch(cell):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 3, 5, dtype=torch.float64, generator=generator)
     state0 = torch.randn(CELLS[cell].states, 3, 7, dtype=torch.float64, generator=generator)
-    gates_x = torch.nn.functional.linear(x, layer.weight_ih_l0, layer.bias_ih_l0)
-    hidden, _, state_n = testing.recurrence_oracle(gates_x, layer.weight_hh_l0, layer.bias_hh_l0, state0, cell=cell)
+    gates = torch.nn.functional.linear(x, layer.weight_ih_l0, layer.bias_ih_l0)
+    hidden, _, state_n = testing.recurrence_oracle(gates, layer.weight_hh_l0, layer.bias_hh_l0, state0, cell=cell)
     expected, last = layer(x, tuple(state0.unsqueeze(1)) if cell == "lstm" else state0)
     torch.testing.assert_close(hidden, expected, rtol=64 * EPS, atol=64 * EPS)
     last = torch.cat(last) if cell == "lstm" else last
@@ -87,14 +87,15 @@ def test_shapes_of_what_is_saved(cell):
     for steps, batch, dtype in itertools.product((0, 4), (0, 3), (torch.float32, torch.bfloat16)):
         inputs = testing.recurrence_inputs(cell, steps, batch, 5, dtype, requires_grad=False)
         _, num_states, num_reserve = CELLS[cell]
-        states, state_n, reserve = recurrence_forward(*inputs, cell, False, True)
+        call = (inputs.input, testing.recurrence_weights(*inputs[1:3]), inputs.state0, None, cell, False)
+        states, state_n, reserve = recurrence_forward(*call, True)
         assert states.shape == (num_states, steps + 1, batch, 5)
         assert state_n.shape == (num_states, batch, 5)
         assert reserve.shape == (steps, batch, num_reserve, 5)
         assert reserve.dtype == accumulate_dtype(dtype)
         assert torch.equal(states[:, 0], inputs.state0)
         assert torch.equal(states[:, steps], state_n)
-        states, _, reserve = recurrence_forward(*inputs, cell, False, False)
+        states, _, reserve = recurrence_forward(*call, False)
         assert states.shape == (1, steps + 1, batch, 5)
         assert reserve.shape == (0,)
 

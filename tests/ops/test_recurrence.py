@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import seqkernels
 from seqkernels import testing
-from seqkernels.cells import CELLS, DTYPES, HOLD, RESET
+from seqkernels.cells import CELLS, DETACH, DTYPES, HOLD, RESET
 from seqkernels.ops.recurrence import backward_op, forward_op, recurrence
 
 FLAGS = list(itertools.product((False, True), repeat=3))  # reverse, bias, control
@@ -83,6 +83,33 @@ def test_empty(plain_runner, cell, shape):
 def test_any_shape(plain_runner, cell, shape, reverse, bias, control, layout):
     draws = _draws(cell, shape, torch.float64, bias=bias, control=control, layout=layout)
     testing.check_recurrence(*draws, cell=cell, reverse=reverse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_projection_inside(runner, cell, dtype):
+    for (reverse, bias, control), size in zip(FLAGS, itertools.cycle((1, 5, 40)), strict=False):
+        inputs = _inputs(cell, (7, 3, 19), dtype, bias=bias, control=control, detach=True, input_size=size)
+        names = ("weight_ih", "bias_ih") if bias else ("weight_ih",)
+        options = testing.recurrence_options(cell, 3, 19, dtype, names=names, input_size=size)
+        testing.check_recurrence(inputs, cell=cell, reverse=reverse, **options)
+
+
+@hypothesis.given(
+    cell=st.sampled_from(list(CELLS)),
+    shape=st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(1, 40)),
+    size=st.integers(0, 40),
+    flags=st.sampled_from(FLAGS),
+    input_bias=st.booleans(),
+    layout=st.sampled_from(testing.LAYOUTS),
+)
+def test_any_projection(plain_runner, cell, shape, size, flags, input_bias, layout):
+    reverse, bias, control = flags
+    options = {"input_size": size, "layout": layout}
+    draws = _draws(cell, shape, torch.float64, bias=bias, control=control, detach=True, **options)
+    names = ("weight_ih", "bias_ih") if input_bias else ("weight_ih",)
+    given = testing.recurrence_options(cell, *shape[1:], torch.float64, names=names, **options)
+    testing.check_recurrence(*draws, cell=cell, reverse=reverse, **given)
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
@@ -188,6 +215,59 @@ def test_held_steps(plain_runner, cell, reverse):
     clean = inputs._replace(input=input.detach().nan_to_num(0.5).requires_grad_())
     for name, x in testing.check_recurrence(clean, cell=cell, reverse=reverse).items():
         assert torch.equal(x, results[name]), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_input_of_held_steps_is_not_looked_at(plain_runner, cell):
+    inputs = _inputs(cell, (6, 3, 5), control=True, input_size=4)
+    options = testing.recurrence_options(cell, 3, 5, names=("weight_ih", "bias_ih"), input_size=4)
+    held = (inputs.control & HOLD).bool()
+    assert held.any()
+    spoilt = inputs.input.detach().masked_fill(held.unsqueeze(2), torch.nan).requires_grad_()
+    clean = testing.check_recurrence(inputs, cell=cell, **options)
+    grads = testing.random_grads({n: x for n, x in clean.items() if not n.startswith("grad_")})
+    results = testing.evaluate(recurrence, inputs._replace(input=spoilt), grads, cell=cell, **options)
+    for name, x in results.items():
+        assert torch.equal(x, clean[name]), name
+    assert (results["grad_input"][held] == 0).all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_gradient_alone(plain_runner, cell):
+    """What is not needed is not computed, and the rest stays as it was."""
+    inputs = _inputs(cell, (4, 3, 9), control=True, input_size=5)
+    options = testing.recurrence_options(cell, 3, 9, names=("weight_ih", "bias_ih"), input_size=5)
+    every = testing.check_recurrence(inputs, cell=cell, **options)
+    for name in ("input", "weight_hh", "bias_hh", "state0", "weight_ih", "bias_ih"):
+        some = inputs._make(
+            x.detach().requires_grad_(n == name) if x.is_floating_point() else x for n, x in inputs._asdict().items()
+        )
+        given = {n: x.detach().requires_grad_(n == name) for n, x in options.items()}
+        results = testing.check_recurrence(some, cell=cell, **given)
+        assert [n for n in results if n.startswith("grad_")] == [f"grad_{name}"]
+        assert torch.equal(results[f"grad_{name}"], every[f"grad_{name}"])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_detached_states(plain_runner, cell, reverse):
+    inputs = _inputs(cell, (6, 3, 33))
+    control = torch.zeros(6, 3, dtype=torch.uint8)
+    control[2, 0] = DETACH
+    control[2, 1] = DETACH + HOLD
+    cut = inputs._replace(control=control)
+    results = testing.check_recurrence(cut, cell=cell, reverse=reverse)
+    last = {"state_n": testing.random_grads(results)["state_n"]}
+    free = inputs._replace(control=control & HOLD)
+    whole = testing.check_recurrence(free, cell=cell, reverse=reverse, grads=last)
+    results = testing.check_recurrence(cut, cell=cell, reverse=reverse, grads=last)
+    for name in ("hidden", "state_n"):
+        assert torch.equal(results[name], whole[name])
+    before = slice(3, None) if reverse else slice(0, 2)
+    assert (results["grad_input"][before, :2] == 0).all()
+    assert (results["grad_state0"][:, :2] == 0).all()
+    assert (whole["grad_state0"] != 0).any(2).all()
+    assert torch.equal(results["grad_input"][:, 2], whole["grad_input"][:, 2])
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -10,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-import seqkernels
-from seqkernels import backends, testing
+from seqkernels import testing
 from seqkernels.cells import CELLS, CONSTANTS, DTYPES, Weights
 from seqkernels.ops import attention as attention_ops
 from seqkernels.ops import recurrence as recurrence_ops
@@ -24,15 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
 ]
 
-#: Implementations that have the options of the recurrence.
-WITH_OPTIONS = [name for name in ("native", "reference") if backends.backend(name).unavailable() is None]
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
-
-
-@pytest.fixture(params=WITH_OPTIONS)
-def options_backend(request):
-    with seqkernels.use_backend(request.param), testing.poisoned_empty():
-        yield request.param
 
 
 def _options(cell):

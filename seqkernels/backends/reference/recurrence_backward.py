@@ -108,9 +108,9 @@ def through_time(
 
 def _norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x` normalised over its last dimension, and 1 over its standard deviation."""
-    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-    scale = (variance + NORM_EPS).rsqrt()
-    return (x - mean) * scale, scale
+    x = x - x.mean(-1, keepdim=True)
+    scale = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    return x * scale, scale
 
 
 def _norm_backward(grad: Tensor, normal: Tensor, scale: Tensor) -> Tensor:
