@@ -1,0 +1,338 @@
+"""The options of the recurrence, for every implementation that has them."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import seqkernels
+from seqkernels import testing
+from seqkernels.cells import CELLS, CONSTANTS, DETACH, DTYPES, HOLD, RESET, Weights
+from seqkernels.ops.recurrence import backward_op, forward_op, recurrence
+
+SIZE = 6
+
+
+def _names(cell):
+    """All options of a cell."""
+    return [name for name in testing.OPTIONS if cell == "lstm" or name not in ("peephole", "norm_c")]
+
+
+def _alone(name):
+    """An option with what it needs."""
+    return {"bias_ih": ("weight_ih", "bias_ih"), "seed": ("zoneout", "seed")}.get(name, (name,))
+
+
+def _call(cell, shape, dtype=torch.float32, names=(), *, count=1, layout="contiguous", requires_grad=True, **options):
+    """Inputs (several draws of them) and options."""
+    size = SIZE if "weight_ih" in names else None
+    common = {"input_size": size, "layout": layout, "requires_grad": requires_grad}
+    inputs = [testing.recurrence_inputs(cell, *shape, dtype, seed=k, **common, **options) for k in range(count)]
+    return inputs, testing.recurrence_options(cell, *shape[1:], dtype, names=names, **common)
+
+
+def _count(shape):
+    """So many draws of a shape that their results have some hundred elements together."""
+    return min(64, 1 + 200 // max(1, math.prod(shape)))
+
+
+CASES = [(cell, name) for cell in CELLS for name in _names(cell)]
+
+
+@pytest.mark.parametrize(("cell", "name"), CASES)
+def test_each_option(options_runner, cell, name):
+    shape = (5, 3, 19)
+    for reverse in (False, True):
+        inputs, options = _call(cell, shape, names=_alone(name), control=reverse, detach=reverse, bias=reverse)
+        results = testing.check_recurrence(*inputs, cell=cell, reverse=reverse, **options)
+        assert (f"grad_{name}" in results) == (name not in CONSTANTS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_all_options(options_runner, cell, dtype):
+    for shape in ((1, 1, 1), (6, 4, 33), (4, 9, 16)):
+        inputs, options = _call(cell, shape, dtype, _names(cell), count=_count(shape), control=True, detach=True)
+        testing.check_recurrence(*inputs, cell=cell, reverse=shape[0] == 4, gates=True, **options)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty(options_backend, cell, shape):
+    inputs, options = _call(cell, shape, names=_names(cell), control=True)
+    testing.check_recurrence(*inputs, cell=cell, gates=True, **options)
+
+
+@hypothesis.given(data=st.data(), cell=st.sampled_from(list(CELLS)), layout=st.sampled_from(testing.LAYOUTS))
+def test_any_options(options_backend, data, cell, layout):
+    shape = data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 35)), "shape")
+    drawn = data.draw(st.sets(st.sampled_from(_names(cell))), "options")
+    names = [name for name in _names(cell) if any(name in _alone(other) for other in drawn)]
+    flags = {name: data.draw(st.booleans(), name) for name in ("reverse", "gates", "bias", "control")}
+    inputs, options = _call(
+        cell, shape, torch.float64, names, count=_count(shape), layout=layout, bias=flags.pop("bias"),
+        control=flags.pop("control"), detach=True,
+    )  # fmt: skip
+    testing.check_recurrence(*inputs, cell=cell, **flags, **options)
+
+
+def _differentiable(cell, inputs, options, **more):
+    """A function of the tensors with a gradient, and these."""
+    names = [name for name, x in options.items() if x.requires_grad]
+
+    def outputs(*tensors):
+        given = options | dict(zip(names, tensors[4:], strict=True))
+        return tuple(
+            x for x in recurrence(*tensors[:4], inputs.control, cell=cell, gates=True, **given, **more) if x is not None
+        )
+
+    return outputs, (*inputs[:4], *(options[name] for name in names))
+
+
+@pytest.mark.parametrize(("cell", "name"), [*CASES, *((cell, "all") for cell in CELLS)])
+def test_gradcheck(options_backend, cell, name):
+    names = _names(cell) if name == "all" else _alone(name)
+    (inputs,), options = _call(cell, (3, 2, 3), torch.float64, names, control=True)
+    outputs, leaves = _differentiable(cell, inputs, options, reverse=len(name) % 2 == 0)
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])
+def test_gradgradcheck(options_backend, cell):
+    (inputs,), options = _call(cell, (2, 2, 2), torch.float64, _names(cell), control=True)
+    outputs, leaves = _differentiable(cell, inputs, options)
+    assert torch.autograd.gradgradcheck(outputs, leaves)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_first_order_is_the_same_where_the_second_is_wanted(options_backend, cell):
+    (inputs,), options = _call(cell, (4, 3, 5), torch.float64, _names(cell), control=True, detach=True)
+    outputs, leaves = _differentiable(cell, inputs, options)
+    values = outputs(*leaves)
+    grads = list(testing.random_grads(dict(enumerate(values))).values())
+    first = torch.autograd.grad(values, leaves, grads, retain_graph=True)
+    for x, y in zip(first, torch.autograd.grad(values, leaves, grads, create_graph=True), strict=True):
+        assert y.requires_grad
+        size = max(y.abs().max().item(), 1)
+        torch.testing.assert_close(x, y.detach(), rtol=0, atol=256 * torch.finfo(torch.float64).eps * size)
+
+
+def _ops_call(cell, names, **options):
+    (inputs,), options = _call(cell, (4, 3, 9), torch.float64, names, requires_grad=False, **options)
+    weights = testing.recurrence_weights(inputs.weight_hh, inputs.bias_hh, **options)
+    states, state_n, reserve = forward_op(inputs.input, weights, inputs.state0, inputs.control, cell, True, True)
+    gates = reserve[:, :, : CELLS[cell].gates] if CELLS[cell].reserve else states[0, :-1].unsqueeze(2)
+    cells = states[1, :-1].cos() if cell == "lstm" else None
+    grads = states[0, :-1].cos(), cells, state_n.cos(), gates.cos()
+    return grads, inputs.input, weights, states, reserve, inputs.control, cell, True
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_only_what_is_needed_is_given(options_backend, cell):
+    call = _ops_call(cell, _names(cell), control=True)
+    fields = ("input", "state0", *Weights._fields)
+    given = [x is not None for x in (True, True, *call[2])]
+    every = backward_op(*call, [True] * len(fields))
+    for name, x, has in zip(fields, every, given, strict=True):
+        assert (x.numel() > 0) == (has and name not in CONSTANTS)
+    for k, x in enumerate(every):
+        for j, y in enumerate(backward_op(*call, [j == k for j in range(len(fields))])):
+            assert torch.equal(y, x) if j == k else y.shape == (0,)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_one_saves_another_reads(options_backend, options_reader, cell):
+    call = _ops_call(cell, _names(cell), control=True, detach=True)
+    assert (call[4][(call[5] & HOLD).bool()] == 0).all()
+    needs = [x is not None for x in (True, True, *call[2])]
+    own = backward_op(*call, needs)
+    with seqkernels.use_backend(options_reader):
+        other = backward_op(*call, needs)
+    for x, y in zip(own, other, strict=True):
+        size = max(y.abs().max().item(), 1) if y.numel() else 1
+        torch.testing.assert_close(x, y, rtol=0, atol=256 * torch.finfo(torch.float64).eps * size)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gates_are_those_of_the_step(options_backend, cell):
+    (inputs,), options = _call(cell, (4, 3, 5), torch.float64, _names(cell)[:3], control=True)
+    hidden, cells, _, gates = recurrence(*inputs, cell=cell, gates=True, **options)
+    assert gates.shape == (4, 3, CELLS[cell].gates, 5)
+    held = (inputs.control & HOLD).bool()
+    fresh = options["reset_state"].unsqueeze(1)
+    state = inputs.state0
+    for t in range(4):
+        state = torch.where((inputs.control[t] & RESET).bool().unsqueeze(1), fresh, state)
+        now = hidden[t] if cells is None else torch.stack((hidden[t], cells[t]))
+        if cell == "lstm":
+            i, f, g, o = gates[t].unbind(1)
+            c = f * state[1] + i * g
+            made = torch.stack((o * c.tanh(), c))
+        elif cell == "gru":
+            _, z, n = gates[t].unbind(1)
+            made = (1 - z) * n + z * state[0]
+        else:
+            made = gates[t, :, 0]
+        if cell in ("lstm", "gru"):
+            assert (gates[t, held[t]] == 0).all()
+        eps = torch.finfo(torch.float64).eps
+        torch.testing.assert_close(now[..., ~held[t], :], made[..., ~held[t], :], rtol=8 * eps, atol=8 * eps)
+        state = now if cell == "lstm" else now.unsqueeze(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference_equals_training(options_backend, cell, dtype):
+    (inputs,), options = _call(cell, (5, 3, 9), dtype, _names(cell), control=True)
+    trained = recurrence(*inputs, cell=cell, gates=True, **options)
+    with torch.no_grad():
+        plain = recurrence(*inputs, cell=cell, **options)
+        with_states = recurrence(*inputs, cell=cell, states=True, **options)
+        with_gates = recurrence(*inputs, cell=cell, gates=True, **options)
+    assert plain[1] is None
+    assert len(with_states) == len(plain) == 3
+    for found in (plain, with_states, with_gates):
+        for x, y in zip(found, trained, strict=False):
+            assert y is None or y.dtype == dtype
+            assert (x is None and (y is None or found is plain)) or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_gradient_ends_where_a_state_is_detached(options_backend, cell, reverse):
+    names = [name for name in _names(cell) if name not in ("zoneout", "seed")]
+    (inputs,), options = _call(cell, (6, 3, 9), names=names)
+    control = torch.zeros(6, 3, dtype=torch.uint8)
+    control[2, 0] = DETACH
+    control[2, 1] = DETACH + HOLD
+    control[2, 2] = DETACH + RESET
+    free = inputs._replace(control=torch.where(control & RESET > 0, RESET, control & HOLD).to(torch.uint8))
+    inputs = inputs._replace(control=control)
+    last = {"state_n": testing.random_grads({"state_n": inputs.state0})["state_n"]}
+    cut = testing.evaluate(recurrence, inputs, last, cell=cell, reverse=reverse, **options)
+    whole = testing.evaluate(recurrence, free, last, cell=cell, reverse=reverse, **options)
+    for name in ("hidden", "state_n"):
+        assert torch.equal(cut[name], whole[name])
+    before = slice(3, None) if reverse else slice(0, 2)
+    assert (cut["grad_input"][before] == 0).all()
+    assert (cut["grad_state0"] == 0).all()
+    assert (whole["grad_state0"][:, :2] != 0).any(2).all()
+    assert (cut["grad_input"][2, 0] != 0).any()
+    for result in (cut, whole):
+        assert (result["grad_reset_state"] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_reset_state_is_the_state_before_a_reset(options_backend, cell):
+    """The same as a run that begins there, values and gradients."""
+    names = [name for name in _names(cell) if name != "seed"]
+    (inputs,), options = _call(cell, (5, 2, 9), torch.float64, names)
+    control = torch.zeros(5, 2, dtype=torch.uint8)
+    control[2] = RESET
+    whole = recurrence(*inputs[:4], control, cell=cell, **options)[2]
+    start = options["reset_state"].unsqueeze(1).expand_as(inputs.state0)
+    rest = recurrence(inputs.input[2:], *inputs[1:3], start, cell=cell, **options)[2]
+    assert torch.equal(whole, rest)
+    leaves = [options["reset_state"], inputs.weight_hh]
+    found = [torch.autograd.grad(x.cos().sum(), leaves) for x in (whole, rest)]
+    for x, y in zip(*found, strict=True):
+        eps = 64 * torch.finfo(torch.float64).eps
+        torch.testing.assert_close(x, y, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_zoneout_at_its_ends(options_backend, cell, random):
+    """Probability 0 is no zoneout, 1 leaves the state what it was."""
+    (inputs,), options = _call(cell, (5, 3, 9), names=("zoneout", "seed") if random else ("zoneout",))
+    plain = testing.evaluate(recurrence, inputs, {}, cell=cell)
+    options["zoneout"] = torch.zeros(CELLS[cell].states)
+    never = testing.evaluate(recurrence, inputs, {}, cell=cell, **options)
+    for name in plain:
+        torch.testing.assert_close(never[name], plain[name], rtol=1e-6, atol=1e-6)
+        assert not random or torch.equal(never[name], plain[name])
+    options["zoneout"] = torch.ones(CELLS[cell].states)
+    always = testing.evaluate(recurrence, inputs, {}, cell=cell, **options)
+    assert torch.equal(always["state_n"], inputs.state0)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_random_zoneout_keeps_its_share(options_backend, cell):
+    steps, batch, hidden = 20, 16, 64
+    (inputs,), options = _call(cell, (steps, batch, hidden), names=("zoneout", "seed"), requires_grad=False)
+    kept = []
+    for seed in (1, 2):
+        options["seed"] = torch.tensor(seed)
+        hidden_states, cells, _ = recurrence(*inputs, cell=cell, states=True, **options)
+        for k, x in enumerate(x for x in (hidden_states, cells) if x is not None):
+            before = torch.cat((inputs.state0[k : k + 1], x[:-1]))
+            kept.append((x == before) & (x != 0))
+            share, count = options["zoneout"][k].item(), steps * batch * hidden
+            if cell != "rnn_relu":
+                assert abs(kept[-1].double().mean().item() - share) < 5 * (share * (1 - share) / count) ** 0.5
+    half = len(kept) // 2
+    assert not torch.equal(kept[0], kept[half])
+    assert len(kept) == 2 or not torch.equal(kept[0], kept[1])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_recurrent_mask_of_ones_and_gains_that_do_nothing(options_backend, cell):
+    (inputs,), options = _call(cell, (5, 3, 9), names=("recurrent_mask", *(("peephole",) if cell == "lstm" else ())))
+    plain = testing.evaluate(recurrence, inputs, {}, cell=cell)
+    neutral = {"recurrent_mask": torch.ones(3, 9), "peephole": torch.zeros(3, 9)}
+    for name in options:
+        for key, x in testing.evaluate(recurrence, inputs, {}, cell=cell, **{name: neutral[name]}).items():
+            torch.testing.assert_close(x, plain[key], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_runs_are_reproducible(options_runner, cell):
+    inputs, options = _call(cell, (6, 9, 33), names=_names(cell), control=True)
+    first, second = (testing.check_recurrence(*inputs, cell=cell, gates=True, **options) for _ in range(2))
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_arguments_are_not_written(options_backend, cell):
+    inputs, options = _call(cell, (4, 3, 9), names=_names(cell), control=True)
+    tensors = [*inputs[0], *options.values()]
+    before = [x.detach().clone() for x in tensors]
+    testing.check_recurrence(*inputs, cell=cell, gates=True, **options)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+DECLINED = {
+    "reset_state": "reset_state",
+    "peephole": "peephole",
+    "recurrent_mask": "recurrent_mask",
+    "norm_h": "norm",
+    "norm_c": "norm",
+    "zoneout": "zoneout",
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_numba_declines(name):
+    pytest.importorskip("numba")
+    (inputs,), options = _call("lstm", (4, 3, 9), names=(name,))
+    text = rf"'numba' cannot run lstm recurrence .* with {DECLINED[name]}: has no {DECLINED[name]}"
+    with seqkernels.use_backend("numba"), pytest.raises(seqkernels.BackendError, match=text):
+        recurrence(*inputs, cell="lstm", **options)
+
+
+def test_numba_gives_gates_and_declines_their_gradient():
+    pytest.importorskip("numba")
+    (inputs,), options = _call("lstm", (4, 3, 9), names=("weight_ih", "bias_ih"))
+    with seqkernels.use_backend("reference"):
+        expected = recurrence(*inputs, cell="lstm", gates=True, **options)
+    with seqkernels.use_backend("numba"):
+        found = recurrence(*inputs, cell="lstm", gates=True, **options)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+        found[0].sum().backward(retain_graph=True)
+        with pytest.raises(seqkernels.BackendError, match="has no gates"):
+            found[3].sum().backward()
