@@ -88,21 +88,36 @@ def finite(*tensors: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrence(cell: str, dtype: torch.dtype) -> None:
+    gates, num_states, _ = CELLS[cell]
     for case, ((steps, batch, hidden), control) in enumerate(itertools.product(RECURRENCES, (False, True))):
-        reverse = case % 3 == 0
+        reverse, project = case % 3 == 0, case % 4 != 0
         inputs = testing.recurrence_inputs(
             cell, steps, batch, hidden, dtype, bias=steps % 2 == 0, control=control, requires_grad=False
         )
+        width = case % 70 + 1 if project else gates * hidden
+        weights = [
+            torch.ones(gates * hidden, width, dtype=dtype) / width if project else None,
+            inputs.weight_hh,
+            inputs.bias_hh if project else None,
+            inputs.bias_hh,
+            torch.ones(num_states, hidden, dtype=dtype) if case % 5 == 0 else None,
+            *[None] * 6,
+        ]
+        x = torch.ones(steps, batch, width, dtype=dtype)
         grad = torch.ones(steps, batch, hidden, dtype=dtype)
+        needs = [True, True, *(w is not None for w in weights)]
         for _ in settings():
-            hidden_only, state_n, _ = recurrence.forward_op(*inputs, cell, reverse, False)
+            rest = (inputs.state0, inputs.control, cell, reverse)
+            hidden_only, state_n, _ = recurrence.forward_op(x, weights, *rest, False)
             finite(hidden_only, state_n)
-            states, state_n, reserve = recurrence.forward_op(*inputs, cell, reverse, True)
-            finite(states, state_n)
-            for grads in ((grad, None, state_n), (None, grad if cell == "lstm" else None, None)):
-                finite(
-                    *recurrence.backward_op(*grads, inputs.weight_hh, states, reserve, inputs.control, cell, reverse)
-                )
+            states, state_n, reserve = recurrence.forward_op(x, weights, *rest, True)
+            finite(states, state_n, reserve)
+            for grads in (
+                (grad, None, state_n, None),
+                (None, grad if cell == "lstm" else None, None, None),
+            ):
+                results = recurrence.backward_op(grads, x, weights, states, reserve, *rest[1:], needs)
+                finite(*results)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
