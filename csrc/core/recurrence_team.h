@@ -25,8 +25,7 @@ inline Split split_of(const Recurrence& p, int gates, std::int64_t groups, std::
   const int most = team_size(p.threads, (recurrent + entering) * static_cast<double>(p.steps));
   if (most == 1) return {true, 1};
   if (weight_bytes <= kResidentBytes && p.batch >= 4 * most) return {true, most};
-  const int columns =
-      static_cast<int>(min_of<double>(min_of<std::int64_t>(most, groups), recurrent / kWorkPerTurn));
+  const int columns = static_cast<int>(min_of<double>(min_of<std::int64_t>(most, groups), recurrent / kWorkPerTurn));
   const int rows = static_cast<int>(min_of<std::int64_t>(most, p.batch));
   if (columns >= rows && columns > 1) return {false, columns};
   return {true, rows};
@@ -60,40 +59,51 @@ inline std::int64_t partition_rows(const std::uint8_t* control, std::int64_t str
   return active;
 }
 
+// Ends of rows, out of line: they are a large part of the code and a small one of the time.
+template <class E>
+[[gnu::noinline]] Vec<Compute<E>> get_part(const E* from, std::int64_t left) {
+  return load(from, left);
+}
+template <class E>
+[[gnu::noinline]] void put_part(E* to, Vec<Compute<E>> x, std::int64_t left) {
+  store(to, x, left);
+}
+
+// A vector of units, of which `left` are there: at least a full vector with kFull.
 template <bool kFull, class E>
 inline Vec<Compute<E>> get(const E* from, std::int64_t left) {
-  return kFull ? load(from) : load(from, left);
+  return kFull || left >= kLanes<Compute<E>> ? load(from) : get_part(from, left);
 }
 template <bool kFull, class E>
 inline void put(E* to, Vec<Compute<E>> x, std::int64_t left) {
-  kFull ? store(to, x) : store(to, x, left);
+  kFull || left >= kLanes<Compute<E>> ? store(to, x) : put_part(to, x, left);
 }
 
-template <template <template <class> class, class> class Pass, class S, class Params>
+template <template <template <class> class, class, bool> class Pass, class S, bool kOptions, class Params>
 void run_cell(const Params& p) {
   switch (p.cell) {
     case CellKind::kRnnTanh:
-      return Pass<RnnTanh, S>(p).run();
+      return Pass<RnnTanh, S, kOptions>(p).run();
     case CellKind::kRnnRelu:
-      return Pass<RnnRelu, S>(p).run();
+      return Pass<RnnRelu, S, kOptions>(p).run();
     case CellKind::kLstm:
-      return Pass<Lstm, S>(p).run();
+      return Pass<Lstm, S, kOptions>(p).run();
     case CellKind::kGru:
-      return Pass<Gru, S>(p).run();
+      return Pass<Gru, S, kOptions>(p).run();
   }
 }
 
-template <template <template <class> class, class> class Pass, class Params>
+template <template <template <class> class, class, bool> class Pass, bool kOptions, class Params>
 void run_dtype(const Params& p) {
   switch (p.dtype) {
     case DType::kFloat32:
-      return run_cell<Pass, float>(p);
+      return run_cell<Pass, float, kOptions>(p);
     case DType::kFloat64:
-      return run_cell<Pass, double>(p);
+      return run_cell<Pass, double, kOptions>(p);
     case DType::kBFloat16:
-      return run_cell<Pass, BFloat16>(p);
+      return run_cell<Pass, BFloat16, kOptions>(p);
     case DType::kFloat16:
-      return run_cell<Pass, Float16>(p);
+      return run_cell<Pass, Float16, kOptions>(p);
   }
 }
 
