@@ -33,19 +33,33 @@ _library.define(
 )
 
 
+def _plain(weights: Weights) -> bool:
+    """Whether there are no options, decided quickly: most calls have none."""
+    _, _, _, _, reset_state, peephole, recurrent_mask, norm_h, norm_c, zoneout, seed = weights
+    return (
+        reset_state is None
+        and peephole is None
+        and recurrent_mask is None
+        and norm_h is None
+        and norm_c is None
+        and zoneout is None
+        and seed is None
+    )
+
+
 def _call(x: Tensor, weights: Weights, control: Tensor | None, cell: str, gates: bool = False) -> backends.Call:
     features: tuple[str, ...] = () if control is None else ("control",)
-    used = {
-        "gates": gates,
-        "norm": weights.norm_h is not None or weights.norm_c is not None,
-        "peephole": weights.peephole is not None,
-        "recurrent_mask": weights.recurrent_mask is not None,
-        "reset_state": weights.reset_state is not None,
-        "zoneout": weights.zoneout is not None,
-    }
-    return backends.Call(
-        "recurrence", x.device.type, x.dtype, cell, features + tuple(name for name, used in used.items() if used)
-    )
+    if gates or not _plain(weights):
+        used = {
+            "gates": gates,
+            "norm": weights.norm_h is not None or weights.norm_c is not None,
+            "peephole": weights.peephole is not None,
+            "recurrent_mask": weights.recurrent_mask is not None,
+            "reset_state": weights.reset_state is not None,
+            "zoneout": weights.zoneout is not None,
+        }
+        features += tuple(name for name, used in used.items() if used)
+    return backends.Call("recurrence", x.device.type, x.dtype, cell, features)
 
 
 def _forward(
@@ -187,9 +201,10 @@ def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | Non
         raise ValueError(f"cell: {cell!r} is not one of {', '.join(map(repr, CELLS))}")
     gates, num_states, _ = CELLS[cell]
     weight_ih, weight_hh = weights[:2]
-    for name, tensor in (("input", input), ("weight_hh", weight_hh)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+    if not isinstance(weight_hh, Tensor):
+        raise TypeError(f"weight_hh: expected a Tensor, got {type(weight_hh).__name__}")
     if input.dim() != 3:
         last = "G*H" if weight_ih is None else "I"
         raise ValueError(f"input: expected 3 dimensions (T, B, {last}), got shape {tuple(input.shape)}")
@@ -206,42 +221,55 @@ def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | Non
             f"input: expected shape (T, B, {rows}) with G*H of weight_hh where there is no weight_ih,"
             f" got {tuple(input.shape)}"
         )
-    shapes = {
-        "weight_ih": (rows, size),
-        "weight_hh": (rows, hidden),
-        "bias_ih": (rows,),
-        "bias_hh": (rows,),
+    dtype, device = input.dtype, input.device
+    for name, tensor, shape in (
+        ("state0", state0, (num_states, batch, hidden)),
+        ("weight_hh", weight_hh, (rows, hidden)),
+        ("weight_ih", weight_ih, (rows, size)),
+        ("bias_ih", weights.bias_ih, (rows,)),
+        ("bias_hh", weights.bias_hh, (rows,)),
+    ):
+        if tensor is None and name != "state0":
+            continue
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            _check_tensor(name, tensor, shape, input)
+    if weights.bias_ih is not None and weight_ih is None:
+        raise ValueError("bias_ih: expected None where weight_ih is None")
+    if control is not None:
+        _check_tensor("control", control, (steps, batch), input, torch.uint8)
+    if not _plain(weights):
+        _check_options(input, weights, batch, hidden, cell)
+
+
+def _check_options(input: Tensor, weights: Weights, batch: int, hidden: int, cell: str) -> None:
+    gates, num_states, _ = CELLS[cell]
+    shapes: dict[str, tuple[int, ...]] = {
         "reset_state": (num_states, hidden),
         "peephole": (3, hidden),
         "recurrent_mask": (batch, hidden),
-        "norm_h": (rows,),
+        "norm_h": (gates * hidden,),
         "norm_c": (2, hidden),
         "zoneout": (num_states,),
         "seed": (),
     }
-    _check_tensor("state0", state0, (num_states, batch, hidden), input)
-    if control is not None:
-        _check_tensor("control", control, (steps, batch), input, torch.uint8)
-    for name, tensor in weights._asdict().items():
+    for name, shape in shapes.items():
+        tensor = getattr(weights, name)
         if tensor is None:
             continue
-        _check_tensor(name, tensor, shapes[name], input, _OWN_DTYPES.get(name))
+        _check_tensor(name, tensor, shape, input, _OWN_DTYPES.get(name))
         if name in CONSTANTS and tensor.requires_grad:
             raise ValueError(f"{name}: expected no requires_grad, since it has no gradient; detach it")
         if name in ("peephole", "norm_c") and cell != "lstm":
             raise ValueError(f"{name}: expected None for {cell!r}, only an 'lstm' has one")
-        needed = _NEEDED.get(name)
-        if needed is not None and getattr(weights, needed) is None:
-            raise ValueError(f"{name}: expected None where {needed} is None")
+    if weights.seed is not None and weights.zoneout is None:
+        raise ValueError("seed: expected None where zoneout is None")
 
 
 _OWN_DTYPES = {"zoneout": torch.float32, "seed": torch.int64}
-#: Arguments that mean nothing without another.
-_NEEDED = {"bias_ih": "weight_ih", "seed": "zoneout"}
 
 
 def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor, dtype: torch.dtype | None = None
+    name: str, tensor: object, shape: tuple[int, ...], input: Tensor, dtype: torch.dtype | None = None
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -265,6 +293,13 @@ class Options(TypedDict, total=False):
     norm_c: Tensor | None
     zoneout: Tensor | None
     seed: Tensor | None
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    for x in tensors:  # noqa: SIM110 - any() takes twice as long
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 _Results = tuple[Tensor, Tensor | None, Tensor]
@@ -386,7 +421,7 @@ def recurrence(
     )
     check(input, weights, state0, control, cell)
     stored = gates and CELLS[cell].reserve > 0
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, state0, *weights)):
+    if torch.is_grad_enabled() and _records(input, state0, *weights):
         hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, *weights)
         of_steps = rest.pop() if stored else None
         state_n = rest.pop()

@@ -35,9 +35,10 @@ def _call(cell, shape, dtype=torch.float32, names=(), *, count=1, layout="contig
     return inputs, testing.recurrence_options(cell, *shape[1:], dtype, names=names, **common)
 
 
-def _count(shape):
-    """So many draws of a shape that their results have some hundred elements together."""
-    return min(64, 1 + 200 // max(1, math.prod(shape)))
+def _count(shape, layout="contiguous"):
+    """So many draws of a shape that their results have some hundred elements together that are not alike."""
+    alike = {"scalar": math.prod(shape), "expanded": shape[0]}.get(layout, 1)
+    return min(64, 1 + 200 * max(1, alike) // max(1, math.prod(shape)))
 
 
 CASES = [(cell, name) for cell in CELLS for name in _names(cell)]
@@ -74,7 +75,7 @@ def test_any_options(options_backend, data, cell, layout):
     names = [name for name in _names(cell) if any(name in _alone(other) for other in drawn)]
     flags = {name: data.draw(st.booleans(), name) for name in ("reverse", "gates", "bias", "control")}
     inputs, options = _call(
-        cell, shape, torch.float64, names, count=_count(shape), layout=layout, bias=flags.pop("bias"),
+        cell, shape, torch.float64, names, count=_count(shape, layout), layout=layout, bias=flags.pop("bias"),
         control=flags.pop("control"), detach=True,
     )  # fmt: skip
     testing.check_recurrence(*inputs, cell=cell, **flags, **options)
