@@ -16,6 +16,7 @@ from . import _sequences
 from ._options import LISTS, Options, Tensors, Trace, zoneout_of
 from .cells import CELLS, NORM_EPS, RESET
 from .ops.recurrence import recurrence
+from .ops.step import step as quick_step
 
 
 class Parameters(NamedTuple):
@@ -68,6 +69,13 @@ def run(
         x = x.transpose(0, 1) if batch_first else x
         weight_ih, weight_hh = params[0], params[1]
         bias_ih, bias_hh = (params[2], params[3]) if has_biases else (None, None)
+        if x.shape[0] == 1:
+            given = [None, None] if hx is None else [*(state[0] for state in hx), None]
+            next_states = quick_step(cell, x[0], given[0], given[1], weight_ih, weight_hh, bias_ih, bias_hh)
+            if next_states is not None:
+                output, *states = (state.unsqueeze(0) for state in next_states if state is not None)
+                # The output and h_n are tensors of their own, each of which may be modified.
+                return (output.transpose(0, 1) if batch_first else output, output.clone(), *states)
         state0 = _zeros(cell, x, x.shape[1], weight_hh.shape[1]) if hx is None else _join(hx)
         output, _, state_n = recurrence(x, weight_hh, bias_hh, state0, cell=cell, weight_ih=weight_ih, bias_ih=bias_ih)
         # Unsafe only in name: the parts are tensors of their own, which may be modified, and nothing is copied.
@@ -339,6 +347,11 @@ def step(
             last = x.dtype if states is None else states[-1].dtype
             wide = low if device != "cpu" or cell.startswith("rnn") else torch.promote_types(low, last)
             return tuple(r.to(wide) if r.dtype == low else r for r in results)
+    given = (None, None) if states is None else (*states, None)
+    quick = quick_step(cell, x, given[0], given[1], weight_ih, weight_hh, bias_ih, bias_hh)
+    if quick is not None:
+        h, c = quick
+        return (h,) if c is None else (h, c)
     if states is None:
         state0 = _zeros(cell, x, x.shape[0], weight_hh.shape[1])
     else:

@@ -7,6 +7,23 @@
 namespace seqkernels {
 namespace {
 
+// Types that are no more than tensors: others may mean something else by an operation.
+PyTypeObject* plain_types[2] = {};
+
+void set_plain_types(const py::type& first, const py::type& second) {
+  plain_types[0] = reinterpret_cast<PyTypeObject*>(first.inc_ref().ptr());
+  plain_types[1] = reinterpret_cast<PyTypeObject*>(second.inc_ref().ptr());
+}
+
+void expect_plain(std::initializer_list<py::handle> objects) {
+  for (py::handle x : objects) {
+    const PyTypeObject* type = Py_TYPE(x.ptr());
+    if (type != plain_types[0] && type != plain_types[1] && !x.is_none()) {
+      throw py::type_error("expected plain tensors, got " + py::cast<std::string>(py::str(py::type::of(x))));
+    }
+  }
+}
+
 // The arguments that both passes share.
 struct Common {
   CellShape cell;
@@ -53,6 +70,7 @@ struct Common {
 void step_forward(py::handle input, py::handle hidden, py::handle cells, py::handle weight_ih, py::handle weight_hh,
                   py::handle bias_ih_, py::handle bias_hh_, const std::string& cell, py::handle next_hidden_,
                   py::handle next_cells_, py::handle reserve_, int threads) {
+  expect_plain({input, hidden, cells, weight_ih, weight_hh, bias_ih_, bias_hh_});
   const Common common(input, hidden, cells, weight_ih, weight_hh, cell);
   const Tensor bias_ih(bias_ih_, "bias_ih", true), bias_hh(bias_hh_, "bias_hh", true);
   const Tensor next_hidden(next_hidden_, "next_hidden");
@@ -123,6 +141,8 @@ void step_backward(py::handle grad_hidden_, py::handle grad_cells_, py::handle i
 }  // namespace
 
 void bind_step(py::module_& m) {
+  m.def("set_plain_types", &set_plain_types, py::arg("first"), py::arg("second"),
+        "The types of tensors that step_forward takes; it raises TypeError for others, subclasses too.");
   m.def("step_forward", &step_forward, py::arg("input"), py::arg("hidden"), py::arg("cells"), py::arg("weight_ih"),
         py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("cell"), py::arg("next_hidden"),
         py::arg("next_cells"), py::arg("reserve"), py::arg("threads"),

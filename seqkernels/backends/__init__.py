@@ -135,6 +135,11 @@ def select(call: Call) -> Decision:
     return decision
 
 
+def unobserved() -> bool:
+    """Whether neither `use_backend` nor `explain` is at work, so that an earlier decision may be taken again."""
+    return _forced.get() is None and _recorder.get() is None
+
+
 def implementation(call: Call) -> ModuleType:
     """The module that implements ``call.op`` in the implementation chosen for `call`."""
     name = select(call).chosen
