@@ -11,8 +11,6 @@ from torch.nn.modules.rnn import RNNCellBase
 from .. import functional
 from .._recurrent import step
 
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
 
 class _Cell(RNNCellBase):
     """What the cells share: input with or without a batch, states given or absent."""
@@ -28,22 +26,23 @@ class _Cell(RNNCellBase):
 
     def _weights(self) -> tuple[Any, Any, Any, Any]:
         own = self._parameters
-        # A parametrized weight is no parameter of the cell itself.
-        w_ih, w_hh, b_ih, b_hh = (own[name] if name in own else getattr(self, name) for name in _NAMES)
-        return w_ih, w_hh, b_ih, b_hh
+        try:
+            return own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]
+        except KeyError:  # a parametrized weight is no parameter of the cell itself
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
     def _next(self, cell: str, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
         """The next states (B, H), or ``None`` where an argument does not fit at first sight."""
-        weights = self._weights()
-        shape, dtype, weight_ih = input.shape, input.dtype, weights[0]
-        if len(shape) != 2 or shape[1] != weight_ih.shape[1] or dtype != weight_ih.dtype:
+        weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
+        shape, dtype = input.shape, input.dtype
+        if len(shape) != 2 or shape[1] != self.input_size or dtype != weight_ih.dtype:
             return None
         if hx is not None:
             expected = (shape[0], self.hidden_size)
             for state in hx:
                 if state.shape != expected or state.dtype != dtype:
                     return None
-        return step(cell, input, hx, *weights)
+        return step(cell, input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
     def _kind(self) -> str:
         raise NotImplementedError
