@@ -131,7 +131,7 @@ def _zeros(cell: str, x: Tensor, batch: int, hidden: int) -> Tensor:
 
 def _join(hx: Tensors) -> Tensor:
     """The S states (1, B, H) of one layer in one direction as one tensor."""
-    return hx[0] if len(hx) == 1 else torch.cat(tuple(hx))
+    return hx[0] if len(hx) == 1 else torch.cat(hx)  # type: ignore[arg-type]
 
 
 class _Stack(NamedTuple):
@@ -347,16 +347,13 @@ def step(
             last = x.dtype if states is None else states[-1].dtype
             wide = low if device != "cpu" or cell.startswith("rnn") else torch.promote_types(low, last)
             return tuple(r.to(wide) if r.dtype == low else r for r in results)
-    given = (None, None) if states is None else (*states, None)
-    quick = quick_step(cell, x, given[0], given[1], weight_ih, weight_hh, bias_ih, bias_hh)
-    if quick is not None:
-        h, c = quick
-        return (h,) if c is None else (h, c)
+    lstm = cell == "lstm"
     if states is None:
         state0 = _zeros(cell, x, x.shape[0], weight_hh.shape[1])
     else:
-        state0 = torch.stack(tuple(states)) if len(states) > 1 else states[0].unsqueeze(0)
+        state0 = torch.stack(states) if lstm else states[0].unsqueeze(0)  # type: ignore[arg-type]
     _, _, state_n = recurrence(
         x.unsqueeze(0), weight_hh, bias_hh, state0, cell=cell, weight_ih=weight_ih, bias_ih=bias_ih
     )
-    return state_n.flatten(0, 1).unsafe_chunk(len(state_n))
+    # As in `run`: no views, and no copies.
+    return state_n.flatten(0, 1).unsafe_chunk(2 if lstm else 1)

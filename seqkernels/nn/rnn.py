@@ -178,8 +178,10 @@ class _Layer(RNNBase):
 
     def _weights(self) -> list[Any]:
         own = self._parameters
-        # A parametrized weight is no parameter of the layer itself.
-        return [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
+        try:
+            return [own[name] for name in self._flat_weights_names]
+        except KeyError:  # a parametrized weight is no parameter of the layer itself
+            return [getattr(self, name) for name in self._flat_weights_names]
 
     def forward(
         self,
