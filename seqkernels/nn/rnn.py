@@ -383,6 +383,10 @@ class RNN(_Layer):
         bidirectional: whether D is 2. Default: ``False``.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
+        zoneout: a number, as of `LSTM`. Keyword only, as those below. Default: 0.
+        recurrent_dropout: as of `LSTM`. Default: 0.
+        layer_norm: as of `LSTM`; parameters ``norm_ih_l0`` and ``norm_hh_l0`` (H,). Default: ``False``.
+        learn_reset_state: as of `LSTM`; parameters ``reset_state_l0`` (1, H). Default: ``False``.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it.
@@ -421,6 +425,22 @@ class LSTM(_Layer):
             none, which leaves P = H. Default: 0.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
+        zoneout: probability that an element of the state keeps its value in a step, or two, for h and c: in training
+            by chance, in evaluation in expectation (Krueger et al., "Zoneout: regularizing RNNs by randomly
+            preserving hidden activations", 2016). Keyword only, as those below. Default: 0.
+        recurrent_dropout: probability in training of dropping an element of h in the recurrent product, the same
+            elements in all steps of a sequence (Gal & Ghahramani, "A theoretically grounded application of dropout in
+            recurrent neural networks", 2016). Default: 0.
+        layer_norm: whether ``W_ih x``, ``W_hh h`` and, where it becomes h, c go through layer norms (Ba, Kiros &
+            Hinton, "Layer normalization", 2016, as in haste's ``LayerNormLSTM``). Parameters ``norm_ih_l0`` (4*H,),
+            ``norm_hh_l0`` (4*H,) and ``norm_c_l0`` (2, H), gain and shift, for each layer and direction. Default:
+            ``False``.
+        peephole: whether the gates see c by ``weight_peephole_l0`` (3, H): i and f the last one, o the new one (Gers
+            & Schmidhuber, "Recurrent nets that time and count", 2000). Default: ``False``.
+        learn_reset_state: whether `reset` of `forward` makes h and c the parameters ``reset_state_l0`` (2, H), zero at
+            first, instead of zero. Default: ``False``.
+
+    With a projection these options act on h before it is projected, and zoneout is for c alone.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it.
@@ -465,6 +485,10 @@ class GRU(_Layer):
         bidirectional: whether D is 2. Default: ``False``.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
+        zoneout: a number, as of `LSTM`. Keyword only, as those below. Default: 0.
+        recurrent_dropout: as of `LSTM`. Default: 0.
+        layer_norm: as of `LSTM`; parameters ``norm_ih_l0`` and ``norm_hh_l0`` (3*H,). Default: ``False``.
+        learn_reset_state: as of `LSTM`; parameters ``reset_state_l0`` (1, H). Default: ``False``.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import hypothesis
@@ -10,7 +11,8 @@ import torch
 from hypothesis import strategies as st
 
 import seqkernels
-from seqkernels import testing
+from seqkernels import backends, testing
+from seqkernels.backends import Call
 from seqkernels.cells import CELLS, CONSTANTS, DETACH, DTYPES, HOLD, RESET, Weights
 from seqkernels.ops.recurrence import backward_op, forward_op, recurrence
 
@@ -44,13 +46,37 @@ def _count(shape, layout="contiguous"):
 CASES = [(cell, name) for cell in CELLS for name in _names(cell)]
 
 
+def _feature(name):
+    """The word of an option in `Call.features`; empty for what everybody has."""
+    return {"weight_ih": "", "bias_ih": "", "norm_h": "norm", "norm_c": "norm", "seed": "zoneout"}.get(name, name)
+
+
 @pytest.mark.parametrize(("cell", "name"), CASES)
-def test_each_option(options_runner, cell, name):
-    shape = (5, 3, 19)
+def test_each_option(runner, cell, name):
+    """It is right, or declined with the reason."""
+    features = tuple(filter(None, ["control", _feature(name)]))
+    reason = backends.why_not(runner.backend, Call("recurrence", "cpu", torch.float32, cell, features))
     for reverse in (False, True):
-        inputs, options = _call(cell, shape, names=_alone(name), control=reverse, detach=reverse, bias=reverse)
-        results = testing.check_recurrence(*inputs, cell=cell, reverse=reverse, **options)
-        assert (f"grad_{name}" in results) == (name not in CONSTANTS)
+        (inputs,), options = _call(cell, (5, 3, 19), names=_alone(name), control=True, detach=reverse, bias=reverse)
+        if reason is None:
+            results = testing.check_recurrence(inputs, cell=cell, reverse=reverse, **options)
+            assert (f"grad_{name}" in results) == (name not in CONSTANTS)
+        else:
+            assert reason == f"has no {_feature(name)}"
+            text = rf"'{runner.backend}' cannot run {cell} recurrence .* with .*{_feature(name)}: {reason}"
+            with pytest.raises(seqkernels.BackendError, match=text):
+                recurrence(*inputs, cell=cell, reverse=reverse, **options)
+
+
+def test_who_has_the_options():
+    every = ("control", "gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout")
+    for cell, dtype in itertools.product(CELLS, DTYPES):
+        call = Call("recurrence", "cpu", dtype, cell, every)
+        assert backends.why_not("reference", call) is None
+        if backends.backend("native").unavailable() is None:
+            assert backends.why_not("native", call) is None
+        if backends.backend("numba").unavailable() is None:
+            assert backends.why_not("numba", call) == f"has no {', '.join(every[1:])}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +87,7 @@ def test_all_options(options_runner, cell, dtype):
         testing.check_recurrence(*inputs, cell=cell, reverse=shape[0] == 4, gates=True, **options)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4), (3, 2, 0)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_empty(options_backend, cell, shape):
     inputs, options = _call(cell, shape, names=_names(cell), control=True)
@@ -304,25 +330,6 @@ def test_arguments_are_not_written(options_backend, cell):
     before = [x.detach().clone() for x in tensors]
     testing.check_recurrence(*inputs, cell=cell, gates=True, **options)
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
-
-
-DECLINED = {
-    "reset_state": "reset_state",
-    "peephole": "peephole",
-    "recurrent_mask": "recurrent_mask",
-    "norm_h": "norm",
-    "norm_c": "norm",
-    "zoneout": "zoneout",
-}
-
-
-@pytest.mark.parametrize("name", DECLINED)
-def test_numba_declines(name):
-    pytest.importorskip("numba")
-    (inputs,), options = _call("lstm", (4, 3, 9), names=(name,))
-    text = rf"'numba' cannot run lstm recurrence .* with {DECLINED[name]}: has no {DECLINED[name]}"
-    with seqkernels.use_backend("numba"), pytest.raises(seqkernels.BackendError, match=text):
-        recurrence(*inputs, cell="lstm", **options)
 
 
 def test_numba_gives_gates_and_declines_their_gradient():
