@@ -70,8 +70,8 @@ def run(
         weight_ih, weight_hh = params[0], params[1]
         bias_ih, bias_hh = (params[2], params[3]) if has_biases else (None, None)
         if x.shape[0] == 1:
-            given = [None, None] if hx is None else [*(state[0] for state in hx), None]
-            next_states = quick_step(cell, x[0], given[0], given[1], weight_ih, weight_hh, bias_ih, bias_hh)
+            given = [None, None] if hx is None else [*(state.select(0, 0) for state in hx), None]
+            next_states = quick_step(cell, x.select(0, 0), given[0], given[1], weight_ih, weight_hh, bias_ih, bias_hh)
             if next_states is not None:
                 output, *states = (state.unsqueeze(0) for state in next_states if state is not None)
                 # The output and h_n are tensors of their own, each of which may be modified.

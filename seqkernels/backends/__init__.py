@@ -142,11 +142,15 @@ def unobserved() -> bool:
 
 def implementation(call: Call) -> ModuleType:
     """The module that implements ``call.op`` in the implementation chosen for `call`."""
-    name = select(call).chosen
-    module = _modules.get((name, call.op))
-    if module is None:
-        module = _modules[name, call.op] = importlib.import_module(f"{__name__}.{name}.{call.op}")
-    return module
+    return module(select(call).chosen, call.op)
+
+
+def module(name: str, stem: str) -> ModuleType:
+    """A module of an implementation, imported on first use."""
+    found = _modules.get((name, stem))
+    if found is None:
+        found = _modules[name, stem] = importlib.import_module(f"{__name__}.{name}.{stem}")
+    return found
 
 
 def note(text: str) -> None:

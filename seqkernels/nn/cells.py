@@ -32,7 +32,7 @@ class _Cell(RNNCellBase):
         except KeyError:  # a parametrized weight is no parameter of the cell itself
             return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
-    def _next(self, cell: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, ...] | None:
+    def _next(self, cell: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Any, ...] | None:
         """The next states (B, H), or ``None`` where an argument does not fit at first sight."""
         weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
         quick = quick_step(cell, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)

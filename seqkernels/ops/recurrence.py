@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from ..cells import CELLS, CONSTANTS, DTYPES, Weights, accumulate_dtype
+from ._eager import eager
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -149,7 +150,8 @@ class _Recurrence(torch.autograd.Function):
         gates: bool,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        states, state_n, reserve = forward_op(input, weights, state0, control, cell, reverse, True)
+        forward = _forward if eager(input, state0, control, *weights) else forward_op
+        states, state_n, reserve = forward(input, weights, state0, control, cell, reverse, True)
         ctx.save_for_backward(input, state0, control, states, reserve, *weights)
         ctx.cell, ctx.reverse, ctx.gates = cell, reverse, gates
         ctx.set_materialize_grads(False)
@@ -182,7 +184,8 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
 
         found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs)
     else:
-        op = backward_op(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs)
+        backward = _backward if eager(input, *ordered, control, *weights) else backward_op
+        op = backward(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs)
         found = [x if need else None for x, need in zip(op, needs, strict=True)]
     return *found[:2], None, None, None, None, *found[2:]
 
@@ -426,7 +429,8 @@ def recurrence(
         of_steps = rest.pop() if stored else None
         state_n = rest.pop()
     else:
-        saved, state_n, reserve = forward_op(input, weights, state0, control, cell, reverse, stored or states)
+        forward = _forward if eager(input, state0, control, *weights) else forward_op
+        saved, state_n, reserve = forward(input, weights, state0, control, cell, reverse, stored or states)
         hidden, *rest = _step_states(saved, reverse)
         of_steps = _gates(reserve, cell, input.dtype) if stored else None
     cells = rest[0] if rest else None

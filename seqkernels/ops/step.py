@@ -1,7 +1,7 @@
 """One step of a cell for a few rows, where the way to a kernel takes longer than the kernel.
 
-`recurrence` over one step gives the same; here the compiled module is called without the dispatcher, for plain tensors in
-eager mode, and a kernel of its own reads the weights without packing them. ``docs/decisions/0006`` has the measurements.
+`recurrence` over one step gives the same. Here the compiled module is called without the dispatcher, for plain tensors
+in eager mode, and a kernel of its own reads the weights without packing them; ``docs/decisions/0006`` measures it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,19 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ._eager import undisturbed
 from .recurrence import recurrence
 
 #: Rows up to which a step is quicker without packing.
 MAX_ROWS = 4
 
-_C = torch._C
 _modules: dict[tuple[torch.dtype, str], ModuleType] = {}
 
 
 def _native(dtype: torch.dtype, cell: str) -> ModuleType | None:
     """The compiled step where the registry gives `cell` to the compiled module, else ``None``."""
-    call = backends.Call("recurrence", "cpu", dtype, cell)
-    if backends.select(call).chosen != "native":
-        return None
-    from ..backends.native import step
-
-    return step
+    chosen = backends.select(backends.Call("recurrence", "cpu", dtype, cell)).chosen
+    return backends.module(chosen, "step") if chosen == "native" else None
 
 
 def step(
@@ -59,21 +55,19 @@ def step(
         bias_ih: (G*H,) or ``None``.
         bias_hh: (G*H,) or ``None``.
     """
-    if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cpu or len(input) > MAX_ROWS:
+    if not undisturbed() or type(input) is not Tensor or not input.is_cpu:
         return None
-    if (
-        _C._is_any_autocast_enabled()
-        or _C._len_torch_dispatch_stack()
-        or _C._are_functorch_transforms_active()
-        or _C._get_tracing_state() is not None
-    ):
+    if input.dim() != 2 or input.shape[0] > MAX_ROWS:
+        return None
+    if torch._C._is_any_autocast_enabled() or not (hidden is None or isinstance(hidden, Tensor)):
         return None
     key = (input.dtype, cell)
     module = _modules.get(key) if backends.unobserved() else _native(*key)
     if module is None:
-        module = _modules[key] = _native(*key)
+        module = _native(*key)
         if module is None:
             return None
+        _modules[key] = module
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     try:
         if torch.is_grad_enabled() and _records(input, hidden, cells, *weights):
@@ -124,7 +118,8 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Gradients as a graph, for the second order, through `recurrence`."""
     input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh = tensors
-    assert input is not None and weight_hh is not None
+    assert input is not None
+    assert weight_hh is not None
     with torch.enable_grad():
         zeros = input.new_zeros(input.shape[0], weight_hh.shape[1])
         states = [zeros if x is None else x for x in ((hidden, cells) if cell == "lstm" else (hidden,))]

@@ -51,7 +51,7 @@ def step_forward(
     next_cells = _empty_like(next_hidden) if cell == "lstm" else None
     reserve = None
     if save:
-        shape = (input.shape[0], CELLS[cell].reserve, next_hidden.shape[1])
+        shape = (input.shape[0], CELLS[cell].reserve, weight_hh.shape[1])
         reserve = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
     _C.step_forward(
         input,
