@@ -84,7 +84,9 @@ def run(
     packed = batch_sizes is not None or (options is not None and options.cu_seqlens is not None)
     if batch_first and not packed:
         x = x.transpose(0, 1)
-    layout = _layout(x, batch_sizes, batch_first, bidirectional, options)
+    # States and masks of their own ask for a row of their own.
+    alone = hx is not None or (options is not None and train and options.recurrent_dropout > 0)
+    layout = _layout(x, batch_sizes, batch_first, bidirectional, options, alone)
     count = len(params) // (num_layers * (2 if bidirectional else 1))
     weights = [
         Parameters(
@@ -110,7 +112,12 @@ def run(
 
 
 def _layout(
-    x: Tensor, batch_sizes: Tensor | None, batch_first: bool, bidirectional: bool, options: Options | None
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+    bidirectional: bool,
+    options: Options | None,
+    alone: bool,
 ) -> _sequences.Layout:
     """The layout of input that is padded (T, B, I) or packed (N, I)."""
     options = options or _PLAIN
@@ -118,7 +125,7 @@ def _layout(
     if batch_sizes is not None:
         layout = _sequences.packed(x, batch_sizes)
     elif options.cu_seqlens is not None:
-        layout = _sequences.documents(x, options.cu_seqlens, options.max_seqlen)
+        layout = _sequences.documents(x, options.cu_seqlens, options.max_seqlen, alone)
     else:
         layout = _sequences.padded(x, options.lengths)
         reset = reset.t() if batch_first and reset is not None else reset
@@ -217,6 +224,11 @@ class _Stack(NamedTuple):
         if self.options is not None:
             named |= self._extras(k, x, self.options)
         hidden, cells, state_n, *gates = recurrence(x, weight_hh, w.bias_hh, state0, control, **named)
+        if layout.ends is not None:
+            begin, end, there = layout.ends
+            parts = [part.flatten(0, 1) for part in (hidden, cells) if part is not None]
+            ends = torch.stack([part.index_select(0, begin if reverse else end) for part in parts])
+            state_n = ends.masked_fill(there.logical_not().unsqueeze(1), 0)
         hidden = hidden if w.hr is None else F.linear(hidden, w.hr)
         states = options.return_states
         return (
@@ -241,7 +253,8 @@ class _Stack(NamedTuple):
 
     def _extras(self, k: int, x: Tensor, options: Options) -> dict[str, Any]:
         """Keyword arguments of the recurrence for layer and direction `k`, random ones from torch's generator."""
-        extras: dict[str, Any] = {"states": options.return_states, "gates": options.return_gates}
+        states = options.return_states or self.layout.ends is not None
+        extras: dict[str, Any] = {"states": states, "gates": options.return_gates}
         for name, tensors in (
             ("reset_state", options.reset_state),
             ("norm_h", options.norm_hh),

@@ -223,6 +223,87 @@ def test_resets_go_with_lengths(plain_runner: Any) -> None:
             torch.testing.assert_close(state[:, b], value)
 
 
+UNEVEN = (1, 0, 9, 2, 1, 1, 1, 0, 3, 1, 1, 0, 2, 1, 1, 1, 2, 1, 9, 1, 1, 0)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_uneven_documents_share_rows(kind: str, bidirectional: bool, plain_runner: Any, judge: Any) -> None:
+    """One long document among short ones, which are not all padded to its length."""
+    rows = torch.arange(sum(UNEVEN)) % 7
+
+    def draw_rows(dtype: torch.dtype, seed: int) -> Tensor:
+        noise = torch.randn(sum(UNEVEN), I, generator=torch.Generator().manual_seed(seed))
+        return (noise + rows.unsqueeze(1) / 8).to(dtype).requires_grad_()
+
+    def joined(layer: Any, x: Tensor) -> list[Tensor]:
+        return outputs_of(*layer(x, cu_seqlens=torch.tensor([0, *UNEVEN]).cumsum(0)))
+
+    def each(layer: Any, x: Tensor) -> list[Tensor]:
+        found = [outputs_of(*layer(row)) for row in x.split(UNEVEN) if len(row)]
+        finals = []
+        for states in list(zip(*found, strict=True))[1:]:
+            there = iter(states)
+            finals.append(torch.stack([next(there) if n else torch.zeros_like(states[0]) for n in UNEVEN], 1))
+        return [torch.cat([out[0] for out in found]), *finals]
+
+    def results_of(run: Any, package: Any) -> Any:
+        def compute(dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+            layer = build(kind, package, dtype, seed, num_layers=2, bidirectional=bidirectional)
+            x = draw_rows(dtype, seed)
+            outputs = run(layer, x)
+            leaves = {"x": x, **dict(layer.named_parameters())}
+            grads = torch.autograd.grad(sum(out.square().sum() for out in outputs), list(leaves.values()))
+            named = dict(zip(("output", "h_n", "c_n"), outputs, strict=False))
+            return named | {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+        return compute
+
+    judge(results_of(joined, seqkernels.nn), results_of(each, torch.nn))
+    layer = build(kind, seqkernels.nn, torch.float64, 0, bidirectional=bidirectional)
+    x = draw_rows(torch.float64, 0)
+    shapes = []
+    with seqkernels.use_backend("reference"), Sizes(shapes):
+        joined(layer, x)
+    assert max(shapes) <= 2 * (sum(UNEVEN) + 2 * max(UNEVEN))
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the steps of each recurrence, of all rows."""
+
+    def __init__(self, found: list[int]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.seqkernels.recurrence_forward.default,):
+            self.found.append(args[0].shape[0] * args[0].shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_uneven_documents_with_everything(kind: str, capable: str) -> None:
+    """Rows of several documents give what documents in rows of their own give, to which an initial state leads."""
+    options = {"num_layers": 2, "bidirectional": True, "layer_norm": True}
+    layer = build(kind, seqkernels.nn, torch.float64, 0, **options).eval()
+    x = torch.randn(sum(UNEVEN), I, dtype=torch.float64, requires_grad=True)
+    widths = (layer.proj_size or H, H) if layer.mode == "LSTM" else (H,)
+    zeros = [torch.zeros(4, len(UNEVEN), width, dtype=torch.float64) for width in widths]
+    arguments = {"cu_seqlens": torch.tensor([0, *UNEVEN]).cumsum(0), "tbptt": 2, "return_states": True}
+    leaves = [x, *layer.parameters()]
+    found, expected = (layer(x, hx, **arguments, return_gates=True) for hx in (None, hidden_of(zeros)))
+    for result, value in zip(outputs_of(*found), outputs_of(*expected), strict=True):
+        torch.testing.assert_close(result, value)
+    for trace, trace_alone in zip(found[2], expected[2], strict=True):
+        for part, value in zip(trace, trace_alone, strict=True):
+            assert part is value is None or torch.testing.assert_close(part, value) is None
+    grads = (
+        torch.autograd.grad(sum(out.square().sum() for out in outputs_of(*outputs)), leaves)
+        for outputs in (found, expected)
+    )
+    torch.testing.assert_close(*grads)
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises where a value is read on the host."""
 
@@ -298,11 +379,13 @@ def test_compile_without_graph_breaks(kind: str) -> None:
     x, states = draw(layer, LENGTHS, torch.float32, 0)
     rows = torch.cat([x[:n, b] for b, n in enumerate(LENGTHS)]).detach().requires_grad_()
     cu_seqlens = torch.tensor((0, *LENGTHS)).cumsum(0)
+    uneven = torch.tensor([0, 1, 2, 3, 21, 22, 23, 24, 25, 25])
 
     def run(x: Tensor, rows: Tensor, lengths: Tensor, cu_seqlens: Tensor, *states: Tensor) -> list[Tensor]:
         hx = hidden_of(states)
         first = outputs_of(*layer(x, hx, lengths=lengths, tbptt=4))
-        return first + outputs_of(*layer(rows, hx, cu_seqlens=cu_seqlens, max_seqlen=T))
+        second = outputs_of(*layer(rows, hx, cu_seqlens=cu_seqlens, max_seqlen=T))
+        return first + second + outputs_of(*layer(rows, cu_seqlens=uneven, max_seqlen=18))
 
     arguments = (x, rows, torch.tensor(LENGTHS), cu_seqlens, *states)
     leaves = [x, rows, *states, *layer.parameters()]
