@@ -73,9 +73,10 @@ def run(
             given = [None, None] if hx is None else [*(state.select(0, 0) for state in hx), None]
             next_states = quick_step(cell, x.select(0, 0), given[0], given[1], weight_ih, weight_hh, bias_ih, bias_hh)
             if next_states is not None:
-                output, *states = (state.unsqueeze(0) for state in next_states if state is not None)
-                # The output and h_n are tensors of their own, each of which may be modified.
-                return (output.transpose(0, 1) if batch_first else output, output.clone(), *states)
+                states = [state.unsqueeze(0) for state in next_states if state is not None]
+                output = states[0].transpose(0, 1) if batch_first else states[0]
+                # The final states are tensors of their own, no views, which may be modified and detached in place.
+                return (output, *(state.clone() for state in states))
         state0 = _zeros(cell, x, x.shape[1], weight_hh.shape[1]) if hx is None else _join(hx)
         output, _, state_n = recurrence(x, weight_hh, bias_hh, state0, cell=cell, weight_ih=weight_ih, bias_ih=bias_ih)
         # Unsafe only in name: the parts are tensors of their own, which may be modified, and nothing is copied.
