@@ -70,13 +70,16 @@ def run(
         weight_ih, weight_hh = params[0], params[1]
         bias_ih, bias_hh = (params[2], params[3]) if has_biases else (None, None)
         if x.shape[0] == 1:
-            given = [None, None] if hx is None else [*(state.select(0, 0) for state in hx), None]
-            next_states = quick_step(cell, x.select(0, 0), given[0], given[1], weight_ih, weight_hh, bias_ih, bias_hh)
+            h_0 = None if hx is None else hx[0]
+            c_0 = None if hx is None or len(hx) == 1 else hx[1]
+            next_states = quick_step(cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
             if next_states is not None:
-                states = [state.unsqueeze(0) for state in next_states if state is not None]
-                output = states[0].transpose(0, 1) if batch_first else states[0]
-                # The final states are tensors of their own, no views, which may be modified and detached in place.
-                return (output, *(state.clone() for state in states))
+                h, c = next_states
+                output = h.transpose(0, 1) if batch_first else h
+                # Final states may be modified and detached in place: no views, nor what the backward pass reads.
+                if c is None:
+                    return output, h.clone()
+                return output, h.clone(), c.clone() if c.requires_grad else c
         state0 = _zeros(cell, x, x.shape[1], weight_hh.shape[1]) if hx is None else _join(hx)
         output, _, state_n = recurrence(x, weight_hh, bias_hh, state0, cell=cell, weight_ih=weight_ih, bias_ih=bias_ih)
         # Unsafe only in name: the parts are tensors of their own, which may be modified, and nothing is copied.

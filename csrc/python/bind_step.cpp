@@ -24,6 +24,12 @@ void expect_plain(std::initializer_list<py::handle> objects) {
   }
 }
 
+// (B, n), or (1, B, n), as a layer has it for its only step.
+Tensor matrix(py::handle object, const char* name, bool optional = false) {
+  Tensor result(object, name, optional);
+  return result.flatten(2);
+}
+
 // The arguments that both passes share.
 struct Common {
   CellShape cell;
@@ -38,12 +44,12 @@ struct Common {
         cells(cells_, "cells", true),
         weight_ih(weight_ih_, "weight_ih"),
         weight_hh(weight_hh_, "weight_hh"),
-        dtype(input.expect({kAny, kAny}).expect_last_contiguous().dtype()) {
+        dtype(input.flatten(2).expect({kAny, kAny}).expect_last_contiguous().dtype()) {
     const std::int64_t size = weight_hh.expect({kAny, kAny}).expect(dtype).expect_last_contiguous().size(1);
     weight_hh.expect({cell.gates * size, size});
     weight_ih.expect({cell.gates * size, input.size(1)}).expect(dtype).expect_last_contiguous();
-    hidden.expect({input.size(0), size}).expect(dtype).expect_last_contiguous();
-    cells.expect({input.size(0), size}).expect(dtype).expect_last_contiguous();
+    hidden.flatten(2).expect({input.size(0), size}).expect(dtype).expect_last_contiguous();
+    cells.flatten(2).expect({input.size(0), size}).expect(dtype).expect_last_contiguous();
     if (cells && cell.states == 1) fail_argument("cells", "None for this cell", "a tensor");
   }
 
@@ -73,8 +79,9 @@ void step_forward(py::handle input, py::handle hidden, py::handle cells, py::han
   expect_plain({input, hidden, cells, weight_ih, weight_hh, bias_ih_, bias_hh_});
   const Common common(input, hidden, cells, weight_ih, weight_hh, cell);
   const Tensor bias_ih(bias_ih_, "bias_ih", true), bias_hh(bias_hh_, "bias_hh", true);
-  const Tensor next_hidden(next_hidden_, "next_hidden");
-  const Tensor next_cells(next_cells_, "next_cells", common.cell.states == 1), reserve(reserve_, "reserve", true);
+  const Tensor next_hidden = matrix(next_hidden_, "next_hidden");
+  const Tensor next_cells = matrix(next_cells_, "next_cells", common.cell.states == 1);
+  const Tensor reserve(reserve_, "reserve", true);
   CellStepForward p{};
   common.fill(p, threads);
   const std::int64_t rows = common.cell.gates * p.hidden;
@@ -99,11 +106,14 @@ void step_backward(py::handle grad_hidden_, py::handle grad_cells_, py::handle i
                    py::handle grad_hidden0_, py::handle grad_cells0_, py::handle grad_weight_ih_,
                    py::handle grad_weight_hh_, py::handle grad_bias_ih_, py::handle grad_bias_hh_, int threads) {
   const Common common(input, hidden, cells, weight_ih, weight_hh, cell);
-  const Tensor grad_hidden(grad_hidden_, "grad_hidden", true), grad_cells(grad_cells_, "grad_cells", true);
-  const Tensor next_hidden(next_hidden_, "next_hidden"), reserve(reserve_, "reserve");
-  const Tensor next_cells(next_cells_, "next_cells", common.cell.states == 1);
-  const Tensor grad_input(grad_input_, "grad_input", true), grad_hidden0(grad_hidden0_, "grad_hidden0", true);
-  const Tensor grad_cells0(grad_cells0_, "grad_cells0", true), grad_weight_ih(grad_weight_ih_, "grad_weight_ih", true);
+  const Tensor grad_hidden = matrix(grad_hidden_, "grad_hidden", true);
+  const Tensor grad_cells = matrix(grad_cells_, "grad_cells", true);
+  const Tensor next_hidden = matrix(next_hidden_, "next_hidden"), reserve(reserve_, "reserve");
+  const Tensor next_cells = matrix(next_cells_, "next_cells", common.cell.states == 1);
+  const Tensor grad_input = matrix(grad_input_, "grad_input", true);
+  const Tensor grad_hidden0 = matrix(grad_hidden0_, "grad_hidden0", true);
+  const Tensor grad_cells0 = matrix(grad_cells0_, "grad_cells0", true);
+  const Tensor grad_weight_ih(grad_weight_ih_, "grad_weight_ih", true);
   const Tensor grad_weight_hh(grad_weight_hh_, "grad_weight_hh", true);
   const Tensor grad_bias_ih(grad_bias_ih_, "grad_bias_ih", true), grad_bias_hh(grad_bias_hh_, "grad_bias_hh", true);
   CellStepBackward p{};

@@ -113,6 +113,17 @@ bool Tensor::is(DType dtype) const {
   }
 }
 
+Tensor& Tensor::flatten(int rank) {
+  if (present_ && rank_ == rank + 1 && shape_[0] == 1) {
+    for (int i = 0; i < rank; ++i) {
+      shape_[i] = shape_[i + 1];
+      strides_[i] = strides_[i + 1];
+    }
+    rank_ = rank;
+  }
+  return *this;
+}
+
 DType Tensor::dtype() const {
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     if (is(dtype)) return dtype;

@@ -39,7 +39,7 @@ def step(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The next hidden and (LSTM) cell states, (B, H) each, or ``None`` where the call has to go through `recurrence`.
+    """The next hidden and (LSTM) cell states, in the form of the input, or ``None`` where the call has to go through `recurrence`.
 
     It has to for tensors on other devices, subclasses, rows that are not contiguous, more than `MAX_ROWS` rows, other
     implementations, under autocast, compilation, tracing, dispatch modes and functional transforms, and where an
@@ -47,7 +47,7 @@ def step(
 
     Args:
         cell: a key of `seqkernels.cells.CELLS`.
-        input: (B, I).
+        input: (B, I), or (1, B, I) as a layer has it; then the states have three dimensions too.
         hidden: (B, H), or ``None`` for zeros.
         cells: (B, H), LSTM only, or ``None`` for zeros.
         weight_ih: (G*H, I).
@@ -57,7 +57,8 @@ def step(
     """
     if not undisturbed() or type(input) is not Tensor or not input.is_cpu:
         return None
-    if input.dim() != 2 or input.shape[0] > MAX_ROWS:
+    *one, rows, _ = input.shape if input.dim() in (2, 3) else (0, 0, 0)
+    if rows > MAX_ROWS or (one and one[0] != 1):
         return None
     if torch._C._is_any_autocast_enabled() or not (hidden is None or isinstance(hidden, Tensor)):
         return None
@@ -121,18 +122,20 @@ def _gradients(
     assert input is not None
     assert weight_hh is not None
     with torch.enable_grad():
-        zeros = input.new_zeros(input.shape[0], weight_hh.shape[1])
+        layer = input.dim() == 3
+        zeros = input.new_zeros(*input.shape[:-1], weight_hh.shape[1])
         states = [zeros if x is None else x for x in ((hidden, cells) if cell == "lstm" else (hidden,))]
         _, _, state_n = recurrence(
-            input.unsqueeze(0),
+            input if layer else input.unsqueeze(0),
             weight_hh,
             bias_hh,
-            torch.stack(states),
+            torch.cat(states) if layer else torch.stack(states),
             cell=cell,
             weight_ih=weight_ih,
             bias_ih=bias_ih,
         )
-        pairs = [(out, grad) for out, grad in zip(state_n, grads, strict=True) if grad is not None]
+        outs = state_n.split(1) if layer else state_n.unbind()
+        pairs = [(out, grad) for out, grad in zip(outs, grads, strict=True) if grad is not None]
         wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
         found = iter(
             torch.autograd.grad(

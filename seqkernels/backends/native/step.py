@@ -19,7 +19,7 @@ _threads = torch.get_num_threads
 
 def _rows_contiguous(x: Tensor | None) -> Tensor | None:
     """`x`, copied only where its last dimension is not contiguous."""
-    return x if x is None or x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+    return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def step_forward(
@@ -33,7 +33,7 @@ def step_forward(
     """The next hidden and (LSTM) cell states, and with `save` what the backward pass needs.
 
     Args:
-        input: (B, I).
+        input: (B, I) or, as a layer has it, (1, B, I); then the states have three dimensions too.
         hidden: (B, H), or ``None`` for zeros.
         cells: (B, H), LSTM only, or ``None`` for zeros.
         weights: weight_ih (G*H, I), weight_hh (G*H, H), bias_ih and bias_hh (G*H,) or ``None``.
@@ -47,11 +47,11 @@ def step_forward(
     if hidden is not None and hidden.is_contiguous():
         next_hidden = _empty_like(hidden)
     else:
-        next_hidden = input.new_empty((input.shape[0], weight_hh.shape[1]))
+        next_hidden = input.new_empty((*input.shape[:-1], weight_hh.shape[1]))
     next_cells = _empty_like(next_hidden) if cell == "lstm" else None
     reserve = None
     if save:
-        shape = (input.shape[0], CELLS[cell].reserve, weight_hh.shape[1])
+        shape = (input.shape[-2], CELLS[cell].reserve, weight_hh.shape[1])
         reserve = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
     _C.step_forward(
         input,
@@ -89,7 +89,7 @@ def step_backward(
         needs: for input, hidden, cells and the weights whether their gradient is wanted.
     """
     of = (input, hidden, cells, *weights)
-    allocate = _empty_like if input.shape[0] and saved[0] is not None and saved[0].shape[1] else torch.zeros_like
+    allocate = _empty_like if saved[0] is not None and saved[0].numel() else torch.zeros_like
     results = [
         allocate(x, memory_format=torch.contiguous_format) if need and x is not None else None
         for x, need in zip(of, needs, strict=True)
