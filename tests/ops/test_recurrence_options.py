@@ -94,11 +94,14 @@ def test_empty(options_backend, cell, shape):
     testing.check_recurrence(*inputs, cell=cell, gates=True, **options)
 
 
-@hypothesis.given(data=st.data(), cell=st.sampled_from(list(CELLS)), layout=st.sampled_from(testing.LAYOUTS))
-def test_any_options(options_backend, data, cell, layout):
+@hypothesis.given(data=st.data(), cell=st.sampled_from(list(CELLS)))
+def test_any_options(options_backend, data, cell):
     shape = data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 35)), "shape")
     drawn = data.draw(st.sets(st.sampled_from(_names(cell))), "options")
     names = [name for name in _names(cell) if any(name in _alone(other) for other in drawn)]
+    # A norm of equal elements is nothing but their rounding errors, 300 times as large.
+    layouts = testing.LAYOUTS[:-2] if {"norm_h", "norm_c"} & set(names) else testing.LAYOUTS
+    layout = data.draw(st.sampled_from(layouts), "layout")
     flags = {name: data.draw(st.booleans(), name) for name in ("reverse", "gates", "bias", "control")}
     inputs, options = _call(
         cell, shape, torch.float64, names, count=_count(shape, layout), layout=layout, bias=flags.pop("bias"),
