@@ -223,7 +223,7 @@ class _Layer(RNNBase):
             return_gates: also return the gates of every step.
             checkpoint_every: k, of at least 1: of the states store those of every k-th step alone, for each layer and
                 direction, and compute the others again in the backward pass. Outputs and gradients have the same
-                bits, and besides inputs and outputs memory is that of T/k steps. ``None`` stores what the backward
+                bits, and besides inputs and outputs the memory is that of T/k steps. ``None`` stores what the backward
                 pass needs of every step. Not with `return_states` and `return_gates`.
 
         Returns:
