@@ -52,6 +52,7 @@ class Options(NamedTuple):
     norm_hh: Tensors | None = None
     norm_c: Tensors | None = None
     peephole: Tensors | None = None
+    checkpoint_every: int | None = None
 
 
 LISTS = ("reset_state", "norm_ih", "norm_hh", "norm_c", "peephole")
@@ -111,6 +112,8 @@ def check(
             f" {expected * rows} in all, got {len(params)}"
         )
     documents = None if options is None else options.cu_seqlens
+    if documents is not None and not isinstance(documents, Tensor):
+        raise TypeError(f"cu_seqlens: expected a Tensor, got {type(documents).__name__}")
     if batch_sizes is not None or documents is not None:
         dims = 2
     if x.dim() != dims:
@@ -187,15 +190,21 @@ def _check_options(
     probability("recurrent_dropout", options.recurrent_dropout)
     if options.tbptt is not None and (not isinstance(options.tbptt, int) or options.tbptt < 1):
         raise ValueError(f"tbptt: expected an integer of at least 1, got {options.tbptt!r}")
+    every = options.checkpoint_every
+    if every is not None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"checkpoint_every: expected None or an integer of at least 1, got {every!r}")
+        for name in ("return_states", "return_gates"):
+            if getattr(options, name):
+                raise ValueError(f"checkpoint_every: expected None with {name}, which stores every step anyway")
     if options.reset_state is not None and options.reset is None:
         raise ValueError("reset_state: expected reset too, which says where the state becomes reset_state")
     if options.max_seqlen is not None and options.cu_seqlens is None:
         raise ValueError("max_seqlen: expected cu_seqlens too, whose longest document has this length")
+    if options.lengths is not None and not isinstance(options.lengths, Tensor):
+        raise TypeError(f"lengths: expected a Tensor, got {type(options.lengths).__name__}")
     for name in ("lengths", "cu_seqlens"):
-        given = getattr(options, name)
-        if given is not None and not isinstance(given, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(given).__name__}")
-        if given is not None and own_lengths:
+        if own_lengths and getattr(options, name) is not None:
             raise ValueError(f"{name}: a PackedSequence has lengths of its own")
     if options.lengths is not None and options.cu_seqlens is not None:
         raise ValueError("lengths: cu_seqlens says the lengths already, expected one of the two")

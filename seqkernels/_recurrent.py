@@ -16,6 +16,7 @@ from . import _sequences
 from ._options import LISTS, Options, Tensors, Trace, zoneout_of
 from .cells import CELLS, NORM_EPS, RESET
 from .ops.recurrence import recurrence
+from .ops.step import step as quick_step
 
 
 class Parameters(NamedTuple):
@@ -68,6 +69,17 @@ def run(
         x = x.transpose(0, 1) if batch_first else x
         weight_ih, weight_hh = params[0], params[1]
         bias_ih, bias_hh = (params[2], params[3]) if has_biases else (None, None)
+        if x.shape[0] == 1:
+            h_0 = None if hx is None else hx[0]
+            c_0 = None if hx is None or len(hx) == 1 else hx[1]
+            next_states = quick_step(cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+            if next_states is not None:
+                h, c = next_states
+                output = h.transpose(0, 1) if batch_first else h
+                # Final states may be modified and detached in place: no views, nor what the backward pass reads.
+                if c is None:
+                    return output, h.clone()
+                return output, h.clone(), c.clone() if c.requires_grad else c
         state0 = _zeros(cell, x, x.shape[1], weight_hh.shape[1]) if hx is None else _join(hx)
         output, _, state_n = recurrence(x, weight_hh, bias_hh, state0, cell=cell, weight_ih=weight_ih, bias_ih=bias_ih)
         # Unsafe only in name: the parts are tensors of their own, which may be modified, and nothing is copied.
@@ -76,7 +88,12 @@ def run(
     packed = batch_sizes is not None or (options is not None and options.cu_seqlens is not None)
     if batch_first and not packed:
         x = x.transpose(0, 1)
-    layout = _layout(x, batch_sizes, batch_first, bidirectional, options)
+    # States and masks of their own ask for a row of their own, as do the cell states at ends that are not stored.
+    alone = hx is not None
+    if options is not None and not alone:
+        sparse = options.checkpoint_every is not None and torch.is_grad_enabled()
+        alone = (train and options.recurrent_dropout > 0) or (sparse and cell == "lstm")
+    layout = _layout(x, batch_sizes, batch_first, bidirectional, options, alone)
     count = len(params) // (num_layers * (2 if bidirectional else 1))
     weights = [
         Parameters(
@@ -102,7 +119,12 @@ def run(
 
 
 def _layout(
-    x: Tensor, batch_sizes: Tensor | None, batch_first: bool, bidirectional: bool, options: Options | None
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+    bidirectional: bool,
+    options: Options | None,
+    alone: bool,
 ) -> _sequences.Layout:
     """The layout of input that is padded (T, B, I) or packed (N, I)."""
     options = options or _PLAIN
@@ -110,7 +132,7 @@ def _layout(
     if batch_sizes is not None:
         layout = _sequences.packed(x, batch_sizes)
     elif options.cu_seqlens is not None:
-        layout = _sequences.documents(x, options.cu_seqlens, options.max_seqlen)
+        layout = _sequences.documents(x, options.cu_seqlens, options.max_seqlen, alone)
     else:
         layout = _sequences.padded(x, options.lengths)
         reset = reset.t() if batch_first and reset is not None else reset
@@ -123,7 +145,7 @@ def _zeros(cell: str, x: Tensor, batch: int, hidden: int) -> Tensor:
 
 def _join(hx: Tensors) -> Tensor:
     """The S states (1, B, H) of one layer in one direction as one tensor."""
-    return hx[0] if len(hx) == 1 else torch.cat(tuple(hx))
+    return hx[0] if len(hx) == 1 else torch.cat(hx)  # type: ignore[arg-type]
 
 
 class _Stack(NamedTuple):
@@ -209,6 +231,11 @@ class _Stack(NamedTuple):
         if self.options is not None:
             named |= self._extras(k, x, self.options)
         hidden, cells, state_n, *gates = recurrence(x, weight_hh, w.bias_hh, state0, control, **named)
+        if layout.ends is not None:
+            begin, end, there = layout.ends
+            parts = [part.flatten(0, 1) for part in (hidden, cells) if part is not None]
+            ends = torch.stack([part.index_select(0, begin if reverse else end) for part in parts])
+            state_n = ends.masked_fill(there.logical_not().unsqueeze(1), 0)
         hidden = hidden if w.hr is None else F.linear(hidden, w.hr)
         states = options.return_states
         return (
@@ -233,7 +260,9 @@ class _Stack(NamedTuple):
 
     def _extras(self, k: int, x: Tensor, options: Options) -> dict[str, Any]:
         """Keyword arguments of the recurrence for layer and direction `k`, random ones from torch's generator."""
-        extras: dict[str, Any] = {"states": options.return_states, "gates": options.return_gates}
+        states = options.return_states or (self.layout.ends is not None and self.cell == "lstm")
+        every = 0 if states or options.checkpoint_every is None else options.checkpoint_every
+        extras: dict[str, Any] = {"states": states, "gates": options.return_gates, "every": every}
         for name, tensors in (
             ("reset_state", options.reset_state),
             ("norm_h", options.norm_hh),
@@ -339,11 +368,13 @@ def step(
             last = x.dtype if states is None else states[-1].dtype
             wide = low if device != "cpu" or cell.startswith("rnn") else torch.promote_types(low, last)
             return tuple(r.to(wide) if r.dtype == low else r for r in results)
+    lstm = cell == "lstm"
     if states is None:
         state0 = _zeros(cell, x, x.shape[0], weight_hh.shape[1])
     else:
-        state0 = torch.stack(tuple(states)) if len(states) > 1 else states[0].unsqueeze(0)
+        state0 = torch.stack(states) if lstm else states[0].unsqueeze(0)  # type: ignore[arg-type]
     _, _, state_n = recurrence(
         x.unsqueeze(0), weight_hh, bias_hh, state0, cell=cell, weight_ih=weight_ih, bias_ih=bias_ih
     )
-    return state_n.flatten(0, 1).unsafe_chunk(len(state_n))
+    # As in `run`: no views, and no copies.
+    return state_n.flatten(0, 1).unsafe_chunk(2 if lstm else 1)

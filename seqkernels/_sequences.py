@@ -15,6 +15,8 @@ from torch import Tensor
 from .cells import DETACH, HOLD
 
 INTEGERS = (torch.int32, torch.int64)
+#: How many times more steps documents may take as sequences of their own than in joint rows.
+_WASTE = 2
 
 
 class Layout(NamedTuple):
@@ -30,6 +32,9 @@ class Layout(NamedTuple):
         hold: (T, B) bool, steps past a sequence's end; ``None`` with `lengths`.
         control: (T, B) uint8, of the forward direction, or ``None``.
         control_reverse: the same of the reverse direction.
+        ends: where the B rows hold several documents each, the first and the last step of every document, (N_docs,)
+            rows of the flattened (T*B) steps, and whether it has steps, (N_docs,) bool.
+        counts: with `ends`, how many steps of its document lie before and behind each step, (T, B) int64 each.
     """
 
     steps: int
@@ -40,6 +45,8 @@ class Layout(NamedTuple):
     hold: Tensor | None = None
     control: Tensor | None = None
     control_reverse: Tensor | None = None
+    ends: tuple[Tensor, Tensor, Tensor] | None = None
+    counts: tuple[Tensor, Tensor] | None = None
 
     def pad(self, x: Tensor) -> Tensor:
         """Data in their own form as steps (T, B, F); past the ends 0 or, of padded data, what lies there."""
@@ -101,8 +108,11 @@ def packed(x: Tensor, batch_sizes: Tensor) -> Layout:
     return Layout(steps, batch, True, rows, valid.sum(0), valid.logical_not())
 
 
-def documents(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Layout:
+def documents(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, alone: bool) -> Layout:
     """The layout of documents that lie behind one another in rows (N, ...), from ``cu_seqlens[d]`` on.
+
+    Each is a sequence of its own, unless that would be mostly padding and they need not be `alone`: then rows hold
+    several documents, and `control` resets between them.
 
     Raises:
         ValueError: `cu_seqlens` or `max_seqlen` does not fit.
@@ -135,8 +145,30 @@ def documents(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Layout:
     steps = max(max_seqlen, 1)
     row = torch.arange(count, device=x.device)
     document = torch.searchsorted(starts, row, right=True) - 1
-    rows = (row - starts.index_select(0, document)) * batch + document
-    return Layout(steps, batch, True, rows, lengths, _past(steps, lengths))
+    before = row - starts.index_select(0, document)
+    # Rows of two windows of `steps`, each for the documents that begin in its first window.
+    windows = -(-count // steps)
+    if alone or count == 0 or batch <= _WASTE * 2 * windows:
+        return Layout(steps, batch, True, before * batch + document, lengths, _past(steps, lengths))
+    window = (row - before) // steps
+    rows = (row - window * steps) * windows + window
+    behind = lengths.index_select(0, document) - 1 - before
+
+    def spread(values: Tensor, otherwise: int) -> Tensor:
+        steps_of_rows = values.new_full((2 * steps * windows,), otherwise)
+        return steps_of_rows.index_copy_(0, rows, values).view(2 * steps, windows)
+
+    hold = spread(torch.zeros_like(row), 1).bool()
+    begin, end = (rows.index_select(0, at.clamp(0, count - 1)) for at in (starts[:-1], starts[1:] - 1))
+    return Layout(
+        2 * steps,
+        windows,
+        True,
+        rows,
+        hold=hold,
+        ends=(begin, end, lengths > 0),
+        counts=(spread(before, -1), spread(behind, -1)),
+    )
 
 
 def _past(steps: int, lengths: Tensor) -> Tensor:
@@ -154,7 +186,9 @@ def check_reset(reset: Tensor, shape: tuple[int, ...], device: torch.device) -> 
         raise ValueError(f"reset: expected {shape} on {device}, got {tuple(reset.shape)} on {reset.device}")
 
 
-def controlled(layout: Layout, reset: Tensor | None, tbptt: int | None, bidirectional: bool, device: object) -> Layout:
+def controlled(
+    layout: Layout, reset: Tensor | None, tbptt: int | None, bidirectional: bool, device: torch.device
+) -> Layout:
     """`layout` with the `control` of each direction.
 
     Args:
@@ -164,12 +198,17 @@ def controlled(layout: Layout, reset: Tensor | None, tbptt: int | None, bidirect
         bidirectional: whether the reverse direction is needed.
         device: of the steps.
     """
+    if layout.counts is not None:
+        # The first step that a direction meets of a document is a reset.
+        directions = [(count.eq(0).view(torch.uint8), count) for count in layout.counts]
+        control, control_reverse = (_bits(layout, flags, step, tbptt) for flags, step in directions)
+        return layout._replace(control=control, control_reverse=control_reverse)
     flags = None
     if reset is not None:
         flags = (reset if reset.dtype == torch.bool else reset.ne(0)).view(torch.uint8)
         if layout.hold is not None:
             flags = flags.masked_fill(layout.hold, 0)
-    step = None if tbptt is None else torch.arange(layout.steps, device=device).unsqueeze(1)  # type: ignore[call-overload]
+    step = None if tbptt is None else torch.arange(layout.steps, device=device).unsqueeze(1)
     control = _bits(layout, flags, step, tbptt)
     if not bidirectional:
         return layout._replace(control=control)

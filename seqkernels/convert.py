@@ -69,6 +69,10 @@ class Report:
         return "\n".join(lines)
 
 
+#: Options of recurrent layers that have no counterpart in ``torch.nn``.
+_OPTIONS = ("zoneout", "recurrent_dropout", "layer_norm", "peephole", "learn_reset_state")
+
+
 def _type_name(cls: type) -> str:
     package = "torch.nn" if cls in _TWINS else "seqkernels.nn" if cls in _TWINS.values() else cls.__module__
     return f"{package}.{cls.__qualname__}"
@@ -78,7 +82,10 @@ def _why_left(module: Module, cls: type[Module], twins: dict[type[Module], type[
     if cls not in twins:
         base = next((known for known in cls.__mro__ if known in twins), None)
         return "a type without a twin" if base is None else f"a subclass of {_type_name(base)}"
-    return "its forward is replaced on the instance" if "forward" in vars(module) else None
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance"
+    options = [name for name in _OPTIONS if getattr(module, name, False)]
+    return f"torch.nn has no {', '.join(options)}" if options and twins[cls] in _TWINS else None
 
 
 def _assign_class(module: Module, cls: type[Module]) -> None:
@@ -147,7 +154,7 @@ def revert(model: Module) -> Report:
     """Swap the exact `seqkernels.nn` layers of a model for their ``torch.nn`` twins, in place.
 
     This undoes `convert` exactly, and serves to hand a model on to a program without seqkernels: a layer that was
-    built from `seqkernels.nn` is swapped as well.
+    built from `seqkernels.nn` is swapped as well, unless it has an option that ``torch.nn`` lacks.
 
     Args:
         model: any module, also such a layer itself.

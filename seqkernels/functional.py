@@ -73,8 +73,8 @@ def _recurrent(cell: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return run(cell, *call, options)
 
 
-def lstm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Multi-layer LSTM over padded or packed sequences: ``torch.lstm``.
+def lstm(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Multi-layer LSTM over padded or packed sequences: ``torch.lstm``, and what that lacks.
 
     ``lstm(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)`` or, packed,
     ``lstm(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)``.
@@ -93,29 +93,52 @@ def lstm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         train: whether dropout applies; nothing else depends on it.
         bidirectional: whether D is 2; the reverse direction's parameters then follow each layer's forward ones.
         batch_first: whether the batch is the first dimension of `input` and of the output.
+        reset: (T, B) bool or uint8, (B, T) if `batch_first`: where the state is zero, or `reset_state`, before a step,
+            in the reverse direction before the one in front of it; see `seqkernels.nn.LSTM.forward`.
+        reset_state: L*D tensors (2, H), h and c after a reset instead of zero; h is the one before any projection.
+        lengths: (B,) int32 or int64 on the device of the input: the steps of each sequence, in any order.
+        cu_seqlens: (B + 1,) int32 or int64 on the device of the input (N, I), which holds B documents behind one
+            another: the row where each begins, and N. `batch_first` then says nothing.
+        max_seqlen: length of the longest document, or more; needed where `cu_seqlens` is not on the CPU and in
+            compiled programs.
+        tbptt: gradients stop before every step of this multiple.
+        checkpoint_every: k, store the states of every k-th step alone and compute the others again in the backward
+            pass, see `seqkernels.nn.LSTM.forward`; ``None`` to store what the backward pass needs of every step.
+        return_states: return the states of every step.
+        return_gates: return the gates of every step.
+        zoneout: probability that an element of the state keeps its value in a step, or two for h and c; in training
+            by chance, else in expectation (Krueger et al., "Zoneout", 2016).
+        recurrent_dropout: probability of dropping an element of h in the recurrent product, in training, the same
+            elements in all steps (Gal & Ghahramani, 2016).
+        norm_ih: L*D tensors (4*H,), gains of a layer norm of ``W_ih x``, before the bias (Ba et al., 2016).
+        norm_hh: L*D tensors (4*H,), gains of a layer norm of ``W_hh h``, before the bias.
+        norm_c: L*D tensors (2, H), gain and bias of a layer norm of c where it becomes h.
+        peephole: L*D tensors (3, H), weights of c in the gates i, f and o (Gers & Schmidhuber, 2000).
         *args: the positional ones of these.
-        **kwargs: the others, by name.
+        **kwargs: the others, by name; those from `reset` on only by name.
 
     Returns:
-        The output, in the form of the input with D*P features; h_n and c_n in the form of `hx`.
+        The output, in the form of the input with D*P features; h_n and c_n in the form of `hx`; with `return_states`
+        or `return_gates` a list of `Trace`, for each layer and direction.
 
     Raises:
-        RuntimeError: an argument does not fit the others; the message names it.
+        RuntimeError: an argument of torch does not fit the others; the message names it.
+        ValueError, TypeError: another argument is not allowed; the message names it.
     """
-    output, h_n, c_n = _recurrent("lstm", args, kwargs)
-    return output, h_n, c_n
+    return _recurrent("lstm", args, kwargs)
 
 
-def gru(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Multi-layer GRU over padded or packed sequences: ``torch.gru``.
+def gru(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Multi-layer GRU over padded or packed sequences: ``torch.gru``, and what that lacks.
 
-    Takes the arguments of `lstm`, with `hx` one tensor (L*D, B, H) and 3*H rows in the weights; raises the same.
+    Takes the arguments of `lstm` but `norm_c` and `peephole`, with `hx` one tensor (L*D, B, H), reset states (1, H),
+    one number for `zoneout`, and 3*H rows in the weights and norms; raises the same.
 
     Returns:
-        The output, in the form of the input with D*H features, and h_n (L*D, B, H).
+        The output, in the form of the input with D*H features, and h_n (L*D, B, H); with `return_states` or
+        `return_gates` a list of `Trace`, for each layer and direction.
     """
-    output, h_n = _recurrent("gru", args, kwargs)
-    return output, h_n
+    return _recurrent("gru", args, kwargs)
 
 
 def _rnn(nonlinearity: str) -> str:
@@ -124,10 +147,10 @@ def _rnn(nonlinearity: str) -> str:
     return f"rnn_{nonlinearity}"
 
 
-def rnn(*args: Any, nonlinearity: str = "tanh", **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Multi-layer Elman RNN over padded or packed sequences: ``torch.rnn_tanh`` and ``torch.rnn_relu``.
+def rnn(*args: Any, nonlinearity: str = "tanh", **kwargs: Any) -> tuple[Any, ...]:
+    """Multi-layer Elman RNN over packed or padded sequences: ``torch.rnn_tanh``, ``torch.rnn_relu``, and more.
 
-    Takes the arguments of `gru`, with H rows in the weights.
+    Takes the arguments of `gru`, with H rows in the weights and norms.
 
     Args:
         *args: positional arguments of `gru`.
@@ -135,14 +158,13 @@ def rnn(*args: Any, nonlinearity: str = "tanh", **kwargs: Any) -> tuple[Tensor, 
         **kwargs: keyword arguments of `gru`.
 
     Returns:
-        The output, in the form of the input with D*H features, and h_n (L*D, B, H).
+        As `gru`.
 
     Raises:
-        RuntimeError: an argument does not fit the others; the message names it.
-        ValueError: `nonlinearity` is neither of the two.
+        RuntimeError: an argument of torch does not fit the others; the message names it.
+        ValueError, TypeError: `nonlinearity` or another argument is not allowed; the message names it.
     """
-    output, h_n = _recurrent(_rnn(nonlinearity), args, kwargs)
-    return output, h_n
+    return _recurrent(_rnn(nonlinearity), args, kwargs)
 
 
 def _cell(

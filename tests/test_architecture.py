@@ -39,7 +39,7 @@ LAYERS = {
 }
 # "Near 500 lines", with a margin.
 MAX_LINES = 550
-ALWAYS = {"torch", "numpy", "seqkernels"} | set(sys.stdlib_module_names)
+ALWAYS = {"torch", "numpy", "seqkernels", "typing_extensions"} | set(sys.stdlib_module_names)
 
 
 def _name(path: Path) -> tuple[str, ...]:

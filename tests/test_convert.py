@@ -227,3 +227,20 @@ def test_compiled_models_can_be_converted() -> None:
     compiled = torch.compile(layer, backend="eager")
     convert(compiled)
     assert type(layer) is seqkernels.nn.LSTM
+
+
+OPTIONS = {
+    "zoneout": 0.1,
+    "recurrent_dropout": 0.1,
+    "layer_norm": True,
+    "peephole": True,
+    "learn_reset_state": True,
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_layer_with_an_option_stays_in_a_revert(option: str) -> None:
+    layer = seqkernels.nn.LSTM(3, 4, **{option: OPTIONS[option]})
+    report = seqkernels.revert(layer)
+    assert type(layer) is seqkernels.nn.LSTM
+    assert [(left.name, left.reason) for left in report.left] == [("", f"torch.nn has no {option}")]

@@ -158,3 +158,42 @@ def test_one_sequence_in_a_pack_is_that_sequence() -> None:
         output, (h, _) = layer(sequence)
         torch.testing.assert_close(padded[: lengths[k], k], output)
         torch.testing.assert_close(h_n[:, k], h)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", TWINS)
+def test_what_torch_has_not(kind: str, batch_first: bool) -> None:
+    """The functions give what the layers give."""
+    ours, _, layer = TWINS[kind]
+    name = type(layer).__name__
+    more = {"nonlinearity": "relu"} if kind == "rnn_relu" else {}
+    twin = getattr(seqkernels.nn, name)(3, 4, 2, bidirectional=True, batch_first=batch_first, **more)
+    twin.load_state_dict(layer.state_dict())
+    x, hx = torch.randn(5, 5, 3), state(kind, 5)
+    arguments = (hx, layer._flat_weights, *SETTINGS, batch_first)
+    options: dict[str, Any] = {"reset": torch.rand(5, 5) < 0.3, "lengths": torch.tensor([5, 1, 0, 3, 2]), "tbptt": 2}
+    output, *finals, traces = ours(x, *arguments, **options, return_states=True)
+    expected, hidden, expected_traces = twin(x, hx, **options, return_states=True)
+    torch.testing.assert_close((output, finals), (expected, list(hidden) if kind == "lstm" else [hidden]))
+    for trace, value in zip(traces, expected_traces, strict=True):
+        torch.testing.assert_close(trace.hidden, value.hidden)
+    cu_seqlens = torch.tensor([0, 3, 3, 5, 9, 10])
+    output, *finals = ours(x[0].repeat(2, 1), *arguments, cu_seqlens=cu_seqlens, max_seqlen=4)
+    expected, hidden = twin(x[0].repeat(2, 1), hx, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close((output, finals), (expected, list(hidden) if kind == "lstm" else [hidden]))
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_reset_states_are_given_by_layer_and_direction(kind: str) -> None:
+    ours, _, layer = TWINS[kind]
+    x, begin = torch.randn(5, 2, 3), torch.zeros(5, 2, dtype=torch.bool)
+    begin[0] = True
+    states = [torch.randn(2 if kind == "lstm" else 1, 4) for _ in range(4)]
+    arguments = (layer._flat_weights, *SETTINGS, False)
+    initial = [torch.stack(rows).unsqueeze(1).expand(-1, 2, -1) for rows in zip(*states, strict=True)]
+    # The flags of the first step are for the forward directions; the reverse ones begin with zeros here.
+    initial = [torch.where((torch.arange(4) % 2 == 0).view(-1, 1, 1), rows, 0) for rows in initial]
+    zeros = torch.zeros(4, 2, 4)
+    output, *_ = ours(x, (zeros, zeros) if kind == "lstm" else zeros, *arguments, reset=begin, reset_state=states)
+    expected, *_ = ours(x, tuple(initial) if kind == "lstm" else initial[0], *arguments)
+    torch.testing.assert_close(output, expected)

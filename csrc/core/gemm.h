@@ -147,5 +147,14 @@ inline void product(std::int64_t rows, std::int64_t depth, const T* const* a, co
   }
 }
 
+// c (count, vectors * lanes) (+)= strip^T panel: strip is (depth, count), panel (depth, vectors * lanes).
+template <class T>
+inline void strip_product(int count, std::int64_t depth, const T* strip, const T* panel, int vectors, bool add, T* c,
+                          std::int64_t ldc) {
+  (add ? micro_kernel_for<T, Layout::kTransposed, true>(count, vectors)
+       : micro_kernel_for<T, Layout::kTransposed, false>(count, vectors))(depth, &strip, count, panel,
+                                                                          vectors * kLanes<T>, c, ldc);
+}
+
 }  // namespace
 }  // namespace seqkernels

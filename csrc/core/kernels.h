@@ -3,6 +3,7 @@
 
 #include "core/attention.h"
 #include "core/recurrence.h"
+#include "core/step.h"
 
 namespace seqkernels {
 
@@ -10,6 +11,8 @@ struct Kernels {
   const char* isa;
   void (*recurrence_forward)(const RecurrenceForward&);
   void (*recurrence_backward)(const RecurrenceBackward&);
+  void (*step_forward)(const CellStepForward&);
+  void (*step_backward)(const CellStepBackward&);
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
   void (*activation)(const char* name, std::int64_t count, const void* x, void* y, DType dtype);

@@ -164,6 +164,11 @@ inline void store(S* p, Vec<Compute<S>> x) {
 template <class S>
 inline Vec<Compute<S>> load(const S* p, std::int64_t count) {
   if (count >= kLanes<Compute<S>>) return load(p);
+#if defined(__AVX512F__)
+  const auto lanes = static_cast<std::uint32_t>((1u << count) - 1);
+  if constexpr (sizeof(S) == 4) return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p));
+  if constexpr (sizeof(S) == 8) return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), p));
+#endif
   S part[kLanes<Compute<S>>] = {};
   for (std::int64_t i = 0; i < count; ++i) part[i] = p[i];
   return load(part);
@@ -172,6 +177,14 @@ inline Vec<Compute<S>> load(const S* p, std::int64_t count) {
 template <class S>
 inline void store(S* p, Vec<Compute<S>> x, std::int64_t count) {
   if (count >= kLanes<Compute<S>>) return store(p, x);
+#if defined(__AVX512F__)
+  const auto lanes = static_cast<std::uint32_t>((1u << count) - 1);
+  if constexpr (sizeof(S) == 4) {
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lanes), bit_cast<__m512>(x));
+  } else if constexpr (sizeof(S) == 8) {
+    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lanes), bit_cast<__m512d>(x));
+  }
+#endif
   S part[kLanes<Compute<S>>];
   store(part, x);
   for (std::int64_t i = 0; i < count; ++i) p[i] = part[i];

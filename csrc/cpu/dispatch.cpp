@@ -10,13 +10,15 @@ namespace seqkernels {
 #define SEQKERNELS_DECLARE(isa)                              \
   void recurrence_forward_##isa(const RecurrenceForward&);   \
   void recurrence_backward_##isa(const RecurrenceBackward&); \
+  void step_forward_##isa(const CellStepForward&);           \
+  void step_backward_##isa(const CellStepBackward&);         \
   void attention_forward_##isa(const AttentionForward&);     \
   void attention_backward_##isa(const AttentionBackward&);   \
   void activation_##isa(const char*, std::int64_t, const void*, void*, DType);
-#define SEQKERNELS_TABLE(isa, name)                                                                               \
-  Kernels {                                                                                                       \
-    name, recurrence_forward_##isa, recurrence_backward_##isa, attention_forward_##isa, attention_backward_##isa, \
-        activation_##isa                                                                                          \
+#define SEQKERNELS_TABLE(isa, name)                                                                        \
+  Kernels {                                                                                                \
+    name, recurrence_forward_##isa, recurrence_backward_##isa, step_forward_##isa, step_backward_##isa,    \
+        attention_forward_##isa, attention_backward_##isa, activation_##isa                                \
   }
 
 #if defined(SEQKERNELS_HAS_baseline)

@@ -63,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
   if (isas().empty()) throw py::import_error("this processor lacks x86-64-v2, the least instruction set built");
   bind_recurrence(m);
   bind_attention(m);
+  bind_step(m);
   m.def("build_info", &build_info, "How this module was compiled.");
   m.def("isas", &isas, "Instruction sets that were built and that this processor has, best last.");
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");

@@ -3,11 +3,17 @@
 namespace seqkernels {
 namespace {
 
-// The exchange table of a type, looked up once per type; null where it has none.
+// The exchange table of a type, looked up once per type; null where it has none. Tensors and parameters come in turns.
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
-  static PyTypeObject* last_type = nullptr;  // guarded by the GIL; types with a table live for ever in practice
-  static const dlpack::ExchangeApi* last_api = nullptr;
-  if (type == last_type) return last_api;
+  struct Known {
+    PyTypeObject* type;
+    const dlpack::ExchangeApi* api;
+  };
+  static Known known[4] = {};  // guarded by the GIL; types with a table live for ever in practice
+  static int count = 0;
+  for (int i = 0; i < count; ++i) {
+    if (known[i].type == type) return known[i].api;
+  }
   py::object capsule =
       py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", py::none());
   const dlpack::ExchangeApi* api = nullptr;
@@ -16,10 +22,9 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
     while (api != nullptr && api->version.major != 1) api = api->previous;
     if (api != nullptr && api->tensor_from_object == nullptr) api = nullptr;
   }
-  if (api != nullptr) {
+  if (api != nullptr && count < 4) {
     Py_INCREF(type);
-    last_type = type;
-    last_api = api;
+    known[count++] = {type, api};
   }
   return api;
 }
@@ -106,6 +111,17 @@ bool Tensor::is(DType dtype) const {
     default:
       return dtype_.code == dlpack::kBfloat && dtype_.bits == 16;
   }
+}
+
+Tensor& Tensor::flatten(int rank) {
+  if (present_ && rank_ == rank + 1 && shape_[0] == 1) {
+    for (int i = 0; i < rank; ++i) {
+      shape_[i] = shape_[i + 1];
+      strides_[i] = strides_[i + 1];
+    }
+    rank_ = rank;
+  }
+  return *this;
 }
 
 DType Tensor::dtype() const {

@@ -30,6 +30,9 @@ class Tensor {
   std::int64_t stride(int dim) const { return strides_[dim]; }
   DType dtype() const;
 
+  // Without its first dimension where that is 1 and there are `rank` others.
+  Tensor& flatten(int rank);
+
   // Each raises the error that names the argument, or returns the tensor. All accept an absent tensor.
   const Tensor& expect(std::initializer_list<std::int64_t> shape) const;  // kAny for a free dimension
   const Tensor& expect(DType dtype) const;
@@ -63,5 +66,6 @@ int check_threads(int threads);
 
 void bind_recurrence(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_step(py::module_& m);
 
 }  // namespace seqkernels

@@ -37,8 +37,9 @@ class Call(NamedTuple):
         dtype: dtype of the main input.
         kind: the cell of a recurrence; empty for attention.
         features: what the call uses beyond the plain contract, sorted; of attention ``"bias"``, ``"causal"``,
-            ``"grouped"``, ``"mask"``; of the recurrence ``"control"``, ``"gates"`` (in the backward pass, where the
-            gates have a gradient), ``"norm"``, ``"peephole"``, ``"recurrent_mask"``, ``"reset_state"``, ``"zoneout"``.
+            ``"grouped"``, ``"mask"``; of the recurrence ``"checkpoint"`` (recomputation in the backward pass),
+            ``"control"``, ``"gates"`` (in the backward pass, where the gates have a gradient), ``"norm"``,
+            ``"peephole"``, ``"recurrent_mask"``, ``"reset_state"``, ``"zoneout"``.
     """
 
     op: str
@@ -135,13 +136,22 @@ def select(call: Call) -> Decision:
     return decision
 
 
+def unobserved() -> bool:
+    """Whether neither `use_backend` nor `explain` is at work, so that an earlier decision may be taken again."""
+    return _forced.get() is None and _recorder.get() is None
+
+
 def implementation(call: Call) -> ModuleType:
     """The module that implements ``call.op`` in the implementation chosen for `call`."""
-    name = select(call).chosen
-    module = _modules.get((name, call.op))
-    if module is None:
-        module = _modules[name, call.op] = importlib.import_module(f"{__name__}.{name}.{call.op}")
-    return module
+    return module(select(call).chosen, call.op)
+
+
+def module(name: str, stem: str) -> ModuleType:
+    """A module of an implementation, imported on first use."""
+    found = _modules.get((name, stem))
+    if found is None:
+        found = _modules[name, stem] = importlib.import_module(f"{__name__}.{name}.{stem}")
+    return found
 
 
 def note(text: str) -> None:

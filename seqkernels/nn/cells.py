@@ -10,8 +10,7 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from .. import functional
 from .._recurrent import step
-
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+from ..ops.step import step as quick_step
 
 
 class _Cell(RNNCellBase):
@@ -28,22 +27,27 @@ class _Cell(RNNCellBase):
 
     def _weights(self) -> tuple[Any, Any, Any, Any]:
         own = self._parameters
-        # A parametrized weight is no parameter of the cell itself.
-        w_ih, w_hh, b_ih, b_hh = (own[name] if name in own else getattr(self, name) for name in _NAMES)
-        return w_ih, w_hh, b_ih, b_hh
+        try:
+            return own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]
+        except KeyError:  # a parametrized weight is no parameter of the cell itself
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
-    def _next(self, cell: str, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+    def _next(self, cell: str, input: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Any, ...] | None:
         """The next states (B, H), or ``None`` where an argument does not fit at first sight."""
-        weights = self._weights()
-        shape, dtype, weight_ih = input.shape, input.dtype, weights[0]
-        if len(shape) != 2 or shape[1] != weight_ih.shape[1] or dtype != weight_ih.dtype:
+        weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
+        quick = quick_step(cell, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+        if quick is not None:
+            return quick
+        shape, dtype = input.shape, input.dtype
+        if len(shape) != 2 or shape[1] != self.input_size or dtype != weight_ih.dtype:
             return None
+        hx = None if h is None else (h,) if c is None else (h, c)
         if hx is not None:
             expected = (shape[0], self.hidden_size)
             for state in hx:
                 if state.shape != expected or state.dtype != dtype:
                     return None
-        return step(cell, input, hx, *weights)
+        return step(cell, input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
 
     def _kind(self) -> str:
         raise NotImplementedError
@@ -52,7 +56,7 @@ class _Cell(RNNCellBase):
         raise NotImplementedError
 
     def _forward(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        states = self._next(self._kind(), input, None if hx is None else (hx,))
+        states = self._next(self._kind(), input, hx, None)
         if states is not None:
             return states[0]
         self._check(input, {} if hx is None else {"hidden": hx})
@@ -150,7 +154,7 @@ class LSTMCell(_Cell):
             ValueError, RuntimeError: torch's, where `input` or `hx` does not fit.
         """
         if hx is None or len(hx) == 2:
-            states = self._next("lstm", input, hx)
+            states = self._next("lstm", input, *(hx or (None, None)))
             if states is not None:
                 return states[0], states[1]
         self._check(input, {} if hx is None else {f"hx[{k}]": state for k, state in enumerate(hx)})

@@ -178,8 +178,10 @@ class _Layer(RNNBase):
 
     def _weights(self) -> list[Any]:
         own = self._parameters
-        # A parametrized weight is no parameter of the layer itself.
-        return [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
+        try:
+            return [own[name] for name in self._flat_weights_names]
+        except KeyError:  # a parametrized weight is no parameter of the layer itself
+            return [getattr(self, name) for name in self._flat_weights_names]
 
     def forward(
         self,
@@ -193,6 +195,7 @@ class _Layer(RNNBase):
         tbptt: int | None = None,
         return_states: bool = False,
         return_gates: bool = False,
+        checkpoint_every: int | None = None,
     ) -> tuple[Any, ...]:
         """Run the layer. The keyword arguments are what ``torch.nn`` has not; ``docs/recurrent-layers.md`` shows them.
 
@@ -218,6 +221,10 @@ class _Layer(RNNBase):
                 direction, counted from where it begins. Values stay what they are.
             return_states: also return the states of every step.
             return_gates: also return the gates of every step.
+            checkpoint_every: k, of at least 1: of the states store those of every k-th step alone, for each layer and
+                direction, and compute the others again in the backward pass. Outputs and gradients have the same
+                bits, and besides inputs and outputs the memory is that of T/k steps. ``None`` stores what the backward
+                pass needs of every step. Not with `return_states` and `return_gates`.
 
         Returns:
             The output, in the form of the input with D*P features; the final states, in the form of `hx`; with
@@ -237,6 +244,7 @@ class _Layer(RNNBase):
             or tbptt is not None
             or return_states
             or return_gates
+            or checkpoint_every is not None
             or self.zoneout
             or self.recurrent_dropout
             or self.layer_norm
@@ -258,6 +266,7 @@ class _Layer(RNNBase):
                 self._listed("norm_hh") if norm else None,
                 self._listed("norm_c") if norm and self.mode == "LSTM" else None,
                 self._listed("weight_peephole") if self.peephole else None,
+                checkpoint_every,
             )
             return self._general(input, hx, weights, options)
         if isinstance(input, PackedSequence) or not self._fits(input, hx, weights[0].dtype):
@@ -381,6 +390,10 @@ class RNN(_Layer):
         bidirectional: whether D is 2. Default: ``False``.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
+        zoneout: a number, as of `LSTM`. Keyword only, as those below. Default: 0.
+        recurrent_dropout: as of `LSTM`. Default: 0.
+        layer_norm: as of `LSTM`; parameters ``norm_ih_l0`` and ``norm_hh_l0`` (H,). Default: ``False``.
+        learn_reset_state: as of `LSTM`; parameters ``reset_state_l0`` (1, H). Default: ``False``.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it.
@@ -419,6 +432,22 @@ class LSTM(_Layer):
             none, which leaves P = H. Default: 0.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
+        zoneout: probability that an element of the state keeps its value in a step, or two, for h and c: in training
+            by chance, in evaluation in expectation (Krueger et al., "Zoneout: regularizing RNNs by randomly
+            preserving hidden activations", 2016). Keyword only, as those below. Default: 0.
+        recurrent_dropout: probability in training of dropping an element of h in the recurrent product, the same
+            elements in all steps of a sequence (Gal & Ghahramani, "A theoretically grounded application of dropout in
+            recurrent neural networks", 2016). Default: 0.
+        layer_norm: whether ``W_ih x``, ``W_hh h`` and, where it becomes h, c go through layer norms (Ba, Kiros &
+            Hinton, "Layer normalization", 2016, as in haste's ``LayerNormLSTM``). Parameters ``norm_ih_l0`` (4*H,),
+            ``norm_hh_l0`` (4*H,) and ``norm_c_l0`` (2, H), gain and shift, for each layer and direction. Default:
+            ``False``.
+        peephole: whether the gates see c by ``weight_peephole_l0`` (3, H): i and f the last one, o the new one (Gers
+            & Schmidhuber, "Recurrent nets that time and count", 2000). Default: ``False``.
+        learn_reset_state: whether `reset` of `forward` makes h and c the parameters ``reset_state_l0`` (2, H), zero at
+            first, instead of zero. Default: ``False``.
+
+    With a projection these options act on h before it is projected, and zoneout is for c alone.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it.
@@ -463,6 +492,10 @@ class GRU(_Layer):
         bidirectional: whether D is 2. Default: ``False``.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
+        zoneout: a number, as of `LSTM`. Keyword only, as those below. Default: 0.
+        recurrent_dropout: as of `LSTM`. Default: 0.
+        layer_norm: as of `LSTM`; parameters ``norm_ih_l0`` and ``norm_hh_l0`` (3*H,). Default: ``False``.
+        learn_reset_state: as of `LSTM`; parameters ``reset_state_l0`` (1, H). Default: ``False``.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it.

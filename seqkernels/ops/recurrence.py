@@ -6,6 +6,10 @@ travels in `seqkernels.cells.Weights`. Formulas and the backward pass: ``docs/re
 
 T time, B batch, I input size, H hidden size; G, S, R are gates, states and reserve of the cell
 (`seqkernels.cells.CELLS`); K is G, the number of gates that are returned.
+
+The forward op with `save` returns what the backward op needs: states (S, T+1, B, H) in the dtype of the input and
+reserve (T, B, R, H) in the accumulation dtype. With `every` = k > 0 these are the hidden states (1, T+1, B, H), which
+are the output, and checkpoints (ceil(T/k), S, B, H): the unrounded state before the steps 0, k, 2k, ... of the loop.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from .. import backends
 from ..cells import CELLS, CONSTANTS, DTYPES, Weights, accumulate_dtype
+from ._eager import eager
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,27 +30,45 @@ if TYPE_CHECKING:
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _library.define(
     "recurrence_forward(Tensor input, Tensor?[] weights, Tensor state0, Tensor? control, str cell, bool reverse,"
-    " bool save) -> (Tensor states, Tensor state_n, Tensor reserve)"
+    " bool save, int every=0) -> (Tensor states, Tensor state_n, Tensor reserve)"
 )
 _library.define(
     "recurrence_backward(Tensor?[] grads, Tensor input, Tensor?[] weights, Tensor states, Tensor reserve,"
-    " Tensor? control, str cell, bool reverse, bool[] needs) -> Tensor[]"
+    " Tensor? control, str cell, bool reverse, bool[] needs, int every=0) -> Tensor[]"
 )
 
 
-def _call(x: Tensor, weights: Weights, control: Tensor | None, cell: str, gates: bool = False) -> backends.Call:
-    features: tuple[str, ...] = () if control is None else ("control",)
-    used = {
-        "gates": gates,
-        "norm": weights.norm_h is not None or weights.norm_c is not None,
-        "peephole": weights.peephole is not None,
-        "recurrent_mask": weights.recurrent_mask is not None,
-        "reset_state": weights.reset_state is not None,
-        "zoneout": weights.zoneout is not None,
-    }
-    return backends.Call(
-        "recurrence", x.device.type, x.dtype, cell, features + tuple(name for name, used in used.items() if used)
+def _plain(weights: Weights) -> bool:
+    """Whether there are no options, decided quickly: most calls have none."""
+    _, _, _, _, reset_state, peephole, recurrent_mask, norm_h, norm_c, zoneout, seed = weights
+    return (
+        reset_state is None
+        and peephole is None
+        and recurrent_mask is None
+        and norm_h is None
+        and norm_c is None
+        and zoneout is None
+        and seed is None
     )
+
+
+def _call(
+    x: Tensor, weights: Weights, control: Tensor | None, cell: str, every: int, gates: bool = False
+) -> backends.Call:
+    features: tuple[str, ...] = ("checkpoint",) if every else ()
+    if control is not None:
+        features += ("control",)
+    if gates or not _plain(weights):
+        used = {
+            "gates": gates,
+            "norm": weights.norm_h is not None or weights.norm_c is not None,
+            "peephole": weights.peephole is not None,
+            "recurrent_mask": weights.recurrent_mask is not None,
+            "reset_state": weights.reset_state is not None,
+            "zoneout": weights.zoneout is not None,
+        }
+        features += tuple(name for name, used in used.items() if used)
+    return backends.Call("recurrence", x.device.type, x.dtype, cell, features)
 
 
 def _forward(
@@ -56,9 +79,12 @@ def _forward(
     cell: str,
     reverse: bool,
     save: bool,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     named = Weights._make(weights)
-    module = backends.implementation(_call(input, named, control, cell))
+    module = backends.implementation(_call(input, named, control, cell, every))
+    if every and save:
+        return module.recurrence_forward(input, named, state0, control, cell, reverse, save, every=every)
     return module.recurrence_forward(input, named, state0, control, cell, reverse, save)
 
 
@@ -72,10 +98,12 @@ def _backward(
     cell: str,
     reverse: bool,
     needs: Sequence[bool],
+    every: int = 0,
 ) -> list[Tensor]:
     named = Weights._make(weights)
-    module = backends.implementation(_call(input, named, control, cell, grads[3] is not None))
-    return module.recurrence_backward(grads, input, named, states, reserve, control, cell, reverse, needs)
+    module = backends.implementation(_call(input, named, control, cell, every, grads[3] is not None))
+    arguments = (grads, input, named, states, reserve, control, cell, reverse, needs)
+    return module.recurrence_backward(*arguments, every=every) if every else module.recurrence_backward(*arguments)
 
 
 def _forward_fake(
@@ -86,12 +114,16 @@ def _forward_fake(
     cell: str,
     reverse: bool,
     save: bool,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     steps, batch, _ = input.shape
     num_states, _, hidden = state0.shape
-    states = input.new_empty((num_states if save else 1, steps + 1, batch, hidden))
+    states = input.new_empty((num_states if save and not every else 1, steps + 1, batch, hidden))
     state_n = input.new_empty((num_states, batch, hidden))
-    shape = (steps, batch, CELLS[cell].reserve, hidden) if save else (0,)
+    shape: tuple[int, ...] = (0,)
+    if save:
+        of_steps = (steps, batch, CELLS[cell].reserve, hidden)
+        shape = (-(-steps // every), num_states, batch, hidden) if every else of_steps
     return states, state_n, input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
 
 
@@ -105,9 +137,10 @@ def _backward_fake(
     cell: str,
     reverse: bool,
     needs: Sequence[bool],
+    every: int = 0,
 ) -> list[Tensor]:
-    num_states, _, batch, hidden = states.shape
-    shapes = [input.shape, (num_states, batch, hidden), *(None if x is None else x.shape for x in weights)]
+    _, _, batch, hidden = states.shape
+    shapes = [input.shape, (CELLS[cell].states, batch, hidden), *(None if x is None else x.shape for x in weights)]
     return [
         input.new_empty(shape if need and shape is not None else (0,))
         for shape, need in zip(shapes, needs, strict=True)
@@ -133,11 +166,13 @@ class _Recurrence(torch.autograd.Function):
         cell: str,
         reverse: bool,
         gates: bool,
+        every: int,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        states, state_n, reserve = forward_op(input, weights, state0, control, cell, reverse, True)
+        forward = _forward if eager(input, state0, control, *weights) else forward_op
+        states, state_n, reserve = forward(input, weights, state0, control, cell, reverse, True, every)
         ctx.save_for_backward(input, state0, control, states, reserve, *weights)
-        ctx.cell, ctx.reverse, ctx.gates = cell, reverse, gates
+        ctx.cell, ctx.reverse, ctx.gates, ctx.every = cell, reverse, gates, every
         ctx.set_materialize_grads(False)
         outputs = (*_step_states(states, reverse), state_n)
         return (*outputs, _gates(reserve, cell, input.dtype)) if gates else outputs
@@ -158,9 +193,9 @@ def _gates(reserve: Tensor, cell: str, dtype: torch.dtype) -> Tensor:
 
 def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     input, state0, control, states, reserve, *weights = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[6:])
-    cells = grads[1] if CELLS[ctx.cell].states == 2 else None
-    ordered = (grads[0], cells, grads[CELLS[ctx.cell].states], grads[-1] if ctx.gates else None)
+    needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[7:])
+    of_steps = 1 if ctx.every else CELLS[ctx.cell].states
+    ordered = (grads[0], grads[1] if of_steps == 2 else None, grads[of_steps], grads[-1] if ctx.gates else None)
     found: Sequence[Tensor | None]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # A graph of the gradients is wanted, for the second order.
@@ -168,9 +203,10 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
 
         found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs)
     else:
-        op = backward_op(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs)
+        backward = _backward if eager(input, *ordered, control, *weights) else backward_op
+        op = backward(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs, ctx.every)
         found = [x if need else None for x, need in zip(op, needs, strict=True)]
-    return *found[:2], None, None, None, None, *found[2:]
+    return *found[:2], None, None, None, None, None, *found[2:]
 
 
 def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | None, cell: str) -> None:
@@ -187,9 +223,10 @@ def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | Non
         raise ValueError(f"cell: {cell!r} is not one of {', '.join(map(repr, CELLS))}")
     gates, num_states, _ = CELLS[cell]
     weight_ih, weight_hh = weights[:2]
-    for name, tensor in (("input", input), ("weight_hh", weight_hh)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+    if not isinstance(weight_hh, Tensor):
+        raise TypeError(f"weight_hh: expected a Tensor, got {type(weight_hh).__name__}")
     if input.dim() != 3:
         last = "G*H" if weight_ih is None else "I"
         raise ValueError(f"input: expected 3 dimensions (T, B, {last}), got shape {tuple(input.shape)}")
@@ -206,42 +243,55 @@ def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | Non
             f"input: expected shape (T, B, {rows}) with G*H of weight_hh where there is no weight_ih,"
             f" got {tuple(input.shape)}"
         )
-    shapes = {
-        "weight_ih": (rows, size),
-        "weight_hh": (rows, hidden),
-        "bias_ih": (rows,),
-        "bias_hh": (rows,),
+    dtype, device = input.dtype, input.device
+    for name, tensor, shape in (
+        ("state0", state0, (num_states, batch, hidden)),
+        ("weight_hh", weight_hh, (rows, hidden)),
+        ("weight_ih", weight_ih, (rows, size)),
+        ("bias_ih", weights.bias_ih, (rows,)),
+        ("bias_hh", weights.bias_hh, (rows,)),
+    ):
+        if tensor is None and name != "state0":
+            continue
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            _check_tensor(name, tensor, shape, input)
+    if weights.bias_ih is not None and weight_ih is None:
+        raise ValueError("bias_ih: expected None where weight_ih is None")
+    if control is not None:
+        _check_tensor("control", control, (steps, batch), input, torch.uint8)
+    if not _plain(weights):
+        _check_options(input, weights, batch, hidden, cell)
+
+
+def _check_options(input: Tensor, weights: Weights, batch: int, hidden: int, cell: str) -> None:
+    gates, num_states, _ = CELLS[cell]
+    shapes: dict[str, tuple[int, ...]] = {
         "reset_state": (num_states, hidden),
         "peephole": (3, hidden),
         "recurrent_mask": (batch, hidden),
-        "norm_h": (rows,),
+        "norm_h": (gates * hidden,),
         "norm_c": (2, hidden),
         "zoneout": (num_states,),
         "seed": (),
     }
-    _check_tensor("state0", state0, (num_states, batch, hidden), input)
-    if control is not None:
-        _check_tensor("control", control, (steps, batch), input, torch.uint8)
-    for name, tensor in weights._asdict().items():
+    for name, shape in shapes.items():
+        tensor = getattr(weights, name)
         if tensor is None:
             continue
-        _check_tensor(name, tensor, shapes[name], input, _OWN_DTYPES.get(name))
+        _check_tensor(name, tensor, shape, input, _OWN_DTYPES.get(name))
         if name in CONSTANTS and tensor.requires_grad:
             raise ValueError(f"{name}: expected no requires_grad, since it has no gradient; detach it")
         if name in ("peephole", "norm_c") and cell != "lstm":
             raise ValueError(f"{name}: expected None for {cell!r}, only an 'lstm' has one")
-        needed = _NEEDED.get(name)
-        if needed is not None and getattr(weights, needed) is None:
-            raise ValueError(f"{name}: expected None where {needed} is None")
+    if weights.seed is not None and weights.zoneout is None:
+        raise ValueError("seed: expected None where zoneout is None")
 
 
 _OWN_DTYPES = {"zoneout": torch.float32, "seed": torch.int64}
-#: Arguments that mean nothing without another.
-_NEEDED = {"bias_ih": "weight_ih", "seed": "zoneout"}
 
 
 def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor, dtype: torch.dtype | None = None
+    name: str, tensor: object, shape: tuple[int, ...], input: Tensor, dtype: torch.dtype | None = None
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -251,6 +301,16 @@ def _check_tensor(
         raise ValueError(f"{name}: expected on {input.device} as input, got {tensor.device}")
     if tensor.dtype != (dtype or input.dtype):
         raise TypeError(f"{name}: expected {dtype or f'{input.dtype} as input'}, got {tensor.dtype}")
+
+
+def _check_every(every: object, gates: bool, states: bool) -> None:
+    if isinstance(every, bool) or not isinstance(every, int):
+        raise TypeError(f"every: expected an int, got {type(every).__name__}")
+    if every < 0:
+        raise ValueError(f"every: expected 0 or a number of steps, got {every}")
+    for name, asked in (("gates", gates), ("states", states)):
+        if asked:
+            raise ValueError(f"{name}: expected False with every, since what it returns of every step would be stored")
 
 
 class Options(TypedDict, total=False):
@@ -265,6 +325,13 @@ class Options(TypedDict, total=False):
     norm_c: Tensor | None
     zoneout: Tensor | None
     seed: Tensor | None
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    for x in tensors:  # noqa: SIM110 - any() takes twice as long
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 _Results = tuple[Tensor, Tensor | None, Tensor]
@@ -283,6 +350,7 @@ def recurrence(
     reverse: bool = False,
     gates: Literal[False] = False,
     states: bool = False,
+    every: int = 0,
     **options: Unpack[Options],
 ) -> _Results: ...
 @overload
@@ -297,6 +365,7 @@ def recurrence(
     reverse: bool = False,
     gates: Literal[True],
     states: bool = False,
+    every: int = 0,
     **options: Unpack[Options],
 ) -> _ResultsWithGates: ...
 @overload
@@ -311,6 +380,7 @@ def recurrence(
     reverse: bool = False,
     gates: bool,
     states: bool = False,
+    every: int = 0,
     **options: Unpack[Options],
 ) -> _Results | _ResultsWithGates: ...
 def recurrence(
@@ -333,6 +403,7 @@ def recurrence(
     seed: Tensor | None = None,
     gates: bool = False,
     states: bool = False,
+    every: int = 0,
 ) -> _Results | _ResultsWithGates:
     """Run one direction of one layer over all steps.
 
@@ -370,13 +441,16 @@ def recurrence(
             ``p * old + (1 - p) * new``, as in evaluation.
         gates: whether to return the gates.
         states: whether to return the cell states where no gradient is recorded too.
+        every: 0 or k > 0: what the backward pass needs of the states is stored before the steps 0, k, 2k, ... of the
+            loop alone, and computed again from there, one segment of k steps at a time. Gradients have the same bits.
+            Without gradient recording it changes no more than which implementations can run the call.
 
     Returns:
         ``hidden`` (T, B, H), the hidden state after each step; ``cells`` (T, B, H), the LSTM's cell states,
-        ``None`` for other cells, and for an LSTM when no gradient is recorded and neither `states` nor `gates` asks;
-        ``state_n`` (S, B, H), the state after the last step; with `gates` also (T, B, K, H), the gates after their
-        activations: i, f, g, o of an LSTM, r, z, n of a GRU, 0 in held steps; h itself of an RNN. In held steps
-        `hidden` is the carried state: a layer that wants 0 there masks it.
+        ``None`` for other cells, and for an LSTM with `every`, and when no gradient is recorded and neither `states`
+        nor `gates` asks; ``state_n`` (S, B, H), the state after the last step; with `gates` also (T, B, K, H), the
+        gates after their activations: i, f, g, o of an LSTM, r, z, n of a GRU, 0 in held steps; h itself of an RNN.
+        In held steps `hidden` is the carried state: a layer that wants 0 there masks it.
 
     Raises:
         ValueError, TypeError: the message names the argument, what it was and what is allowed.
@@ -385,13 +459,16 @@ def recurrence(
         weight_ih, weight_hh, bias_ih, bias_hh, reset_state, peephole, recurrent_mask, norm_h, norm_c, zoneout, seed
     )
     check(input, weights, state0, control, cell)
+    if every != 0:
+        _check_every(every, gates, states)
     stored = gates and CELLS[cell].reserve > 0
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, state0, *weights)):
-        hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, *weights)
+    if torch.is_grad_enabled() and _records(input, state0, *weights):
+        hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, every, *weights)
         of_steps = rest.pop() if stored else None
         state_n = rest.pop()
     else:
-        saved, state_n, reserve = forward_op(input, weights, state0, control, cell, reverse, stored or states)
+        forward = _forward if eager(input, state0, control, *weights) else forward_op
+        saved, state_n, reserve = forward(input, weights, state0, control, cell, reverse, stored or states, every)
         hidden, *rest = _step_states(saved, reverse)
         of_steps = _gates(reserve, cell, input.dtype) if stored else None
     cells = rest[0] if rest else None

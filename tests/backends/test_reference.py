@@ -110,7 +110,10 @@ def test_everything_held_is_the_initial_state():
 
 def test_runs_anywhere():
     assert reference.unavailable() is None
-    inputs = testing.recurrence_inputs("lstm", 4, 3, 5, control=True, requires_grad=False)
-    hidden = testing.recurrence_oracle(*(x.to("meta") for x in inputs), cell="lstm")[0]
+    common = {"input_size": 2, "requires_grad": False}
+    inputs = testing.recurrence_inputs("lstm", 4, 3, 5, control=True, **common)
+    options = testing.recurrence_options("lstm", 3, 5, names=testing.OPTIONS, **common)
+    there = {name: x.to("meta") for name, x in options.items()}
+    hidden = testing.recurrence_oracle(*(x.to("meta") for x in inputs), cell="lstm", **there)[0]
     assert hidden.shape == (4, 3, 5)
     assert hidden.device.type == "meta"

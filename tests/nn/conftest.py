@@ -14,13 +14,25 @@ from seqkernels.testing import assert_within_budget, poisoned_empty
 
 Run = Callable[[torch.dtype, int], dict[str, Tensor]]
 
-# Numba keeps to the plain contract.
-CAPABLE = [name for name in backends.NAMES if name != "numba" and backends.backend(name).unavailable() is None]
+OPTIONS = ("gates", "norm", "peephole", "recurrent_mask", "zoneout")
 
 
-@pytest.fixture(params=CAPABLE)
+def _having(*features: str) -> list[str]:
+    """Implementations that have these features of a recurrence; numba keeps to the plain contract."""
+    call = backends.Call("recurrence", "cpu", torch.float32, "lstm", features)
+    return [name for name in backends.NAMES if backends.why_not(name, call) is None]
+
+
+@pytest.fixture(params=_having(*OPTIONS))
 def capable(request: pytest.FixtureRequest) -> Iterator[str]:
     """Insists on each implementation that has the options of the cells; fresh memory holds NaN."""
+    with seqkernels.use_backend(request.param), poisoned_empty():
+        yield request.param
+
+
+@pytest.fixture(params=_having("reset_state"))
+def resettable(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Insists on each implementation that has reset states; fresh memory holds NaN."""
     with seqkernels.use_backend(request.param), poisoned_empty():
         yield request.param
 

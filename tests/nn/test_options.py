@@ -205,6 +205,26 @@ def test_product_of_options(data: st.DataObject, capable: str, judge: Any) -> No
     compare(options, kind, data.draw(st.booleans()), judge)
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "projected", "GRU"])
+def test_gradcheck(kind: str, train: bool, capable: str) -> None:
+    options: dict[str, Any] = {"layer_norm": True, "recurrent_dropout": 0.25, "bidirectional": True}
+    lstm = {"peephole": True, "zoneout": (0.0 if kind == "projected" else 0.5, 0.25)}
+    layer = build(kind, torch.float64, 0, **options, **(lstm if kind in ("LSTM", "projected") else {"zoneout": 0.25}))
+    layer.train(train)
+    names, weights = zip(*layer.named_parameters(), strict=True)
+    x = torch.randn(3, 2, I, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        parameters = dict(zip(names, weights, strict=True))
+        output, hidden = torch.func.functional_call(layer, parameters, (x,))
+        return (output, *(hidden if isinstance(hidden, tuple) else (hidden,)))
+
+    assert torch.autograd.gradcheck(run, (x, *weights), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x: run(x, *weights), x, fast_mode=True)
+
+
 def test_seed_of_torch_governs() -> None:
     layer = build("LSTM", torch.float32, 0, zoneout=0.5, recurrent_dropout=0.5, num_layers=2)
     x, _ = draw(layer, torch.float32, 0)

@@ -186,13 +186,13 @@ def drawn(run: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-def test_learnt_reset_state(kind: str, capable: str, judge: Any) -> None:
+def test_learnt_reset_state(kind: str, resettable: str, judge: Any) -> None:
     runs = [results(drawn(run), seqkernels.nn, kind, learn_reset_state=True) for run in (ours, learnt_loop)]
     judge(*runs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_learnt_reset_state_of_each_direction(kind: str, capable: str) -> None:
+def test_learnt_reset_state_of_each_direction(kind: str, resettable: str) -> None:
     """A document that begins with a reset runs as one whose initial state is the learnt one."""
     options = {"num_layers": 2, "bidirectional": True, "learn_reset_state": True}
     layer = build(kind, seqkernels.nn, torch.float64, 0, **options)
@@ -219,7 +219,7 @@ def test_learnt_reset_state_of_each_direction(kind: str, capable: str) -> None:
     assert all(grad.any() for grad in grads)
 
 
-def test_learnt_reset_state_starts_as_zero_and_needs_a_reset(capable: str) -> None:
+def test_learnt_reset_state_starts_as_zero_and_needs_a_reset(resettable: str) -> None:
     plain = build("LSTM", seqkernels.nn, torch.float32, 0)
     layer = build("LSTM", seqkernels.nn, torch.float32, 0, learn_reset_state=True)
     x, _, reset = draw(layer, torch.float32, 0)
@@ -229,7 +229,7 @@ def test_learnt_reset_state_starts_as_zero_and_needs_a_reset(capable: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-def test_gradcheck(kind: str, capable: str) -> None:
+def test_gradcheck(kind: str, resettable: str) -> None:
     layer = getattr(seqkernels.nn, kind)(2, 3, bidirectional=True, learn_reset_state=True).double()
     reset = torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool)
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Fixtures for what numba leaves to others: the options of the recurrence."""
+"""Fixtures for the options of the recurrence, which not every implementation has."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import seqkernels
 from seqkernels import backends, testing
 
-#: Implementations that have the options of the recurrence.
-WITH_OPTIONS = [name for name in ("native", "reference") if backends.backend(name).unavailable() is None]
+_FEATURES = ("control", "gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout")
+
+#: Implementations that say they have all options of the recurrence; that they should is tested once.
+WITH_OPTIONS = [
+    name
+    for name in backends.NAMES
+    if backends.why_not(name, backends.Call("recurrence", "cpu", torch.float32, "lstm", _FEATURES)) is None
+]
 
 
 def _isas(name: str) -> list[str | None]:

@@ -34,10 +34,11 @@ def _inputs(cell, shape, dtype=torch.float32, **options):
     return testing.recurrence_inputs(cell, *shape, dtype, **options)
 
 
-def _draws(cell, shape, dtype=torch.float32, **options):
-    """So many inputs of a shape that their results have some hundred elements together."""
-    count = min(64, 1 + 200 // max(1, math.prod(shape)))
-    return [_inputs(cell, shape, dtype, seed=seed, **options) for seed in range(count)]
+def _draws(cell, shape, dtype=torch.float32, layout="contiguous", **options):
+    """So many inputs of a shape that their results have some hundred elements together that are not alike."""
+    alike = {"scalar": math.prod(shape), "expanded": shape[0]}.get(layout, 1)
+    count = min(64, 1 + 200 * max(1, alike) // max(1, math.prod(shape)))
+    return [_inputs(cell, shape, dtype, layout=layout, seed=seed, **options) for seed in range(count)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,11 +89,14 @@ def test_any_shape(plain_runner, cell, shape, reverse, bias, control, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_projection_inside(runner, cell, dtype):
-    for (reverse, bias, control), size in zip(FLAGS, itertools.cycle((1, 5, 40)), strict=False):
-        inputs = _inputs(cell, (7, 3, 19), dtype, bias=bias, control=control, detach=True, input_size=size)
+    for (reverse, bias, control), size in zip(FLAGS, itertools.cycle((3, 8, 40)), strict=False):
+        draws = [
+            _inputs(cell, (7, 3, 19), dtype, bias=bias, control=control, detach=True, input_size=size, seed=seed)
+            for seed in range(1 + 20 // size)
+        ]
         names = ("weight_ih", "bias_ih") if bias else ("weight_ih",)
         options = testing.recurrence_options(cell, 3, 19, dtype, names=names, input_size=size)
-        testing.check_recurrence(inputs, cell=cell, reverse=reverse, **options)
+        testing.check_recurrence(*draws, cell=cell, reverse=reverse, **options)
 
 
 @hypothesis.given(
@@ -115,9 +119,9 @@ def test_any_projection(plain_runner, cell, shape, size, flags, input_bias, layo
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_layouts(plain_runner, cell, layout):
-    inputs = _inputs(cell, (4, 3, 9), control=True, layout=layout)
-    outputs = testing.evaluate(testing.recurrence_oracle, inputs, {}, cell=cell)
-    testing.check_recurrence(inputs, cell=cell, grads=testing.random_grads(outputs, layout))
+    draws = _draws(cell, (4, 3, 9), control=True, layout=layout)
+    outputs = testing.evaluate(testing.recurrence_oracle, draws[0], {}, cell=cell)
+    testing.check_recurrence(*draws, cell=cell, grads=testing.random_grads(outputs, layout))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -267,7 +271,6 @@ def test_detached_states(plain_runner, cell, reverse):
     assert (results["grad_input"][before, :2] == 0).all()
     assert (results["grad_state0"][:, :2] == 0).all()
     assert (whole["grad_state0"] != 0).any(2).all()
-    assert torch.equal(results["grad_input"][:, 2], whole["grad_input"][:, 2])
 
 
 @pytest.mark.parametrize("reverse", [False, True])

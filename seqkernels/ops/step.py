@@ -1,0 +1,145 @@
+"""One step of a cell for a few rows, where the way to a kernel takes longer than the kernel.
+
+`recurrence` over one step gives the same. Here the compiled module is called without the dispatcher, for plain tensors
+in eager mode, and a kernel of its own reads the weights without packing them; ``docs/decisions/0006`` measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ._eager import undisturbed
+from .recurrence import recurrence
+
+#: Rows up to which a step is quicker without packing.
+MAX_ROWS = 4
+
+_modules: dict[tuple[torch.dtype, str], ModuleType] = {}
+
+
+def _native(dtype: torch.dtype, cell: str) -> ModuleType | None:
+    """The compiled step where the registry gives `cell` to the compiled module, else ``None``."""
+    chosen = backends.select(backends.Call("recurrence", "cpu", dtype, cell)).chosen
+    return backends.module(chosen, "step") if chosen == "native" else None
+
+
+def step(
+    cell: str,
+    input: Tensor,
+    hidden: Tensor | None,
+    cells: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The next hidden and (LSTM) cell states, in the form of the input, or ``None`` where the call has to go through `recurrence`.
+
+    It has to for tensors on other devices, subclasses, rows that are not contiguous, more than `MAX_ROWS` rows, other
+    implementations, under autocast, compilation, tracing, dispatch modes and functional transforms, and where an
+    argument does not fit, since `recurrence` says why.
+
+    Args:
+        cell: a key of `seqkernels.cells.CELLS`.
+        input: (B, I), or (1, B, I) as a layer has it; then the states have three dimensions too.
+        hidden: (B, H), or ``None`` for zeros.
+        cells: (B, H), LSTM only, or ``None`` for zeros.
+        weight_ih: (G*H, I).
+        weight_hh: (G*H, H).
+        bias_ih: (G*H,) or ``None``.
+        bias_hh: (G*H,) or ``None``.
+    """
+    if not undisturbed() or type(input) is not Tensor or not input.is_cpu:
+        return None
+    *one, rows, _ = input.shape if input.dim() in (2, 3) else (0, 0, 0)
+    if rows > MAX_ROWS or (one and one[0] != 1):
+        return None
+    if torch._C._is_any_autocast_enabled() or not (hidden is None or isinstance(hidden, Tensor)):
+        return None
+    key = (input.dtype, cell)
+    module = _modules.get(key) if backends.unobserved() else _native(*key)
+    if module is None:
+        module = _native(*key)
+        if module is None:
+            return None
+        _modules[key] = module
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    try:
+        if torch.is_grad_enabled() and _records(input, hidden, cells, *weights):
+            results = _Step.apply(cell, module, input, hidden, cells, *weights)
+            return results if cell == "lstm" else (results, None)
+        return module.step_forward(input, hidden, cells, weights, cell, False)[:2]
+    except (TypeError, ValueError):
+        # `recurrence` can run it, or knows what is wrong.
+        return None
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    for x in tensors:  # noqa: SIM110 - any() takes twice as long
+        if x is not None and x.requires_grad:
+            return True
+    return False
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: str,
+        module: ModuleType,
+        input: Tensor,
+        hidden: Tensor | None,
+        cells: Tensor | None,
+        *weights: Tensor | None,
+    ) -> Any:
+        saved = module.step_forward(input, hidden, cells, weights, cell, True)
+        ctx.save_for_backward(input, hidden, cells, *weights, *saved)
+        ctx.cell, ctx.module = cell, module
+        ctx.set_materialize_grads(False)
+        return saved[:2] if cell == "lstm" else saved[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        input, hidden, cells, *rest = ctx.saved_tensors
+        weights, saved, needs = rest[:4], rest[4:], ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return None, None, *_gradients(ctx.cell, grads, (input, hidden, cells, *weights), needs)
+        both = (grads[0], grads[1] if len(grads) > 1 else None)
+        return None, None, *ctx.module.step_backward(both, input, hidden, cells, weights, saved, ctx.cell, needs)
+
+
+def _gradients(
+    cell: str, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients as a graph, for the second order, through `recurrence`."""
+    input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+    assert input is not None
+    assert weight_hh is not None
+    with torch.enable_grad():
+        layer = input.dim() == 3
+        zeros = input.new_zeros(*input.shape[:-1], weight_hh.shape[1])
+        states = [zeros if x is None else x for x in ((hidden, cells) if cell == "lstm" else (hidden,))]
+        _, _, state_n = recurrence(
+            input if layer else input.unsqueeze(0),
+            weight_hh,
+            bias_hh,
+            torch.cat(states) if layer else torch.stack(states),
+            cell=cell,
+            weight_ih=weight_ih,
+            bias_ih=bias_ih,
+        )
+        outs = state_n.split(1) if layer else state_n.unbind()
+        pairs = [(out, grad) for out, grad in zip(outs, grads, strict=True) if grad is not None]
+        wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
+            )
+        )
+    return [next(found) if need and x is not None else None for x, need in zip(tensors, needs, strict=True)]
