@@ -444,10 +444,15 @@ class Backward {
   Barrier barrier_;
 };
 
+template <template <class> class CellOf, class S>
+using PlainBackward = Backward<CellOf, S, false>;
+template <template <class> class CellOf, class S>
+using BackwardWithOptions = Backward<CellOf, S, true>;
+
 }  // namespace
 
 void SEQKERNELS_ENTRY(recurrence_backward)(const RecurrenceBackward& p) {
-  has_options(p) ? run_dtype<Backward, true>(p) : run_dtype<Backward, false>(p);
+  has_options(p) ? run_dtype<BackwardWithOptions>(p) : run_dtype<PlainBackward>(p);
 }
 
 }  // namespace seqkernels

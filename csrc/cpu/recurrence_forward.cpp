@@ -496,6 +496,11 @@ class Forward {
   Barrier barrier_;
 };
 
+template <template <class> class CellOf, class S>
+using PlainForward = Forward<CellOf, S, false>;
+template <template <class> class CellOf, class S>
+using ForwardWithOptions = Forward<CellOf, S, true>;
+
 template <class T>
 void activation(const char* name, std::int64_t count, const T* x, T* y) {
   for (std::int64_t i = 0; i < count; i += kLanes<T>) {
@@ -508,7 +513,7 @@ void activation(const char* name, std::int64_t count, const T* x, T* y) {
 }  // namespace
 
 void SEQKERNELS_ENTRY(recurrence_forward)(const RecurrenceForward& p) {
-  has_options(p) ? run_dtype<Forward, true>(p) : run_dtype<Forward, false>(p);
+  has_options(p) ? run_dtype<ForwardWithOptions>(p) : run_dtype<PlainForward>(p);
 }
 
 // exp, sigmoid or tanh of `count` numbers, for the tests of their error.
