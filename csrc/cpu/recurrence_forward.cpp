@@ -319,10 +319,11 @@ class Forward {
     alignas(64) T tile[kTileRows * kWidth * n];
     for (std::int64_t r = 0; r < step.active; r += kTileRows) {
       const std::int64_t count = min_of<std::int64_t>(kTileRows, step.active - r);
-      product(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, false, tile, width_);
       if (norms_product()) {
+        product_to_norm(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, tile, width_);
         put_products(part, group, r, count, tile);
       } else {
+        product(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, false, tile, width_);
         cells(part, step, group, gates, r, count, tile);
       }
     }
