@@ -6,6 +6,10 @@ travels in `seqkernels.cells.Weights`. Formulas and the backward pass: ``docs/re
 
 T time, B batch, I input size, H hidden size; G, S, R are gates, states and reserve of the cell
 (`seqkernels.cells.CELLS`); K is G, the number of gates that are returned.
+
+The forward op with `save` returns what the backward op needs: states (S, T+1, B, H) in the dtype of the input and
+reserve (T, B, R, H) in the accumulation dtype. With `every` = k > 0 these are the hidden states (1, T+1, B, H), which
+are the output, and checkpoints (ceil(T/k), S, B, H): the unrounded state before the steps 0, k, 2k, ... of the loop.
 """
 
 from __future__ import annotations
@@ -26,11 +30,11 @@ if TYPE_CHECKING:
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _library.define(
     "recurrence_forward(Tensor input, Tensor?[] weights, Tensor state0, Tensor? control, str cell, bool reverse,"
-    " bool save) -> (Tensor states, Tensor state_n, Tensor reserve)"
+    " bool save, int every=0) -> (Tensor states, Tensor state_n, Tensor reserve)"
 )
 _library.define(
     "recurrence_backward(Tensor?[] grads, Tensor input, Tensor?[] weights, Tensor states, Tensor reserve,"
-    " Tensor? control, str cell, bool reverse, bool[] needs) -> Tensor[]"
+    " Tensor? control, str cell, bool reverse, bool[] needs, int every=0) -> Tensor[]"
 )
 
 
@@ -48,8 +52,12 @@ def _plain(weights: Weights) -> bool:
     )
 
 
-def _call(x: Tensor, weights: Weights, control: Tensor | None, cell: str, gates: bool = False) -> backends.Call:
-    features: tuple[str, ...] = () if control is None else ("control",)
+def _call(
+    x: Tensor, weights: Weights, control: Tensor | None, cell: str, every: int, gates: bool = False
+) -> backends.Call:
+    features: tuple[str, ...] = ("checkpoint",) if every else ()
+    if control is not None:
+        features += ("control",)
     if gates or not _plain(weights):
         used = {
             "gates": gates,
@@ -71,9 +79,12 @@ def _forward(
     cell: str,
     reverse: bool,
     save: bool,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     named = Weights._make(weights)
-    module = backends.implementation(_call(input, named, control, cell))
+    module = backends.implementation(_call(input, named, control, cell, every))
+    if every and save:
+        return module.recurrence_forward(input, named, state0, control, cell, reverse, save, every=every)
     return module.recurrence_forward(input, named, state0, control, cell, reverse, save)
 
 
@@ -87,10 +98,12 @@ def _backward(
     cell: str,
     reverse: bool,
     needs: Sequence[bool],
+    every: int = 0,
 ) -> list[Tensor]:
     named = Weights._make(weights)
-    module = backends.implementation(_call(input, named, control, cell, grads[3] is not None))
-    return module.recurrence_backward(grads, input, named, states, reserve, control, cell, reverse, needs)
+    module = backends.implementation(_call(input, named, control, cell, every, grads[3] is not None))
+    arguments = (grads, input, named, states, reserve, control, cell, reverse, needs)
+    return module.recurrence_backward(*arguments, every=every) if every else module.recurrence_backward(*arguments)
 
 
 def _forward_fake(
@@ -101,12 +114,16 @@ def _forward_fake(
     cell: str,
     reverse: bool,
     save: bool,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     steps, batch, _ = input.shape
     num_states, _, hidden = state0.shape
-    states = input.new_empty((num_states if save else 1, steps + 1, batch, hidden))
+    states = input.new_empty((num_states if save and not every else 1, steps + 1, batch, hidden))
     state_n = input.new_empty((num_states, batch, hidden))
-    shape = (steps, batch, CELLS[cell].reserve, hidden) if save else (0,)
+    shape: tuple[int, ...] = (0,)
+    if save:
+        of_steps = (steps, batch, CELLS[cell].reserve, hidden)
+        shape = (-(-steps // every), num_states, batch, hidden) if every else of_steps
     return states, state_n, input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
 
 
@@ -120,9 +137,10 @@ def _backward_fake(
     cell: str,
     reverse: bool,
     needs: Sequence[bool],
+    every: int = 0,
 ) -> list[Tensor]:
-    num_states, _, batch, hidden = states.shape
-    shapes = [input.shape, (num_states, batch, hidden), *(None if x is None else x.shape for x in weights)]
+    _, _, batch, hidden = states.shape
+    shapes = [input.shape, (CELLS[cell].states, batch, hidden), *(None if x is None else x.shape for x in weights)]
     return [
         input.new_empty(shape if need and shape is not None else (0,))
         for shape, need in zip(shapes, needs, strict=True)
@@ -148,12 +166,13 @@ class _Recurrence(torch.autograd.Function):
         cell: str,
         reverse: bool,
         gates: bool,
+        every: int,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
         forward = _forward if eager(input, state0, control, *weights) else forward_op
-        states, state_n, reserve = forward(input, weights, state0, control, cell, reverse, True)
+        states, state_n, reserve = forward(input, weights, state0, control, cell, reverse, True, every)
         ctx.save_for_backward(input, state0, control, states, reserve, *weights)
-        ctx.cell, ctx.reverse, ctx.gates = cell, reverse, gates
+        ctx.cell, ctx.reverse, ctx.gates, ctx.every = cell, reverse, gates, every
         ctx.set_materialize_grads(False)
         outputs = (*_step_states(states, reverse), state_n)
         return (*outputs, _gates(reserve, cell, input.dtype)) if gates else outputs
@@ -174,9 +193,9 @@ def _gates(reserve: Tensor, cell: str, dtype: torch.dtype) -> Tensor:
 
 def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     input, state0, control, states, reserve, *weights = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[6:])
-    cells = grads[1] if CELLS[ctx.cell].states == 2 else None
-    ordered = (grads[0], cells, grads[CELLS[ctx.cell].states], grads[-1] if ctx.gates else None)
+    needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[7:])
+    of_steps = 1 if ctx.every else CELLS[ctx.cell].states
+    ordered = (grads[0], grads[1] if of_steps == 2 else None, grads[of_steps], grads[-1] if ctx.gates else None)
     found: Sequence[Tensor | None]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # A graph of the gradients is wanted, for the second order.
@@ -185,9 +204,9 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
         found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs)
     else:
         backward = _backward if eager(input, *ordered, control, *weights) else backward_op
-        op = backward(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs)
+        op = backward(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs, ctx.every)
         found = [x if need else None for x, need in zip(op, needs, strict=True)]
-    return *found[:2], None, None, None, None, *found[2:]
+    return *found[:2], None, None, None, None, None, *found[2:]
 
 
 def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | None, cell: str) -> None:
@@ -284,6 +303,16 @@ def _check_tensor(
         raise TypeError(f"{name}: expected {dtype or f'{input.dtype} as input'}, got {tensor.dtype}")
 
 
+def _check_every(every: object, gates: bool, states: bool) -> None:
+    if isinstance(every, bool) or not isinstance(every, int):
+        raise TypeError(f"every: expected an int, got {type(every).__name__}")
+    if every < 0:
+        raise ValueError(f"every: expected 0 or a number of steps, got {every}")
+    for name, asked in (("gates", gates), ("states", states)):
+        if asked:
+            raise ValueError(f"{name}: expected False with every, since what it returns of every step would be stored")
+
+
 class Options(TypedDict, total=False):
     """The optional tensors of `recurrence`, fields of `seqkernels.cells.Weights`."""
 
@@ -321,6 +350,7 @@ def recurrence(
     reverse: bool = False,
     gates: Literal[False] = False,
     states: bool = False,
+    every: int = 0,
     **options: Unpack[Options],
 ) -> _Results: ...
 @overload
@@ -335,6 +365,7 @@ def recurrence(
     reverse: bool = False,
     gates: Literal[True],
     states: bool = False,
+    every: int = 0,
     **options: Unpack[Options],
 ) -> _ResultsWithGates: ...
 @overload
@@ -349,6 +380,7 @@ def recurrence(
     reverse: bool = False,
     gates: bool,
     states: bool = False,
+    every: int = 0,
     **options: Unpack[Options],
 ) -> _Results | _ResultsWithGates: ...
 def recurrence(
@@ -371,6 +403,7 @@ def recurrence(
     seed: Tensor | None = None,
     gates: bool = False,
     states: bool = False,
+    every: int = 0,
 ) -> _Results | _ResultsWithGates:
     """Run one direction of one layer over all steps.
 
@@ -408,13 +441,16 @@ def recurrence(
             ``p * old + (1 - p) * new``, as in evaluation.
         gates: whether to return the gates.
         states: whether to return the cell states where no gradient is recorded too.
+        every: 0 or k > 0: what the backward pass needs of the states is stored before the steps 0, k, 2k, ... of the
+            loop alone, and computed again from there, one segment of k steps at a time. Gradients have the same bits.
+            Without gradient recording it changes no more than which implementations can run the call.
 
     Returns:
         ``hidden`` (T, B, H), the hidden state after each step; ``cells`` (T, B, H), the LSTM's cell states,
-        ``None`` for other cells, and for an LSTM when no gradient is recorded and neither `states` nor `gates` asks;
-        ``state_n`` (S, B, H), the state after the last step; with `gates` also (T, B, K, H), the gates after their
-        activations: i, f, g, o of an LSTM, r, z, n of a GRU, 0 in held steps; h itself of an RNN. In held steps
-        `hidden` is the carried state: a layer that wants 0 there masks it.
+        ``None`` for other cells, and for an LSTM with `every`, and when no gradient is recorded and neither `states`
+        nor `gates` asks; ``state_n`` (S, B, H), the state after the last step; with `gates` also (T, B, K, H), the
+        gates after their activations: i, f, g, o of an LSTM, r, z, n of a GRU, 0 in held steps; h itself of an RNN.
+        In held steps `hidden` is the carried state: a layer that wants 0 there masks it.
 
     Raises:
         ValueError, TypeError: the message names the argument, what it was and what is allowed.
@@ -423,14 +459,16 @@ def recurrence(
         weight_ih, weight_hh, bias_ih, bias_hh, reset_state, peephole, recurrent_mask, norm_h, norm_c, zoneout, seed
     )
     check(input, weights, state0, control, cell)
+    if every != 0:
+        _check_every(every, gates, states)
     stored = gates and CELLS[cell].reserve > 0
     if torch.is_grad_enabled() and _records(input, state0, *weights):
-        hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, *weights)
+        hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, every, *weights)
         of_steps = rest.pop() if stored else None
         state_n = rest.pop()
     else:
         forward = _forward if eager(input, state0, control, *weights) else forward_op
-        saved, state_n, reserve = forward(input, weights, state0, control, cell, reverse, stored or states)
+        saved, state_n, reserve = forward(input, weights, state0, control, cell, reverse, stored or states, every)
         hidden, *rest = _step_states(saved, reverse)
         of_steps = _gates(reserve, cell, input.dtype) if stored else None
     cells = rest[0] if rest else None

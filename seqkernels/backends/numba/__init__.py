@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import Call
 
 #: Features of recurrences that it leaves to others.
-_DECLINED = ("gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout")
+_DECLINED = ("checkpoint", "gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout")
 
 
 def unavailable() -> str | None:

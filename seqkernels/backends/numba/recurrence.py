@@ -171,6 +171,7 @@ def recurrence_forward(
     cell: str,
     reverse: bool,
     save: bool,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward``, without options of the cell.
 
@@ -178,6 +179,7 @@ def recurrence_forward(
         input, state0, control, cell, reverse: as in `seqkernels.ops.recurrence.recurrence`.
         weights: of which ``weight_ih``, ``weight_hh`` and the biases are used.
         save: whether a backward pass will follow.
+        every: 0; checkpoints are declined by ``unsupported``.
 
     Returns:
         ``states`` (S, T+1, B, H), only the hidden state unless `save`; ``state_n`` (S, B, H); ``reserve``
@@ -375,6 +377,7 @@ def recurrence_backward(
     cell: str,
     reverse: bool,
     needs: Sequence[bool],
+    every: int = 0,
 ) -> list[Tensor]:
     """``seqkernels::recurrence_backward``: back-propagation through time, then products over all steps.
 
@@ -385,6 +388,7 @@ def recurrence_backward(
         states: (S, T+1, B, H), from the forward pass of any implementation.
         reserve: (T, B, R, H), likewise.
         needs: whether the gradient is wanted, of the input, of the initial state, of each of `weights`.
+        every: 0; checkpoints are declined by ``unsupported``.
 
     Returns:
         For each of `needs` the gradient in shape and dtype of its tensor; empty where there is no need.

@@ -1,6 +1,7 @@
 """The recurrence in plain PyTorch: a loop over time, differentiable by autograd, and the oracle of the tests.
 
-A step is in ``recurrence_step.py``, the backward pass by hand in ``recurrence_backward.py``.
+The loop is in ``recurrence_loop.py``, a step of it in ``recurrence_step.py``, the backward pass by hand in
+``recurrence_backward.py``.
 """
 
 from __future__ import annotations
@@ -8,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...cells import CELLS, DETACH, HOLD, RESET, Weights, accumulate_dtype
+from ...cells import CELLS, Weights, accumulate_dtype
 from .recurrence_backward import through_time
-from .recurrence_step import recurrent_part, step, zone_out
-
-_BITS = (RESET, HOLD, DETACH)
+from .recurrence_loop import begin_with, input_part, run, seen, segments
 
 
 def recurrence(
@@ -35,36 +33,29 @@ def recurrence(
     dtype = input.dtype
     acc = accumulate_dtype(dtype)
     w = weights.to(acc)
-    state = tuple(state0.to(acc).unbind(0))
-    x = input.to(acc)
-    reset, hold, detach = (None if control is None else (control & bit).bool().unsqueeze(2) for bit in _BITS)
-    if hold is not None:
-        x = x.masked_fill(hold, 0)
-    if w.weight_ih is not None:
-        x = F.linear(x, w.weight_ih, w.bias_ih)
-    fresh = tuple(x.new_zeros(len(state), 1) if w.reset_state is None else w.reset_state)
-    steps = x.shape[0]
-    history, reserve = [state], []
-    for t in reversed(range(steps)) if reverse else range(steps):
-        if reset is not None and detach is not None:
-            state = tuple(torch.where(detach[t], s.detach(), s) for s in state)
-            state = tuple(torch.where(reset[t], f, s) for f, s in zip(fresh, state, strict=True))
-        new, saved = step(x[t], recurrent_part(state[0], w), state, w, cell)
-        if w.zoneout is not None:
-            new = zone_out(state, new, w.zoneout, w.seed, t)
-        if hold is not None:
-            new = tuple(torch.where(hold[t], s, n) for s, n in zip(state, new, strict=True))
-            saved = saved.masked_fill(hold[t].unsqueeze(2), 0)
-        state = new
-        history.append(state)
-        reserve.append(saved)
-    if reverse:
-        history.reverse()
-        reserve.reverse()
-    states = torch.stack([torch.stack(column) for column in zip(*history, strict=True)])
-    shape = (0, x.shape[1], CELLS[cell].reserve, state0.shape[2])
-    saved = torch.stack(reserve) if reserve else x.new_empty(shape)
+    gates_x = input_part(seen(input.to(acc), control), w)
+    every_step = (0, input.shape[0])
+    states, state, saved = run(gates_x, begin_with(state0.to(acc)), w, control, cell, reverse, every_step)
     return states.to(dtype), torch.stack(state).to(dtype), saved
+
+
+def _checkpointed(
+    input: Tensor, weights: Weights, state0: Tensor, control: Tensor | None, cell: str, reverse: bool, every: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`recurrence`, of which only hidden states (1, T+1, B, H) and checkpoints (ceil(T/every), S, B, H) are kept."""
+    dtype = input.dtype
+    acc = accumulate_dtype(dtype)
+    w = weights.to(acc)
+    gates_x = input_part(seen(input.to(acc), control), w)
+    state = begin_with(state0.to(acc))
+    order = segments(input.shape[0], every, reverse)
+    checkpoints = gates_x.new_empty(len(order), *state0.shape)
+    hidden = [state0[:1]]
+    for k, segment in enumerate(order):
+        checkpoints[k] = torch.stack(state)
+        states, state, _ = run(gates_x, state, w, control, cell, reverse, segment)
+        hidden.append((states[0, :-1] if reverse else states[0, 1:]).to(dtype))
+    return torch.cat(hidden[::-1] if reverse else hidden).unsqueeze(0), torch.stack(state).to(dtype), checkpoints
 
 
 def gradients(
@@ -116,8 +107,15 @@ def recurrence_forward(
     cell: str,
     reverse: bool,
     save: bool,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``seqkernels::recurrence_forward``: `recurrence`, without what only a backward pass needs unless `save`."""
+    """``seqkernels::recurrence_forward``: `recurrence`, without what only a backward pass needs unless `save`.
+
+    With `save` and `every` only hidden states (1, T+1, B, H), and in place of the reserve the checkpoints
+    (ceil(T/every), S, B, H) in the accumulation dtype: the state before each segment of `every` steps.
+    """
+    if save and every:
+        return _checkpointed(input, weights, state0, control, cell, reverse, every)
     states, state_n, reserve = recurrence(input, weights, state0, control, cell, reverse)
     if not save:
         return states[:1].clone(), state_n, reserve.new_empty(0)
@@ -134,6 +132,7 @@ def recurrence_backward(
     cell: str,
     reverse: bool,
     needs: Sequence[bool],
+    every: int = 0,
 ) -> list[Tensor]:
     """``seqkernels::recurrence_backward``: back-propagation through time.
 
@@ -143,12 +142,13 @@ def recurrence_backward(
         input, weights, control, cell, reverse: as in the forward pass.
         states, reserve: from the forward pass.
         needs: whether the gradient is wanted, of the input, of the initial state, of each of `weights`.
+        every: as in the forward pass.
 
     Returns:
         For each of `needs` the gradient, in shape and dtype of its tensor; empty where there is no need.
     """
-    found = through_time(grads, input, weights, states, reserve, control, cell, reverse, needs)
-    like = (input, states[:, 0], *weights)
+    found = through_time(grads, input, weights, states, reserve, control, cell, reverse, needs, every)
+    like = (input, states, *weights)
     return [
         input.new_empty(0) if grad is None or x is None else grad.to(x.dtype).contiguous()
         for grad, x in zip(found, like, strict=True)

@@ -6,13 +6,13 @@ autograd through the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...cells import CONSTANTS, DETACH, HOLD, NORM_EPS, RESET, Weights, accumulate_dtype
+from ...cells import CELLS, CONSTANTS, DETACH, HOLD, NORM_EPS, RESET, Weights, accumulate_dtype
+from .recurrence_loop import begin_with, input_part, run, seen, segments
 from .recurrence_step import keep, recurrent_part, step
 
 Sums = dict[str, Tensor]
@@ -28,40 +28,37 @@ def through_time(
     cell: str,
     reverse: bool,
     needs: Sequence[bool],
+    every: int = 0,
 ) -> list[Tensor | None]:
-    """Back-propagation through time.
+    """Back-propagation through time, of one segment after the other where there are checkpoints.
 
     Args:
-        grads, input, weights, states, reserve, control, cell, reverse, needs: as in ``recurrence_backward``.
+        grads, input, weights, states, reserve, control, cell, reverse, needs, every: as in ``recurrence_backward``.
 
     Returns:
         For each of `needs` the gradient in the accumulation dtype, ``None`` where there is no need.
     """
     acc = accumulate_dtype(states.dtype)
-    num_states, steps, batch, hidden = states.shape
+    num_states = CELLS[cell].states
+    _, steps, batch, hidden = states.shape
     steps -= 1
     w = weights.to(acc)
-    h = states.to(acc)
-    x = input.to(acc)
-    if control is not None:
-        x = x.masked_fill((control & HOLD).bool().unsqueeze(2), 0)
-    gates_x = x if w.weight_ih is None else F.linear(x, w.weight_ih, w.bias_ih)
+    x = seen(input.to(acc), control)
+    gates_x = input_part(x, w)
     grad_hidden, grad_cells, grad_state_n, grad_gates = (None if g is None else g.to(acc) for g in grads)
     if cell.startswith("rnn") and grad_gates is not None:
         # The one gate is the hidden state itself.
         grad_hidden = grad_gates[:, :, 0] + (0 if grad_hidden is None else grad_hidden)
-    grad = list(h.new_zeros(num_states, batch, hidden) if grad_state_n is None else grad_state_n)
-    fresh = h.new_zeros(num_states, 1) if w.reset_state is None else w.reset_state
+    grad = list(x.new_zeros(num_states, batch, hidden) if grad_state_n is None else grad_state_n)
+    fresh = x.new_zeros(num_states, 1) if w.reset_state is None else w.reset_state
     sums: Sums = {n: torch.zeros_like(p) for n, p in w._asdict().items() if p is not None and n not in CONSTANTS}
     # Gradients of the input part of the gates, of their recurrent part, and of the recurrent product.
-    of_x, of_h, of_product = (h.new_zeros(steps, batch, w.weight_hh.shape[0]) for _ in range(3))
-    entering = h.new_zeros(steps, batch, hidden)
-    for t in range(steps) if reverse else reversed(range(steps)):
-        before, after = (t + 1, t) if reverse else (t, t + 1)
+    of_x, of_h, of_product = (x.new_zeros(steps, batch, w.weight_hh.shape[0]) for _ in range(3))
+    entering = x.new_zeros(steps, batch, hidden)
+    for t, old, new, saved in _against_the_loop(states, reserve, gates_x, w, control, cell, reverse, every):
         grad = [g if of is None else g + of[t] for g, of in zip(grad, (grad_hidden, grad_cells), strict=False)]
-        prev = list(h[:, before])
-        of_new = grad
-        of_gates = reserve.new_zeros(()) if grad_gates is None else grad_gates[t]
+        prev, of_new = list(old), grad
+        of_gates = x.new_zeros(()) if grad_gates is None else grad_gates[t]
         if control is not None:
             reset, hold, detach = ((control[t] & bit).bool().unsqueeze(1) for bit in (RESET, HOLD, DETACH))
             prev = [torch.where(reset, f, p) for f, p in zip(fresh, prev, strict=True)]
@@ -73,14 +70,13 @@ def through_time(
             of_prev = [k * g for k, g in zip(kept, of_new, strict=True)]
             of_new = [(1 - k) * g for k, g in zip(kept, of_new, strict=True)]
         if cell == "lstm":
-            of_x[t], of_c = _lstm(of_new[0], of_new[1], of_gates, prev[1], reserve[t], w, sums)
+            of_x[t], of_c = _lstm(of_new[0], of_new[1], of_gates, prev[1], saved, w, sums)
             of_h[t] = of_x[t]
             of_prev[1] = of_prev[1] + of_c
         elif cell == "gru":
-            of_x[t], of_h[t], direct = _gru(of_new[0], of_gates, prev[0], reserve[t])
+            of_x[t], of_h[t], direct = _gru(of_new[0], of_gates, prev[0], saved)
             of_prev[0] = of_prev[0] + direct
         else:
-            new = h[0, after]
             if w.zoneout is not None:
                 new = step(gates_x[t], recurrent_part(prev[0], w), (prev[0],), w, cell)[0][0]
             of_x[t] = of_h[t] = of_new[0] * (1 - new * new if cell == "rnn_tanh" else (new > 0).to(acc))
@@ -104,6 +100,34 @@ def through_time(
         None if not need else products[name]() if name in products else sums.get(name)
         for name, need in zip(("input", "state0", *Weights._fields), needs, strict=True)
     ]
+
+
+def _against_the_loop(
+    states: Tensor,
+    reserve: Tensor,
+    gates_x: Tensor,
+    weights: Weights,
+    control: Tensor | None,
+    cell: str,
+    reverse: bool,
+    every: int,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """For each step, last of the loop first: t, the states before it (S, B, H), h after it (B, H), its reserve.
+
+    What is not stored is computed again, one segment at a time.
+    """
+    dtype, acc = states.dtype, accumulate_dtype(states.dtype)
+    for k, (begin, end) in reversed(list(enumerate(segments(gates_x.shape[0], every, reverse)))):
+        if every:
+            exact, _, saved = run(gates_x, begin_with(reserve[k]), weights, control, cell, reverse, (begin, end))
+            # Rounded as they would have been stored.
+            all_states = exact.to(dtype).to(acc)
+        else:
+            all_states, saved = states.to(acc), reserve
+        for t in range(begin, end) if reverse else reversed(range(begin, end)):
+            before, after = (t + 1 - begin, t - begin) if reverse else (t - begin, t + 1 - begin)
+            # Memory of its own: products may round otherwise where rows are aligned otherwise.
+            yield t, all_states[:, before].clone(), all_states[0, after], saved[t - begin]
 
 
 def _norm(x: Tensor) -> tuple[Tensor, Tensor]:
