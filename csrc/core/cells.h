@@ -4,7 +4,9 @@
 //     previous states prev[S] to the new states next[S] and the reserve saved[R].
 //   backward(grad, prev, next, saved, direct, gates_x, gates_h): from the gradients grad[S] of the new states to
 //     direct[S], the gradients of the previous states that do not go through the recurrent product, and to the
-//     gradients of both gate parts.
+//     gradients of both gate parts. An RNN has its one gradient of both in gates_x.
+// Null where there are none: the peephole weights peephole[3] of an LSTM, and the gradients grad_gates[G] of the
+// activated gates of LSTM and GRU.
 #pragma once
 
 #include "core/simd.h"
@@ -18,12 +20,20 @@ struct Lstm {
   static constexpr int kGates = 4, kStates = 2, kReserve = 4;
   static constexpr int kSummedGates = 4;  // gates that see only the sum of both parts
 
-  static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved) {
-    const V i = sigmoid<T>(x[0] + h[0]);
-    const V f = sigmoid<T>(x[1] + h[1]);
+  static inline V cell_state(V i, V f, V g, V prev) { return f * prev + i * g; }
+
+  static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved, const V* peephole = nullptr) {
+    V i = x[0] + h[0], f = x[1] + h[1], o = x[3] + h[3];
+    if (peephole != nullptr) {
+      i += peephole[0] * prev[1];
+      f += peephole[1] * prev[1];
+    }
+    i = sigmoid<T>(i);
+    f = sigmoid<T>(f);
     const V g = tanh<T>(x[2] + h[2]);
-    const V o = sigmoid<T>(x[3] + h[3]);
-    const V c = f * prev[1] + i * g;
+    const V c = cell_state(i, f, g, prev[1]);
+    if (peephole != nullptr) o += peephole[2] * c;
+    o = sigmoid<T>(o);
     next[0] = o * tanh<T>(c);
     next[1] = c;
     saved[0] = i;
@@ -32,16 +42,32 @@ struct Lstm {
     saved[3] = o;
   }
 
-  static inline void backward(const V* grad, const V* prev, const V* next, const V* saved, V* direct, V* gates_x, V*) {
-    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+  static inline void backward(const V* grad, const V* prev, const V* next, const V* saved, V* direct, V* gates_x, V*,
+                              const V* grad_gates = nullptr, const V* peephole = nullptr) {
     const V tanh_c = tanh<T>(next[1]);
-    const V grad_c = grad[1] + grad[0] * o * (T(1) - tanh_c * tanh_c);
-    gates_x[0] = grad_c * g * i * (T(1) - i);
-    gates_x[1] = grad_c * prev[1] * f * (T(1) - f);
-    gates_x[2] = grad_c * i * (T(1) - g * g);
-    gates_x[3] = grad[0] * tanh_c * o * (T(1) - o);
+    const V grad_c = grad[1] + grad[0] * saved[3] * (T(1) - tanh_c * tanh_c);
+    backward_of_state(grad[0] * tanh_c, grad_c, prev, saved, direct, gates_x, grad_gates, peephole);
+  }
+
+  // From the gradients of o, after its activation, and of c.
+  static inline void backward_of_state(V grad_o, V grad_c, const V* prev, const V* saved, V* direct, V* gates_x,
+                                       const V* grad_gates, const V* peephole) {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    if (grad_gates != nullptr) grad_o += grad_gates[3];
+    gates_x[3] = grad_o * o * (T(1) - o);
+    if (peephole != nullptr) grad_c += gates_x[3] * peephole[2];
+    V grad_i = grad_c * g, grad_f = grad_c * prev[1], grad_g = grad_c * i;
+    if (grad_gates != nullptr) {
+      grad_i += grad_gates[0];
+      grad_f += grad_gates[1];
+      grad_g += grad_gates[2];
+    }
+    gates_x[0] = grad_i * i * (T(1) - i);
+    gates_x[1] = grad_f * f * (T(1) - f);
+    gates_x[2] = grad_g * (T(1) - g * g);
     direct[0] = V{};
     direct[1] = grad_c * f;
+    if (peephole != nullptr) direct[1] += gates_x[0] * peephole[0] + gates_x[1] * peephole[1];
   }
 };
 
@@ -51,7 +77,7 @@ struct Gru {
   static constexpr int kGates = 3, kStates = 1, kReserve = 4;
   static constexpr int kSummedGates = 2;
 
-  static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved) {
+  static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved, const V* = nullptr) {
     const V r = sigmoid<T>(x[0] + h[0]);
     const V z = sigmoid<T>(x[1] + h[1]);
     const V n = tanh<T>(x[2] + r * h[2]);
@@ -62,12 +88,19 @@ struct Gru {
     saved[3] = h[2];
   }
 
-  static inline void backward(const V* grad, const V* prev, const V*, const V* saved, V* direct, V* gates_x,
-                              V* gates_h) {
+  static inline void backward(const V* grad, const V* prev, const V*, const V* saved, V* direct, V* gates_x, V* gates_h,
+                              const V* grad_gates = nullptr, const V* = nullptr) {
     const V r = saved[0], z = saved[1], n = saved[2];
-    const V grad_n = grad[0] * (T(1) - z) * (T(1) - n * n);
-    gates_x[0] = grad_n * saved[3] * r * (T(1) - r);
-    gates_x[1] = grad[0] * (prev[0] - n) * z * (T(1) - z);
+    V grad_n = grad[0] * (T(1) - z), grad_z = grad[0] * (prev[0] - n);
+    if (grad_gates != nullptr) {
+      grad_n += grad_gates[2];
+      grad_z += grad_gates[1];
+    }
+    grad_n *= T(1) - n * n;
+    V grad_r = grad_n * saved[3];
+    if (grad_gates != nullptr) grad_r += grad_gates[0];
+    gates_x[0] = grad_r * r * (T(1) - r);
+    gates_x[1] = grad_z * z * (T(1) - z);
     gates_x[2] = grad_n;
     gates_h[0] = gates_x[0];
     gates_h[1] = gates_x[1];
@@ -82,11 +115,12 @@ struct Rnn {
   static constexpr int kGates = 1, kStates = 1, kReserve = 0;
   static constexpr int kSummedGates = 1;
 
-  static inline void forward(const V* x, const V* h, const V*, V* next, V*) {
+  static inline void forward(const V* x, const V* h, const V*, V* next, V*, const V* = nullptr) {
     next[0] = kTanh ? tanh<T>(x[0] + h[0]) : relu<T>(x[0] + h[0]);
   }
 
-  static inline void backward(const V* grad, const V*, const V* next, const V*, V* direct, V* gates_x, V*) {
+  static inline void backward(const V* grad, const V*, const V* next, const V*, V* direct, V* gates_x, V*,
+                              const V* = nullptr, const V* = nullptr) {
     gates_x[0] = kTanh ? grad[0] * (T(1) - next[0] * next[0]) : (next[0] > T(0) ? grad[0] : V{});
     direct[0] = V{};
   }

@@ -30,6 +30,13 @@ struct Recurrence {
   const void* weight_hh;  // (G*H, H) storage, rows contiguous
   std::int64_t weight_hh_row;
   const void* reset_state;      // (S, H) storage: the state after a reset; null for zero
+  // What may be added to a cell, null where it is not. Storage, contiguous.
+  const void* peephole;        // (3, H)
+  const void* recurrent_mask;  // (B, H): factors of the hidden state in the recurrent product
+  const void* norm_h;          // (G*H): gain of the layer norm of the recurrent product
+  const void* norm_c;          // (2, H): gain and bias of the layer norm of c where it becomes h
+  const float* zoneout;        // (S): probabilities
+  const std::int64_t* seed;    // (): of the random zoneout; null for its expectation
   const std::uint8_t* control;  // (T, B) or null
   std::int64_t control_step, control_row;
 };
@@ -50,8 +57,11 @@ struct RecurrenceBackward : Recurrence {
   const void* grad_cells;  // (T, B, H) storage, or null
   std::int64_t grad_cells_step, grad_cells_row;
   const void* grad_state_n;  // (S, B, H) storage, contiguous, or null
+  const void* grad_gates;    // (T, B, G, H) storage, last dimension contiguous, or null; an RNN's gate is h itself
+  std::int64_t grad_gates_step, grad_gates_row, grad_gates_gate;
   const void* states;        // (S, T+1, B, H) storage
   const void* reserve;       // (T, B, R, H) compute
+  const void* made;          // (T, B, H) storage: for an RNN with the expectation of zoneout h before it, else null
   // Results in compute dtype, contiguous; null where not wanted.
   void* grad_input;        // (T, B, I) storage
   void* grad_weight_ih;    // (G*H, I)
@@ -59,6 +69,9 @@ struct RecurrenceBackward : Recurrence {
   void* grad_bias_ih;      // (G*H)
   void* grad_bias_hh;      // (G*H)
   void* grad_reset_state;  // (S, H)
+  void* grad_peephole;     // (3, H)
+  void* grad_norm_h;       // (G*H)
+  void* grad_norm_c;       // (2, H)
   void* grad_state0;       // (S, B, H), never null
 };
 

@@ -4,7 +4,8 @@
 //
 // A row of the buffer holds the gradients of all gates of one step and batch row: those of the input part from column
 // 0, those of the recurrent part from column 0 or, where the last gate (the GRU's n) has a recurrent part apart, from
-// column H: [n of the input part, r, z, n of the recurrent part].
+// column H: [n of the input part, r, z, n of the recurrent part]. With a layer norm of the recurrent product, the
+// gradients of that follow; then what the gradients of the options are sums of.
 #pragma once
 
 #include "core/gemm.h"
@@ -14,6 +15,24 @@
 
 namespace seqkernels {
 namespace {
+
+// The index in time of step i of the backward pass.
+inline std::int64_t time_of(const RecurrenceBackward& p, std::int64_t i) { return p.reverse ? i : p.steps - 1 - i; }
+
+inline std::uint8_t control_of(const RecurrenceBackward& p, std::int64_t t, std::int64_t b) {
+  return p.control == nullptr ? 0 : p.control[t * p.control_step + b * p.control_row];
+}
+
+// State s (H) that row b of step t began with; null for zero, and where the row is held.
+template <class S>
+inline const S* state_before(const RecurrenceBackward& p, int s, std::int64_t t, std::int64_t b) {
+  const std::uint8_t bits = control_of(p, t, b);
+  if (bits & kHold) return nullptr;
+  if (bits & kReset) {
+    return p.reset_state == nullptr ? nullptr : static_cast<const S*>(p.reset_state) + s * p.hidden;
+  }
+  return static_cast<const S*>(p.states) + ((s * (p.steps + 1) + t + p.reverse) * p.batch + b) * p.hidden;
+}
 
 template <class S, int kGates, bool kApartOfCell>
 class GateGradients {
@@ -31,8 +50,12 @@ class GateGradients {
 
   GateGradients(const RecurrenceBackward& p, int threads)
       : p_(p),
-        stride_((kGates + kApart) * p.hidden),
         depth_(kGates * p.hidden),
+        product_at_(p.norm_h == nullptr ? kApart * p.hidden : (kGates + kApart) * p.hidden),
+        norm_h_at_((kGates + kApart) * p.hidden + (p.norm_h == nullptr ? 0 : depth_)),
+        peephole_at_(norm_h_at_ + (p.norm_h == nullptr ? 0 : depth_)),
+        norm_c_at_(peephole_at_ + (p.peephole == nullptr ? 0 : 3 * p.hidden)),
+        stride_(norm_c_at_ + (p.norm_c == nullptr ? 0 : 2 * p.hidden)),
         steps_(max_of<std::int64_t>(1, min_of(p.steps, kRows / max_of<std::int64_t>(1, p.batch)))),
         panels_(p.project && p.grad_input != nullptr ? ceil_div(p.inputs, kWidth) : 0),
         gates_(2 * steps_ * p.batch * stride_),
@@ -40,7 +63,7 @@ class GateGradients {
         strips_(threads * strip_size(threads)),
         panel_(threads * kRows * kWidth),
         inputs_(threads * max_of(depth_, kRows)),
-        rows_(threads * kTileRows) {}
+        rows_(threads * 2 * kTileRows) {}
 
   std::int64_t steps() const { return steps_; }  // of a chunk
 
@@ -48,7 +71,13 @@ class GateGradients {
   T* of(std::int64_t i, std::int64_t b) const {
     return gates_.get() + ((i / steps_ % 2 * steps_ + i % steps_) * p_.batch + b) * stride_;
   }
-  const T* recurrent(std::int64_t i, std::int64_t b) const { return of(i, b) + (kApart ? p_.hidden : 0); }
+  T* recurrent(std::int64_t i, std::int64_t b) const { return of(i, b) + kApart * p_.hidden; }
+  // Of the recurrent product: the recurrent part itself where there is no layer norm between.
+  T* of_product(std::int64_t i, std::int64_t b) const { return of(i, b) + product_at_; }
+  // Terms of the gradients of norm_h (G*H), peephole (3*H) and norm_c (2*H).
+  T* of_norm_h(std::int64_t i, std::int64_t b) const { return of(i, b) + norm_h_at_; }
+  T* of_peephole(std::int64_t i, std::int64_t b) const { return of(i, b) + peephole_at_; }
+  T* of_norm_c(std::int64_t i, std::int64_t b) const { return of(i, b) + norm_c_at_; }
 
   // packed[panel][gate][input]: weight_ih as the gradient of the input needs it. All threads, before the first chunk.
   void pack(int thread, int threads) {
@@ -71,51 +100,70 @@ class GateGradients {
     if (panels_ > 0) to_input(begin, end, thread, threads);
     const std::int64_t rows = (end - begin) * p_.batch;
     for (std::int64_t r = 0; r < rows; r += kRows) {
-      to_weights(begin, r, min_of(kRows, rows - r), thread, threads);
+      const std::int64_t count = min_of(kRows, rows - r);
+      to_weights(begin, r, count, thread, threads);
+      const T* gates = of(begin, 0) + r * stride_;
+      const bool add = begin > 0 || r > 0;
+      sum_terms(gates + norm_h_at_, depth_, count, add, thread, threads, p_.grad_norm_h);
+      sum_terms(gates + peephole_at_, 3 * p_.hidden, count, add, thread, threads, p_.grad_peephole);
+      sum_terms(gates + norm_c_at_, 2 * p_.hidden, count, add, thread, threads, p_.grad_norm_c);
     }
   }
 
  private:
-  // Columns of the buffer with the same destinations: rows of the gradients of weight_ih and weight_hh, or -1.
+  // Columns of the buffer with the same destinations: rows of the gradients of weight_ih and weight_hh, and of the two
+  // biases; -1 for none.
   struct Segment {
-    std::int64_t column, count, row_ih, row_hh;
+    std::int64_t column, count, row_ih, row_hh, bias_ih, bias_hh;
   };
-  static constexpr int kSegments = kApart ? 3 : 1;
+  static constexpr int kPlainSegments = kApart ? 3 : 1, kMaxSegments = kPlainSegments + 1;
+
+  int segments() const { return kPlainSegments + (p_.norm_h != nullptr); }
 
   Segment segment(int k) const {
     const std::int64_t H = p_.hidden;
+    if (k == kPlainSegments) return {product_at_, depth_, -1, 0, -1, -1};
+    Segment s{0, depth_, 0, 0, 0, 0};
     if constexpr (kApart) {
-      if (k == 0) return {0, H, (kGates - 1) * H, -1};
-      if (k == 1) return {H, (kGates - 1) * H, 0, 0};
-      return {kGates * H, H, -1, (kGates - 1) * H};
-    } else {
-      return {0, depth_, 0, 0};
+      if (k == 0) s = {0, H, (kGates - 1) * H, -1, (kGates - 1) * H, -1};
+      if (k == 1) s = {H, (kGates - 1) * H, 0, 0, 0, 0};
+      if (k == 2) s = {kGates * H, H, -1, (kGates - 1) * H, -1, (kGates - 1) * H};
     }
+    if (p_.norm_h != nullptr) s.row_hh = -1;
+    return s;
   }
 
   std::int64_t strip_size(int threads) const {
     std::int64_t size = 0;
-    for (int k = 0; k < kSegments; ++k) size += (ceil_div(segment(k).count, threads) + 1) * kRows;
+    for (int k = 0; k < segments(); ++k) size += (ceil_div(segment(k).count, threads) + 1) * kRows;
     return size;
   }
 
-  std::int64_t time(std::int64_t i) const { return p_.reverse ? i : p_.steps - 1 - i; }
-  std::uint8_t control(std::int64_t t, std::int64_t b) const {
-    return p_.control == nullptr ? 0 : p_.control[t * p_.control_step + b * p_.control_row];
-  }
+  std::int64_t time(std::int64_t i) const { return time_of(p_, i); }
 
   void to_input(std::int64_t begin, std::int64_t end, int thread, int threads) {
     const Share rows = share((end - begin) * p_.batch, thread, threads);
-    const T** pointers = rows_.get() + thread * kTileRows;
+    const T** pointers = rows_.get() + thread * 2 * kTileRows;
     const T* gates = of(begin, 0);
     alignas(64) T tile[kTileRows * kWidth];
     for (std::int64_t r = rows.begin; r < rows.end; r += kTileRows) {
       const std::int64_t count = min_of<std::int64_t>(kTileRows, rows.end - r);
-      for (std::int64_t m = 0; m < count; ++m) pointers[m] = gates + (r + m) * stride_;
+      for (std::int64_t m = 0; m < count; ++m) {
+        pointers[m] = gates + (r + m) * stride_;
+        pointers[kTileRows + m] = pointers[m] + p_.hidden;
+      }
       for (std::int64_t k = 0; k < panels_; ++k) {
         const std::int64_t column = k * kWidth;
         const std::int64_t left = min_of<std::int64_t>(kWidth, p_.inputs - column);
-        product(count, depth_, pointers, packed_.get() + k * depth_ * kWidth, kMaxVectors, false, tile, kWidth);
+        const T* packed = packed_.get() + k * depth_ * kWidth;
+        if constexpr (kApart) {
+          // The gradients of n are by far the largest: a sum that begins with them would round all others to their size.
+          product(count, depth_ - p_.hidden, pointers + kTileRows, packed + p_.hidden * kWidth, kMaxVectors, false, tile,
+                  kWidth);
+          product(count, p_.hidden, pointers, packed, kMaxVectors, true, tile, kWidth);
+        } else {
+          product(count, depth_, pointers, packed, kMaxVectors, false, tile, kWidth);
+        }
         for (std::int64_t m = 0; m < count; ++m) {
           const std::int64_t t = time(begin + (r + m) / p_.batch), b = (r + m) % p_.batch;
           S* to = static_cast<S*>(p_.grad_input) + (t * p_.batch + b) * p_.inputs + column;
@@ -133,9 +181,9 @@ class GateGradients {
     const bool add = begin > 0 || first > 0;
     const T* gates = of(begin, 0) + first * stride_;
     T* strips = strips_.get() + thread * strip_size(threads);
-    Share columns[kSegments];
-    T* at[kSegments];
-    for (int k = 0; k < kSegments; ++k) {
+    Share columns[kMaxSegments];
+    T* at[kMaxSegments];
+    for (int k = 0; k < segments(); ++k) {
       const Segment s = segment(k);
       columns[k] = share(s.count, thread, threads);
       at[k] = strips;
@@ -152,35 +200,32 @@ class GateGradients {
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t t = time(begin + (first + r) / p_.batch), b = (first + r) % p_.batch;
         // The gradient of a held step is 0, but its input may be NaN.
-        pointers[r] = (control(t, b) & kHold)
+        pointers[r] = (control_of(p_, t, b) & kHold)
                           ? nullptr
                           : static_cast<const S*>(p_.input) + t * p_.input_step + b * p_.input_row;
       }
-      multiply(pointers, rows, p_.inputs, columns, at, false, add, panel, static_cast<T*>(p_.grad_weight_ih));
+      multiply(pointers, rows, p_.inputs, columns, at, false, add, panel, static_cast<T*>(p_.grad_weight_ih), first);
     }
     if (p_.grad_weight_hh != nullptr) {
-      const S* states = static_cast<const S*>(p_.states);
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t t = time(begin + (first + r) / p_.batch), b = (first + r) % p_.batch;
-        const std::uint8_t bits = control(t, b);
-        pointers[r] = (bits & kHold)    ? nullptr
-                      : (bits & kReset) ? static_cast<const S*>(p_.reset_state)
-                                        : states + ((p_.reverse ? t + 1 : t) * p_.batch + b) * p_.hidden;
+        pointers[r] = state_before<S>(p_, 0, t, b);
       }
-      multiply(pointers, rows, p_.hidden, columns, at, true, add, panel, static_cast<T*>(p_.grad_weight_hh));
+      multiply(pointers, rows, p_.hidden, columns, at, true, add, panel, static_cast<T*>(p_.grad_weight_hh), first);
     }
   }
 
-  // to (gates, size) (+)= strips^T x, with x (rows, size) given by its rows.
+  // to (gates, size) (+)= strips^T x, with x (rows, size) given by its rows, the first one `first` of the chunk.
   void multiply(const S* const* x, std::int64_t rows, std::int64_t size, const Share* columns, T* const* strips,
-                bool recurrent, bool add, T* panel, T* to) {
+                bool recurrent, bool add, T* panel, T* to, std::int64_t first) {
     alignas(64) T tile[kStrip * kWidth];
     for (std::int64_t column = 0; column < size; column += kWidth) {
       const std::int64_t left = min_of<std::int64_t>(kWidth, size - column);
       const int vectors = static_cast<int>(ceil_div(left, n));
       const std::int64_t width = vectors * n;
       pack_rows(x, rows, size, column, vectors, panel);
-      for (int k = 0; k < kSegments; ++k) {
+      if (recurrent && p_.recurrent_mask != nullptr) mask_panel(first, rows, column, vectors, panel);
+      for (int k = 0; k < segments(); ++k) {
         const Segment s = segment(k);
         const std::int64_t row = recurrent ? s.row_hh : s.row_ih;
         if (row < 0) continue;
@@ -209,31 +254,57 @@ class GateGradients {
     }
   }
 
-  void to_biases(const Segment& s, Share columns, const T* gates, std::int64_t rows, bool add) {
-    T* const biases[] = {s.row_ih < 0 ? nullptr : static_cast<T*>(p_.grad_bias_ih),
-                         s.row_hh < 0 ? nullptr : static_cast<T*>(p_.grad_bias_hh)};
-    const std::int64_t row[] = {s.row_ih, s.row_hh};
-    if (biases[0] == nullptr && biases[1] == nullptr) return;
-    for (std::int64_t c = columns.begin; c < columns.end; c += n) {
-      const std::int64_t left = columns.end - c;
-      // Sums of sums are more exact than one long sum.
-      constexpr int kParts = 8;
-      Vec<T> part[kParts] = {};
-      for (std::int64_t r = 0; r < rows; ++r) part[r % kParts] += load(gates + r * stride_ + s.column + c, left);
-      for (int step = kParts / 2; step > 0; step /= 2) {
-        for (int k = 0; k < step; ++k) part[k] += part[k + step];
-      }
-      const Vec<T> sum = part[0];
-      for (int k = 0; k < 2; ++k) {
-        if (biases[k] == nullptr) continue;
-        T* to = biases[k] + row[k] + c;
-        store(to, add ? sum + load(to, left) : sum, left);
+  // panel (rows, vectors * lanes) times the recurrent mask from `column`.
+  void mask_panel(std::int64_t first, std::int64_t rows, std::int64_t column, int vectors, T* panel) {
+    const S* mask = static_cast<const S*>(p_.recurrent_mask);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const S* of_row = mask + (first + r) % p_.batch * p_.hidden;
+      for (int v = 0; v < vectors; ++v, panel += n) {
+        const std::int64_t at = column + v * n;
+        if (at < p_.hidden) store_full(panel, load_full(panel) * load(of_row + at, p_.hidden - at));
       }
     }
   }
 
+  void to_biases(const Segment& s, Share columns, const T* gates, std::int64_t rows, bool add) {
+    T* const bias_ih = s.bias_ih < 0 ? nullptr : static_cast<T*>(p_.grad_bias_ih);
+    T* const bias_hh = s.bias_hh < 0 ? nullptr : static_cast<T*>(p_.grad_bias_hh);
+    if (bias_ih == nullptr && bias_hh == nullptr) return;
+    for (std::int64_t c = columns.begin; c < columns.end; c += n) {
+      const std::int64_t left = columns.end - c;
+      const Vec<T> sum = sum_of_rows(gates + s.column + c, rows, left);
+      if (bias_ih != nullptr) put_sum(bias_ih + s.bias_ih + c, sum, left, add);
+      if (bias_hh != nullptr) put_sum(bias_hh + s.bias_hh + c, sum, left, add);
+    }
+  }
+
+  // to (count) (+)= the sum over the rows of `terms`.
+  void sum_terms(const T* terms, std::int64_t count, std::int64_t rows, bool add, int thread, int threads, void* to) {
+    if (to == nullptr) return;
+    const Share columns = share(count, thread, threads);
+    for (std::int64_t c = columns.begin; c < columns.end; c += n) {
+      const std::int64_t left = columns.end - c;
+      put_sum(static_cast<T*>(to) + c, sum_of_rows(terms + c, rows, left), left, add);
+    }
+  }
+
+  Vec<T> sum_of_rows(const T* from, std::int64_t rows, std::int64_t left) const {
+    // Sums of sums are more exact than one long sum.
+    constexpr int kParts = 8;
+    Vec<T> part[kParts] = {};
+    for (std::int64_t r = 0; r < rows; ++r) part[r % kParts] += load(from + r * stride_, left);
+    for (int step = kParts / 2; step > 0; step /= 2) {
+      for (int k = 0; k < step; ++k) part[k] += part[k + step];
+    }
+    return part[0];
+  }
+
+  static void put_sum(T* to, Vec<T> sum, std::int64_t left, bool add) {
+    store(to, add ? sum + load(to, left) : sum, left);
+  }
+
   const RecurrenceBackward& p_;
-  const std::int64_t stride_, depth_, steps_, panels_;
+  const std::int64_t depth_, product_at_, norm_h_at_, peephole_at_, norm_c_at_, stride_, steps_, panels_;
   Scratch<T> gates_, packed_, strips_, panel_;
   Scratch<const S*> inputs_;
   Scratch<const T*> rows_;

@@ -69,31 +69,31 @@ inline void put(E* to, Vec<Compute<E>> x, std::int64_t left) {
   kFull ? store(to, x) : store(to, x, left);
 }
 
-template <template <template <class> class, class> class Pass, class S, class Params>
+template <template <template <class> class, class, bool> class Pass, class S, bool kOptions, class Params>
 void run_cell(const Params& p) {
   switch (p.cell) {
     case CellKind::kRnnTanh:
-      return Pass<RnnTanh, S>(p).run();
+      return Pass<RnnTanh, S, kOptions>(p).run();
     case CellKind::kRnnRelu:
-      return Pass<RnnRelu, S>(p).run();
+      return Pass<RnnRelu, S, kOptions>(p).run();
     case CellKind::kLstm:
-      return Pass<Lstm, S>(p).run();
+      return Pass<Lstm, S, kOptions>(p).run();
     case CellKind::kGru:
-      return Pass<Gru, S>(p).run();
+      return Pass<Gru, S, kOptions>(p).run();
   }
 }
 
-template <template <template <class> class, class> class Pass, class Params>
+template <template <template <class> class, class, bool> class Pass, bool kOptions, class Params>
 void run_dtype(const Params& p) {
   switch (p.dtype) {
     case DType::kFloat32:
-      return run_cell<Pass, float>(p);
+      return run_cell<Pass, float, kOptions>(p);
     case DType::kFloat64:
-      return run_cell<Pass, double>(p);
+      return run_cell<Pass, double, kOptions>(p);
     case DType::kBFloat16:
-      return run_cell<Pass, BFloat16>(p);
+      return run_cell<Pass, BFloat16, kOptions>(p);
     case DType::kFloat16:
-      return run_cell<Pass, Float16>(p);
+      return run_cell<Pass, Float16, kOptions>(p);
   }
 }
 

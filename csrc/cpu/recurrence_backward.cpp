@@ -3,9 +3,12 @@
 // The product comes first here: the gate gradients of the step just done times the weight give the hidden gradient in a
 // tile, and the cell's backward makes the next gate gradients of it. They go into a buffer of one chunk of steps; when
 // it is full, the gradients of input and weights take their part of it while it is in the cache (recurrence_gradients.h).
+// As in the forward pass, layer norms cut a step into parts.
 #include "core/gemm.h"
 #include "core/kernels.h"
 #include "core/recurrence_gradients.h"
+#include "core/recurrence_norm.h"
+#include "core/recurrence_options.h"
 #include "core/recurrence_pack.h"
 #include "core/recurrence_team.h"
 
@@ -13,7 +16,7 @@ namespace seqkernels {
 namespace {
 
 // The backward pass for a cell and a storage type.
-template <template <class> class CellOf, class S>
+template <template <class> class CellOf, class S, bool kOptions>
 class Backward {
   using T = Compute<S>;
   using V = Vec<T>;
@@ -33,10 +36,12 @@ class Backward {
         plane_(p.batch * p.hidden),
         packed_(groups_ * depth_ * width_),
         direct_(Cell::kStates * plane_),
-        to_reset_(p.grad_reset_state == nullptr ? 0 : split_.threads * Cell::kStates * p.hidden),
+        to_reset_(p.grad_reset_state == nullptr ? 0 : split_.threads * 2 * Cell::kStates * p.hidden),
         rows_(p.batch * split_.threads),
         pointers_(max_of(p.batch, depth_) * split_.threads),
-        chunks_(p, split_.threads) {}
+        chunks_(p, split_.threads),
+        options_(p),
+        norms_(p, chunks_.steps(), split_.threads) {}
 
   void run() {
     if (plane_ == 0) return;
@@ -44,6 +49,7 @@ class Backward {
       const Share groups = share(groups_, thread, threads);
       pack(groups, pointers_.get() + thread * max_of(p_.batch, depth_));
       chunks_.pack(thread, threads);
+      if constexpr (kOptions) norms_.pack(thread, threads);
       barrier_.wait(threads);
       if (split_.rows) {
         loop(share(p_.batch, thread, threads), {0, groups_}, thread, threads);
@@ -90,14 +96,14 @@ class Backward {
         }
       }
     }
-    T* to_reset = to_reset_.get() + thread * Cell::kStates * p_.hidden;
+    T* to_reset = to_reset_.get() + thread * 2 * Cell::kStates * p_.hidden;
     if (p_.grad_reset_state != nullptr) {
-      for (std::int64_t u = 0; u < Cell::kStates * p_.hidden; ++u) to_reset[u] = T(0);
+      for (std::int64_t u = 0; u < 2 * Cell::kStates * p_.hidden; ++u) to_reset[u] = T(0);
     }
     std::int64_t* index = rows_.get() + thread * p_.batch;
     const T** pointers = pointers_.get() + thread * max_of(p_.batch, depth_);
-    // Held rows have no gate gradients; those of detached rows, and of reset ones, stop here.
-    const std::uint8_t idle = kHold | kDetach | (p_.grad_reset_state == nullptr ? kReset : 0);
+    // Held rows have no gate gradients; those of detached rows, and of reset ones, stop here, or in reset_state.
+    const std::uint8_t idle = kHold | (p_.grad_reset_state == nullptr ? kReset | kDetach : 0);
     for (std::int64_t i = 0; i <= T_; ++i) {
       Step step;
       step.i = i;
@@ -109,12 +115,21 @@ class Backward {
       if (i == 0) {
         step.active = 0;
       } else {
-        for (std::int64_t r = 0; r < step.active; ++r) pointers[r] = chunks_.recurrent(i - 1, index[r]);
+        for (std::int64_t r = 0; r < step.active; ++r) pointers[r] = chunks_.of_product(i - 1, index[r]);
+      }
+      if constexpr (kOptions) {
+        const bool normed = options_.norms_product() || options_.norms_cell();
+        if (normed && !step.last && i % chunks_.steps() == 0) {
+          norms_.make(i, min_of(T_, i + chunks_.steps()), thread, threads, barrier_);
+        }
       }
       // There and back: the weights used last are still in the cache when the next step begins with them.
       for (std::int64_t k = groups.begin; k < groups.end; ++k) {
         const std::int64_t group = i % 2 == 0 ? k : groups.begin + groups.end - 1 - k;
         run_group(step, group, index, pointers, rows.end - rows.begin, to_reset);
+      }
+      if constexpr (kOptions) {
+        if (!step.last) run_norms(step, rows, groups, thread, split_.rows ? 1 : threads);
       }
       const bool full = i + 1 < T_ ? (i + 1) % chunks_.steps() == 0 : i + 1 == T_;
       if (!split_.rows || full) barrier_.wait(threads);
@@ -125,7 +140,7 @@ class Backward {
     const Share of_reset = share(Cell::kStates * p_.hidden, thread, threads);
     for (std::int64_t u = of_reset.begin; u < of_reset.end; ++u) {
       T sum = 0;
-      for (int k = 0; k < threads; ++k) sum += to_reset_.get()[k * Cell::kStates * p_.hidden + u];
+      for (int k = 0; k < 2 * threads; ++k) sum += to_reset_.get()[k * Cell::kStates * p_.hidden + u];
       static_cast<T*>(p_.grad_reset_state)[u] = sum;
     }
   }
@@ -177,18 +192,29 @@ class Backward {
   // The pointwise part for one row and one vector of units from `unit`.
   template <bool kFull>
   void cell(const Step& step, std::int64_t unit, std::int64_t b, V product, std::int64_t left, T* to_reset) {
-    const std::int64_t H = p_.hidden, at = b * H + unit;
-    T* direct = direct_.get() + at;
     V grad[Cell::kStates];
+    arrive<kFull>(step, unit, b, product, left, to_reset, grad);
+    if (step.last) return;
+    if constexpr (kOptions && Cell::kStates == 2) {
+      if (options_.norms_cell()) return begin_norm_c<kFull>(step, unit, b, grad, left);
+    }
+    leave<kFull>(step, unit, b, grad, left, nullptr);
+  }
+
+  // The gradients of the states after this step, from all that saw them; beyond the first step those of state0.
+  template <bool kFull>
+  void arrive(const Step& step, std::int64_t unit, std::int64_t b, V product, std::int64_t left, T* to_reset, V* grad) {
+    const std::int64_t H = p_.hidden, at = b * H + unit, t = step.t;
+    const T* direct = direct_.get() + at;
+    if constexpr (kOptions) {
+      if (options_.masks()) product *= options_.template mask<kFull>(at, left);
+    }
     grad[0] = get<kFull>(direct, left) + product;
     if constexpr (Cell::kStates == 2) grad[1] = get<kFull>(direct + plane_, left);
     const std::uint8_t done = step.done == nullptr ? 0 : step.done[b * p_.control_row];
     if (done & (kReset | kDetach)) {
       for (int s = 0; s < Cell::kStates; ++s) {
-        if ((done & kReset) && p_.grad_reset_state != nullptr) {
-          T* sum = to_reset + s * H + unit;
-          put<kFull>(sum, get<kFull>(sum, left) + grad[s], left);
-        }
+        if ((done & kReset) && p_.grad_reset_state != nullptr) add_to_reset<kFull>(grad[s], to_reset + s * H + unit, left);
         grad[s] = V{};
       }
     }
@@ -197,7 +223,6 @@ class Backward {
       for (int s = 0; s < Cell::kStates; ++s) put<kFull>(grad_state0 + s * plane_, grad[s], left);
       return;
     }
-    const std::int64_t t = step.t;
     if (p_.grad_hidden != nullptr) {
       const S* of_step = static_cast<const S*>(p_.grad_hidden) + t * p_.grad_hidden_step + b * p_.grad_hidden_row;
       grad[0] += get<kFull>(of_step + unit, left);
@@ -208,27 +233,110 @@ class Backward {
         grad[1] += get<kFull>(of_step + unit, left);
       }
     }
-    const std::uint8_t control = step.control == nullptr ? 0 : step.control[b * p_.control_row];
+    if constexpr (kOptions && Cell::kReserve == 0) {
+      // An RNN's one gate is the hidden state itself.
+      if (p_.grad_gates != nullptr) grad[0] += get<kFull>(grad_gate(t, b, 0) + unit, left);
+    }
+  }
+
+  // Rows and steps go into one long sum, so what each addition rounds away is summed too (Knuth's TwoSum).
+  template <bool kFull>
+  void add_to_reset(V x, T* sum, std::int64_t left) const {
+    T* lost = sum + Cell::kStates * p_.hidden;
+    const V before = get<kFull>(sum, left), after = before + x, added = after - before;
+    put<kFull>(sum, after, left);
+    put<kFull>(lost, get<kFull>(lost, left) + ((before - (after - added)) + (x - added)), left);
+  }
+
+  const S* grad_gate(std::int64_t t, std::int64_t b, int gate) const {
+    return static_cast<const S*>(p_.grad_gates) + t * p_.grad_gates_step + b * p_.grad_gates_row +
+           gate * p_.grad_gates_gate;
+  }
+
+  // What one step of one row was, for the units of a vector.
+  struct Seen {
+    V prev[Cell::kStates], next[Cell::kStates], saved[Cell::kReserve > 0 ? Cell::kReserve : 1];
+  };
+
+  template <bool kFull>
+  Seen look(const Step& step, std::int64_t unit, std::int64_t b, std::uint8_t control, std::int64_t left) const {
+    const std::int64_t H = p_.hidden, at = b * H + unit, t = step.t;
+    const S* before = static_cast<const S*>(p_.states) + (p_.reverse ? t + 1 : t) * plane_ + at;
+    const S* after = static_cast<const S*>(p_.states) + (p_.reverse ? t : t + 1) * plane_ + at;
+    const S* fresh = static_cast<const S*>(p_.reset_state) + unit;
+    const T* reserve = static_cast<const T*>(p_.reserve) + (t * p_.batch + b) * Cell::kReserve * H + unit;
+    Seen x;
+    for (int s = 0; s < Cell::kStates; ++s) {
+      if (control & kReset) {
+        x.prev[s] = p_.reset_state == nullptr ? V{} : get<kFull>(fresh + s * H, left);
+      } else {
+        x.prev[s] = get<kFull>(before + s * (p_.steps + 1) * plane_, left);
+      }
+      x.next[s] = get<kFull>(after + s * (p_.steps + 1) * plane_, left);
+    }
+    for (int r = 0; r < Cell::kReserve; ++r) x.saved[r] = get<kFull>(reserve + r * H, left);
+    if constexpr (kOptions) {
+      // What the cell made, before zoneout.
+      if constexpr (Cell::kStates == 2) {
+        x.next[1] = Cell::cell_state(x.saved[0], x.saved[1], x.saved[2], x.prev[1]);
+      } else if (p_.made != nullptr) {
+        x.next[0] = get<kFull>(static_cast<const S*>(p_.made) + t * plane_ + at, left);
+      }
+    }
+    return x;
+  }
+
+  std::uint8_t control_of_row(const Step& step, std::int64_t b) const {
+    return step.control == nullptr ? 0 : step.control[b * p_.control_row];
+  }
+
+  // From the gradients of the states after this step to those of the states before it and of the gates. `means` are
+  // those of norm_c.
+  template <bool kFull>
+  void leave(const Step& step, std::int64_t unit, std::int64_t b, const V* grad, std::int64_t left,
+             const NormMeans<T>* means) {
+    const std::int64_t H = p_.hidden, t = step.t;
+    const std::uint8_t control = control_of_row(step, b);
     V gates_x[Cell::kGates] = {}, gates_h[Cell::kGates] = {}, next_direct[Cell::kStates];
+    V terms[3] = {};  // of the gradient of peephole
     if (control & kHold) {
       for (int s = 0; s < Cell::kStates; ++s) next_direct[s] = grad[s];
     } else {
-      const S* before = static_cast<const S*>(p_.states) + (p_.reverse ? t + 1 : t) * plane_ + at;
-      const S* after = static_cast<const S*>(p_.states) + (p_.reverse ? t : t + 1) * plane_ + at;
-      const S* fresh = static_cast<const S*>(p_.reset_state) + unit;
-      const T* reserve = static_cast<const T*>(p_.reserve) + (t * p_.batch + b) * Cell::kReserve * H + unit;
-      V prev[Cell::kStates], next[Cell::kStates], saved[Cell::kReserve > 0 ? Cell::kReserve : 1];
-      for (int s = 0; s < Cell::kStates; ++s) {
-        if (control & kReset) {
-          prev[s] = p_.reset_state == nullptr ? V{} : get<kFull>(fresh + s * H, left);
-        } else {
-          prev[s] = get<kFull>(before + s * (p_.steps + 1) * plane_, left);
+      const Seen x = look<kFull>(step, unit, b, control, left);
+      if constexpr (kOptions) {
+        V made[Cell::kStates], kept[Cell::kStates], of_gates[Cell::kGates], weights[3];
+        for (int s = 0; s < Cell::kStates; ++s) {
+          kept[s] = options_.zones() ? options_.kept(s, t, b, unit) : V{};
+          made[s] = (T(1) - kept[s]) * grad[s];
         }
-        next[s] = get<kFull>(after + s * (p_.steps + 1) * plane_, left);
+        const bool with_gates = Cell::kReserve > 0 && p_.grad_gates != nullptr;
+        for (int g = 0; with_gates && g < Cell::kGates; ++g) of_gates[g] = get<kFull>(grad_gate(t, b, g) + unit, left);
+        const V* grad_gates = with_gates ? of_gates : nullptr;
+        const V* peephole = options_.template peephole<kFull>(unit, left, weights);
+        if constexpr (Cell::kStates == 2) {
+          if (means != nullptr) {
+            V tanh_c, normal;
+            const Moments<T>& of_cell = norms_.of_cell(step.i, b);
+            const V of_seen = get<kFull>(chunks_.of_norm_c(step.i, b) + H + unit, left);
+            const V gain = see<kFull>(x, of_cell, unit, left, normal, tanh_c);
+            const V grad_c = made[1] + norm_backward<T>(of_seen * gain, normal, of_cell.scale, *means);
+            Cell::backward_of_state(made[0] * tanh_c, grad_c, x.prev, x.saved, next_direct, gates_x, grad_gates,
+                                    peephole);
+          } else {
+            Cell::backward(made, x.prev, x.next, x.saved, next_direct, gates_x, gates_h, grad_gates, peephole);
+          }
+          terms[0] = gates_x[0] * x.prev[1];
+          terms[1] = gates_x[1] * x.prev[1];
+          terms[2] = gates_x[3] * x.next[1];
+        } else {
+          Cell::backward(made, x.prev, x.next, x.saved, next_direct, gates_x, gates_h, grad_gates, peephole);
+        }
+        for (int s = 0; s < Cell::kStates; ++s) next_direct[s] += kept[s] * grad[s];
+      } else {
+        Cell::backward(grad, x.prev, x.next, x.saved, next_direct, gates_x, gates_h);
       }
-      for (int r = 0; r < Cell::kReserve; ++r) saved[r] = get<kFull>(reserve + r * H, left);
-      Cell::backward(grad, prev, next, saved, next_direct, gates_x, gates_h);
     }
+    T* direct = direct_.get() + b * H + unit;
     for (int s = 0; s < Cell::kStates; ++s) put<kFull>(direct + s * plane_, next_direct[s], left);
     T* gates = chunks_.of(step.i, b) + unit;
     for (int g = 0; g < Cell::kGates; ++g) put<kFull>(gates + Chunks::slot(g) * H, gates_x[g], left);
@@ -236,6 +344,86 @@ class Backward {
     if (!p_.project && p_.grad_input != nullptr) {
       S* grad_input = static_cast<S*>(p_.grad_input) + (t * p_.batch + b) * depth_ + unit;
       for (int g = 0; g < Cell::kGates; ++g) put<kFull>(grad_input + g * H, gates_x[g], left);
+    }
+    if constexpr (kOptions) {
+      if (options_.norms_product()) {
+        T* to = chunks_.of_norm_h(step.i, b) + unit;
+        const T* normal = norms_.normal(step.i, b) + unit;
+        const V* of_h = Chunks::kApart ? gates_h : gates_x;
+        for (int g = 0; g < Cell::kGates; ++g) put<kFull>(to + g * H, of_h[g] * get<kFull>(normal + g * H, left), left);
+      }
+      if (Cell::kStates == 2 && p_.peephole != nullptr) {
+        for (int k = 0; k < 3; ++k) put<kFull>(chunks_.of_peephole(step.i, b) + k * H + unit, terms[k], left);
+      }
+    }
+  }
+
+  // The gain of norm_c, c normalised, and tanh of what it makes of c.
+  template <bool kFull>
+  V see(const Seen& x, const Moments<T>& of_cell, std::int64_t unit, std::int64_t left, V& normal, V& tanh_c) const {
+    const S* norm_c = static_cast<const S*>(p_.norm_c) + unit;
+    const V gain = get<kFull>(norm_c, left);
+    normal = (x.next[Cell::kStates - 1] - of_cell.mean) * of_cell.scale;
+    tanh_c = tanh<T>(normal * gain + get<kFull>(norm_c + p_.hidden, left));
+    return gain;
+  }
+
+  // Keeps the gradients of the states and puts the terms of norm_c's gradients into the chunk, of which the second is
+  // the gradient of what tanh saw.
+  template <bool kFull>
+  void begin_norm_c(const Step& step, std::int64_t unit, std::int64_t b, const V* grad, std::int64_t left) {
+    const std::int64_t H = p_.hidden;
+    const std::uint8_t control = control_of_row(step, b);
+    V terms[2] = {};
+    if (!(control & kHold)) {
+      const Seen x = look<kFull>(step, unit, b, control, left);
+      V tanh_c, normal, made = grad[0];
+      see<kFull>(x, norms_.of_cell(step.i, b), unit, left, normal, tanh_c);
+      if (options_.zones()) made *= T(1) - options_.kept(0, step.t, b, unit);
+      terms[1] = made * x.saved[Cell::kReserve - 1] * (T(1) - tanh_c * tanh_c);
+      terms[0] = terms[1] * normal;
+    }
+    T* direct = direct_.get() + b * H + unit;
+    for (int s = 0; s < Cell::kStates; ++s) put<kFull>(direct + s * plane_, grad[s], left);
+    T* to = chunks_.of_norm_c(step.i, b) + unit;
+    for (int k = 0; k < 2; ++k) put<kFull>(to + k * H, terms[k], left);
+  }
+
+  // The parts of a step that need whole rows, for all rows and groups of a thread, which meets `threads` others.
+  void run_norms(const Step& step, Share rows, Share groups, int thread, int threads) {
+    const std::int64_t H = p_.hidden, begin = groups.begin * width_, end = min_of(H, groups.end * width_);
+    NormMeans<T>* means = norms_.means(thread);
+    if constexpr (Cell::kStates == 2) {
+      if (options_.norms_cell()) {
+        barrier_.wait(threads);
+        for (std::int64_t b = rows.begin; b < rows.end; ++b) {
+          const T* terms = chunks_.of_norm_c(step.i, b);
+          means[b] = norm_means(terms + H, terms, static_cast<const S*>(p_.norm_c), H);
+          for (std::int64_t unit = begin; unit < end; unit += n) {
+            const T* direct = direct_.get() + b * H + unit;
+            const V grad[] = {load(direct, H - unit), load(direct + plane_, H - unit)};
+            leave<false>(step, unit, b, grad, H - unit, means + b);
+          }
+        }
+      }
+    }
+    if (options_.norms_product()) {
+      const S* gain = static_cast<const S*>(p_.norm_h);
+      barrier_.wait(threads);
+      for (std::int64_t b = rows.begin; b < rows.end; ++b) {
+        const T* of_h = chunks_.recurrent(step.i, b);
+        const T* normal = norms_.normal(step.i, b);
+        T* to = chunks_.of_product(step.i, b);
+        means[b] = norm_means(of_h, chunks_.of_norm_h(step.i, b), gain, depth_);
+        for (int g = 0; g < Cell::kGates; ++g) {
+          for (std::int64_t unit = begin; unit < end; unit += n) {
+            const std::int64_t at = g * H + unit, left = H - unit;
+            const V x = load(of_h + at, left) * load(gain + at, left);
+            store(to + at, norm_backward<T>(x, load(normal + at, left), norms_.of_product(step.i, b).scale, means[b]),
+                  left);
+          }
+        }
+      }
     }
   }
 
@@ -249,11 +437,15 @@ class Backward {
   Scratch<std::int64_t> rows_;
   Scratch<const T*> pointers_;
   Chunks chunks_;
+  const Options<S, Cell::kStates> options_;
+  Choose<kOptions, Norms<S, Cell::kGates>, Nothing> norms_;
   Barrier barrier_;
 };
 
 }  // namespace
 
-void SEQKERNELS_ENTRY(recurrence_backward)(const RecurrenceBackward& p) { run_dtype<Backward>(p); }
+void SEQKERNELS_ENTRY(recurrence_backward)(const RecurrenceBackward& p) {
+  has_options(p) ? run_dtype<Backward, true>(p) : run_dtype<Backward, false>(p);
+}
 
 }  // namespace seqkernels

@@ -6,16 +6,37 @@
 // recurrent part, into memory that the thread alone reads. Then, per step and group, the micro-kernel multiplies a
 // block of batch rows into a tile of pre-activations, and the cell works on the tile at once. Threads own either rows
 // (small weights: no synchronisation at all) or groups (one barrier a step).
+//
+// A layer norm needs a whole row at a time: then a step goes in two or three parts, each over all groups, with a barrier
+// between where threads own groups.
 #include "core/gemm.h"
 #include "core/kernels.h"
+#include "core/recurrence_options.h"
 #include "core/recurrence_pack.h"
 #include "core/recurrence_team.h"
 
 namespace seqkernels {
 namespace {
 
+// What the variant with options needs besides.
+template <class T>
+struct ForwardBuffers {
+  Scratch<T> operand;        // 2 of (B, H), of this step and the next: h * recurrent_mask
+  Scratch<T> fresh_operand;  // (B, H): of rows after a reset
+  Scratch<T> products;       // (B, G*H), for norm_h: the recurrent products of a step
+  Scratch<T> seen;           // 2 of (B, H), for norm_c: c before zoneout, and o
+  Scratch<Moments<T>> moments;
+
+  ForwardBuffers(const RecurrenceForward& p, int gates, int threads)
+      : operand(p.recurrent_mask == nullptr ? 0 : 2 * p.batch * p.hidden),
+        fresh_operand(p.recurrent_mask == nullptr ? 0 : p.batch * p.hidden),
+        products(p.norm_h == nullptr ? 0 : p.batch * gates * p.hidden),
+        seen(p.norm_c == nullptr ? 0 : 2 * p.batch * p.hidden),
+        moments(threads * p.batch) {}
+};
+
 // The forward pass for a cell and a storage type.
-template <template <class> class CellOf, class S>
+template <template <class> class CellOf, class S, bool kOptions>
 class Forward {
   using T = Compute<S>;
   using V = Vec<T>;
@@ -46,7 +67,9 @@ class Forward {
         cells_(Cell::kStates == 2 ? plane_ : 0),
         fresh_(Cell::kStates * p.hidden),
         rows_(p.batch * split_.threads),
-        pointers_(max_of(p.batch, chunk_rows()) * split_.threads) {
+        pointers_(max_of(p.batch, chunk_rows()) * split_.threads),
+        options_(p),
+        buffers_(p, Cell::kGates, split_.threads) {
     const S* reset_state = static_cast<const S*>(p.reset_state);
     for (std::int64_t i = 0; i < Cell::kStates * p.hidden; ++i) {
       fresh_.get()[i] = reset_state == nullptr ? T(0) : load_one(reset_state + i);
@@ -107,7 +130,11 @@ class Forward {
     T* gates;                   // [group][step][row][width]
     std::int64_t* index;        // rows of a step, held ones last
     const T** pointers;
+    int thread, threads;  // those that meet after each step
   };
+
+  bool norms_product() const { return kOptions && options_.norms_product(); }
+  bool norms_cell() const { return kOptions && options_.norms_cell(); }
 
   T* gates_of(const Part& part, std::int64_t group, std::int64_t step) const {
     const std::int64_t count = part.rows.end - part.rows.begin;
@@ -180,6 +207,14 @@ class Forward {
       if constexpr (Cell::kStates == 2) {
         copy_converted(state0 + plane_ + b * H + unit_begin, cells_.get() + b * H + unit_begin, units);
       }
+      if constexpr (kOptions) {
+        for (std::int64_t u = 0; options_.masks() && u < units; u += n) {
+          const std::int64_t at = b * H + unit_begin + u, left = units - u;
+          const V mask = options_.template mask<false>(at, left);
+          store(buffers_.operand.get() + at, load(state0 + at, left) * mask, left);
+          store(buffers_.fresh_operand.get() + at, load(fresh_.get() + unit_begin + u, left) * mask, left);
+        }
+      }
     }
     barrier_.wait(threads);
 
@@ -189,6 +224,8 @@ class Forward {
     part.gates = gates_.get() + (split_.rows ? rows.begin * groups_ : p_.batch * groups.begin) * chunk_ * width_;
     part.index = rows_.get() + thread * p_.batch;
     part.pointers = pointers_.get() + thread * max_of(p_.batch, chunk_rows());
+    part.thread = thread;
+    part.threads = threads;
     for (part.first = 0; part.first < T_; part.first += chunk_) {
       part.steps = min_of(chunk_, T_ - part.first);
       enter(part, input_.get() + thread * chunk_rows() * p_.inputs);
@@ -215,6 +252,7 @@ class Forward {
     const std::uint8_t* control;
     const T* hidden;  // (B, H) before the step
     T* next;          // (B, H) after it
+    T* operand;       // (B, H) after it, masked
     S* states;        // (B, H) after it, as stored
   };
 
@@ -235,10 +273,39 @@ class Forward {
     for (std::int64_t r = 0; r < count; ++r) {
       part.pointers[r] = resets(step, part.index[r]) ? fresh_.get() : step.hidden + part.index[r] * H;
     }
+    if constexpr (kOptions) {
+      step.operand = buffers_.operand.get() + (done + 1) % 2 * plane_;
+      const T* operand = buffers_.operand.get() + done % 2 * plane_;
+      for (std::int64_t r = 0; options_.masks() && r < count; ++r) {
+        part.pointers[r] = (resets(step, part.index[r]) ? buffers_.fresh_operand.get() : operand) + part.index[r] * H;
+      }
+    }
     // There and back: the weights used last are still in the cache when the next step begins with them.
     for (std::int64_t k = part.groups.begin; k < part.groups.end; ++k) {
       const std::int64_t group = done % 2 == 0 ? k : part.groups.begin + part.groups.end - 1 - k;
       run_group(part, step, group, gates_of(part, group, i));
+    }
+    if constexpr (kOptions) {
+      Moments<T>* of_rows = buffers_.moments.get() + part.thread * p_.batch;
+      if (options_.norms_product()) {
+        barrier_.wait(part.threads);
+        const std::int64_t size = Cell::kGates * H;
+        for (std::int64_t r = 0; r < step.active; ++r) {
+          of_rows[r] = moments(buffers_.products.get() + part.index[r] * size, size);
+        }
+        for (std::int64_t group = part.groups.begin; group < part.groups.end; ++group) {
+          cells(part, step, group, gates_of(part, group, i), 0, step.active, nullptr);
+        }
+      }
+      if constexpr (Cell::kStates == 2) {
+        if (options_.norms_cell()) {
+          barrier_.wait(part.threads);
+          for (std::int64_t r = 0; r < step.active; ++r) {
+            of_rows[r] = moments(buffers_.seen.get() + part.index[r] * H, H);
+          }
+          normed_hidden(part, step, of_rows);
+        }
+      }
     }
   }
 
@@ -249,46 +316,123 @@ class Forward {
   // gates: (rows, width), the input part.
   void run_group(const Part& part, const Step& step, std::int64_t group, const T* gates) {
     const T* weight = packed_.get() + group * width_ * p_.hidden;
-    const T* bias = bias_of(group) + width_;
     alignas(64) T tile[kTileRows * kWidth * n];
     for (std::int64_t r = 0; r < step.active; r += kTileRows) {
       const std::int64_t count = min_of<std::int64_t>(kTileRows, step.active - r);
       product(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, false, tile, width_);
-      for (std::int64_t m = 0; m < count; ++m) {
-        const std::int64_t b = part.index[r + m];
-        const T* x = gates + (b - part.rows.begin) * width_;
-        const bool reset = resets(step, b);
-        for (int u = 0; u < units_; ++u) {
-          const std::int64_t unit = (group * units_ + u) * n, left = p_.hidden - unit;
-          if (left >= n) {
-            cell<true>(step, unit, b, reset, x + u * n, tile + m * width_ + u * n, bias + u * n, n);
-          } else if (left > 0) {
-            cell<false>(step, unit, b, reset, x + u * n, tile + m * width_ + u * n, bias + u * n, left);
-          }
-        }
+      if (norms_product()) {
+        put_products(part, group, r, count, tile);
+      } else {
+        cells(part, step, group, gates, r, count, tile);
       }
     }
     const std::int64_t rows = part.rows.end - part.rows.begin;
     for (std::int64_t r = step.active; r < rows; ++r) hold(step, group, part.index[r]);
   }
 
+  // The pointwise part for rows [first, first + count) of the index, whose recurrent products are in `tile`, or, null,
+  // in products.
+  void cells(const Part& part, const Step& step, std::int64_t group, const T* gates, std::int64_t first,
+             std::int64_t count, const T* tile) {
+    const T* bias = bias_of(group) + width_;
+    for (std::int64_t m = 0; m < count; ++m) {
+      const std::int64_t b = part.index[first + m];
+      const T* x = gates + (b - part.rows.begin) * width_;
+      const T* h = norms_product() ? x : tile + m * width_;  // in the first case not looked at
+      const bool reset = resets(step, b);
+      const Moments<T>* of_row = nullptr;
+      if constexpr (kOptions) of_row = buffers_.moments.get() + part.thread * p_.batch + first + m;
+      for (int u = 0; u < units_; ++u) {
+        const std::int64_t unit = (group * units_ + u) * n, left = p_.hidden - unit;
+        if (left >= n) {
+          cell<true>(step, unit, b, reset, x + u * n, h + u * n, bias + u * n, n, of_row);
+        } else if (left > 0) {
+          cell<false>(step, unit, b, reset, x + u * n, h + u * n, bias + u * n, left, of_row);
+        }
+      }
+    }
+  }
+
   // The pointwise part for one row and one vector of units from `unit`.
   template <bool kFull>
   void cell(const Step& step, std::int64_t unit, std::int64_t b, bool reset, const T* gates_x, const T* gates_h,
-            const T* bias, std::int64_t left) {
+            const T* bias, std::int64_t left, const Moments<T>* of_row) {
     V x[Cell::kGates], h[Cell::kGates], prev[Cell::kStates], next[Cell::kStates];
     V saved[Cell::kReserve > 0 ? Cell::kReserve : 1];
     for (int g = 0; g < Cell::kGates; ++g) {
       x[g] = load_full(gates_x + g * units_ * n);
-      h[g] = load_full(gates_h + g * units_ * n);
+      if (norms_product()) {
+        h[g] = normed_product<kFull>(unit, b, g, left, *of_row);
+      } else {
+        h[g] = load_full(gates_h + g * units_ * n);
+      }
     }
     if constexpr (Cell::kSummedGates < Cell::kGates) h[Cell::kSummedGates] += load_full(bias);
     const std::int64_t at = b * p_.hidden + unit;
     previous<kFull>(step, at, unit, reset, prev, left);
-    Cell::forward(x, h, prev, next, saved);
-    put_states<kFull>(step, at, next, left);
+    if constexpr (kOptions) {
+      V peephole[3];
+      Cell::forward(x, h, prev, next, saved, options_.template peephole<kFull>(unit, left, peephole));
+      if constexpr (Cell::kStates == 2) {
+        if (options_.norms_cell()) {
+          put<kFull>(buffers_.seen.get() + at, next[1], left);
+          put<kFull>(buffers_.seen.get() + plane_ + at, saved[3], left);
+        }
+      }
+      for (int s = norms_cell() ? 1 : 0; s < Cell::kStates; ++s) {
+        next[s] = options_.zone_out(s, step.t, b, unit, prev[s], next[s]);
+      }
+    } else {
+      Cell::forward(x, h, prev, next, saved);
+    }
+    if (!norms_cell()) put_hidden<kFull>(step, at, next[0], left);
+    put_cell<kFull>(step, at, next, left);
     if constexpr (Cell::kReserve > 0) {
       if (p_.save) put_reserve<kFull>(step, b, unit, saved, left);
+    }
+  }
+
+  // products (B, G*H): the rows of a tile.
+  void put_products(const Part& part, std::int64_t group, std::int64_t first, std::int64_t count, const T* tile) {
+    if constexpr (kOptions) {
+      for (std::int64_t m = 0; m < count; ++m) {
+        T* row = buffers_.products.get() + part.index[first + m] * Cell::kGates * p_.hidden;
+        for (int g = 0; g < Cell::kGates; ++g) {
+          for (int u = 0; u < units_; ++u) {
+            const std::int64_t unit = (group * units_ + u) * n, left = p_.hidden - unit;
+            if (left <= 0) continue;
+            store(row + g * p_.hidden + unit, load_full(tile + m * width_ + (g * units_ + u) * n), left);
+          }
+        }
+      }
+    }
+  }
+
+  template <bool kFull>
+  V normed_product(std::int64_t unit, std::int64_t b, int gate, std::int64_t left, const Moments<T>& of_row) const {
+    if constexpr (kOptions) {
+      const std::int64_t at = gate * p_.hidden + unit;
+      const V x = get<kFull>(buffers_.products.get() + b * Cell::kGates * p_.hidden + at, left);
+      return (x - of_row.mean) * of_row.scale * get<kFull>(static_cast<const S*>(p_.norm_h) + at, left);
+    } else {
+      return V{};
+    }
+  }
+
+  // h = o * tanh(LN(c) * gain + bias), for all rows and groups of a thread.
+  void normed_hidden(const Part& part, const Step& step, const Moments<T>* of_rows) {
+    const S* norm_c = static_cast<const S*>(p_.norm_c);
+    const std::int64_t H = p_.hidden, end = min_of(H, part.groups.end * units_ * n);
+    for (std::int64_t r = 0; r < step.active; ++r) {
+      const std::int64_t b = part.index[r];
+      for (std::int64_t unit = part.groups.begin * units_ * n; unit < end; unit += n) {
+        const std::int64_t at = b * H + unit, left = H - unit;
+        const V normal = (load(buffers_.seen.get() + at, left) - of_rows[r].mean) * of_rows[r].scale;
+        const V seen = normal * load(norm_c + unit, left) + load(norm_c + H + unit, left);
+        const V made = load(buffers_.seen.get() + plane_ + at, left) * tanh<T>(seen);
+        const V old = load(resets(step, b) ? fresh_.get() + unit : step.hidden + at, left);
+        put_hidden<false>(step, at, options_.zone_out(0, step.t, b, unit, old, made), left);
+      }
     }
   }
 
@@ -300,7 +444,8 @@ class Forward {
       const std::int64_t at = b * p_.hidden + unit;
       V state[Cell::kStates];
       previous<false>(step, at, unit, resets(step, b), state, left);
-      put_states<false>(step, at, state, left);
+      put_hidden<false>(step, at, state[0], left);
+      put_cell<false>(step, at, state, left);
       if constexpr (Cell::kReserve > 0) {
         const V none[Cell::kReserve] = {};
         if (p_.save) put_reserve<false>(step, b, unit, none, left);
@@ -316,9 +461,16 @@ class Forward {
   }
 
   template <bool kFull>
-  void put_states(const Step& step, std::int64_t at, const V* next, std::int64_t left) {
-    put<kFull>(step.next + at, next[0], left);
-    if constexpr (kConvert) put<kFull>(step.states + at, next[0], left);
+  void put_hidden(const Step& step, std::int64_t at, V hidden, std::int64_t left) {
+    put<kFull>(step.next + at, hidden, left);
+    if constexpr (kConvert) put<kFull>(step.states + at, hidden, left);
+    if constexpr (kOptions) {
+      if (options_.masks()) put<kFull>(step.operand + at, hidden * options_.template mask<kFull>(at, left), left);
+    }
+  }
+
+  template <bool kFull>
+  void put_cell(const Step& step, std::int64_t at, const V* next, std::int64_t left) {
     if constexpr (Cell::kStates == 2) {
       put<kFull>(cells_.get() + at, next[1], left);
       if (p_.save) put<kFull>(step.states + (p_.steps + 1) * plane_ + at, next[1], left);
@@ -339,6 +491,8 @@ class Forward {
   Scratch<T> packed_, packed_ih_, bias_, gates_, input_, hidden_, cells_, fresh_;
   Scratch<std::int64_t> rows_;
   Scratch<const T*> pointers_;
+  const Options<S, Cell::kStates> options_;
+  const Choose<kOptions, ForwardBuffers<T>, Nothing> buffers_;
   Barrier barrier_;
 };
 
@@ -353,7 +507,9 @@ void activation(const char* name, std::int64_t count, const T* x, T* y) {
 
 }  // namespace
 
-void SEQKERNELS_ENTRY(recurrence_forward)(const RecurrenceForward& p) { run_dtype<Forward>(p); }
+void SEQKERNELS_ENTRY(recurrence_forward)(const RecurrenceForward& p) {
+  has_options(p) ? run_dtype<Forward, true>(p) : run_dtype<Forward, false>(p);
+}
 
 // exp, sigmoid or tanh of `count` numbers, for the tests of their error.
 void SEQKERNELS_ENTRY(activation)(const char* name, std::int64_t count, const void* x, void* y, DType dtype) {

@@ -17,7 +17,7 @@ struct DataType {
   std::uint8_t bits;
   std::uint16_t lanes;
 };
-constexpr std::uint8_t kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6;
+constexpr std::uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6;
 
 struct Tensor {
   void* data;

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from .. import Call
 
-#: Options of recurrences that the kernel has not.
-_DECLINED = ("gates", "norm", "peephole", "recurrent_mask", "zoneout")
-
 
 def unavailable() -> str | None:
     """``None`` where the compiled module loads, else why it does not."""
@@ -17,7 +14,4 @@ def unavailable() -> str | None:
 
 def unsupported(call: Call) -> str | None:
     """``None`` where the compiled module serves `call`, else why it does not."""
-    if call.device != "cpu":
-        return f"runs on cpu only, not on {call.device}"
-    declined = [name for name in call.features if name in _DECLINED]
-    return f"has no {', '.join(declined)}" if declined else None
+    return None if call.device == "cpu" else f"runs on cpu only, not on {call.device}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...cells import CELLS, accumulate_dtype
+from ...cells import CELLS, CONSTANTS, Weights, accumulate_dtype
 from .extension import extension
 
 _C = extension()
@@ -22,6 +22,15 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def _ready(weights: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """`weights` in the layout of the compiled module."""
+    return (
+        _last_contiguous(weights[0]),
+        _last_contiguous(weights[1]),
+        *[x if x is None else x.contiguous() for x in weights[2:]],
+    )
+
+
 def recurrence_forward(
     input: Tensor,
     weights: Sequence[Tensor | None],
@@ -32,7 +41,6 @@ def recurrence_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward`` in one call of the compiled module."""
-    weight_ih, weight_hh, bias_ih, bias_hh, reset_state = weights[:5]
     steps, batch, _ = input.shape
     num_states, _, hidden = state0.shape
     states = input.new_empty((num_states if save else 1, steps + 1, batch, hidden))
@@ -41,11 +49,7 @@ def recurrence_forward(
     reserve = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
     _C.recurrence_forward(
         _last_contiguous(input),
-        _last_contiguous(weight_ih),
-        _last_contiguous(weight_hh),
-        _contiguous(bias_ih),
-        _contiguous(bias_hh),
-        _contiguous(reset_state),
+        _ready(weights),
         state0.contiguous(),
         control,
         cell,
@@ -56,6 +60,22 @@ def recurrence_forward(
         torch.get_num_threads(),
     )
     return states, state_n, reserve
+
+
+def _made(
+    input: Tensor, weights: Weights, states: Tensor, control: Tensor | None, cell: str, reverse: bool
+) -> Tensor:
+    """The hidden states (T, B, H) that an RNN made before zoneout, which are not kept.
+
+    The states before each step are known, so all steps are one step of T*B rows.
+    """
+    steps, batch, _ = input.shape
+    before = states.narrow(1, 1 if reverse else 0, steps).flatten(1, 2)
+    mask = None if weights.recurrent_mask is None else weights.recurrent_mask.repeat(steps, 1)
+    plain = weights._replace(recurrent_mask=mask, zoneout=None, seed=None)
+    bits = None if control is None else control.flatten().unsqueeze(0)
+    _, made, _ = recurrence_forward(input.flatten(0, 1).unsqueeze(0), plain, before, bits, cell, False, False)
+    return made.view(steps, batch, states.shape[3])
 
 
 def recurrence_backward(
@@ -72,35 +92,32 @@ def recurrence_backward(
     """``seqkernels::recurrence_backward`` in one call of the compiled module."""
     dtype, acc = states.dtype, accumulate_dtype(states.dtype)
     num_states, _, batch, hidden = states.shape
-    weight_ih, weight_hh, bias_ih, bias_hh, reset_state = weights[:5]
+    named = Weights._make(weights)
     # Nothing runs where there is no state or no step: the gradients are zero.
     allocate = torch.empty if input.shape[0] * batch * hidden else torch.zeros
-
-    def result(of: Tensor | None, wanted: bool, dtype: torch.dtype = acc) -> Tensor | None:
-        return allocate(of.shape, dtype=dtype) if of is not None and wanted else None
-
-    results = [
-        result(input, needs[0], dtype),
+    results = (
+        allocate(input.shape, dtype=dtype) if needs[0] else None,
         allocate((num_states, batch, hidden), dtype=acc),
-        *(result(w, n) for w, n in zip((weight_ih, weight_hh, bias_ih, bias_hh, reset_state), needs[2:7], strict=True)),
-    ]
+        *[
+            allocate(w.shape, dtype=acc) if w is not None and need and name not in CONSTANTS else None
+            for name, w, need in zip(Weights._fields, weights, needs[2:], strict=True)
+        ],
+    )
+    # With a seed an element either is what the cell made, or has no gradient to give it.
+    mixed = CELLS[cell].reserve == 0 and named.zoneout is not None and named.seed is None
     _C.recurrence_backward(
-        _last_contiguous(grads[0]),
-        _last_contiguous(grads[1]),
-        _contiguous(grads[2]),
+        (_last_contiguous(grads[0]), _last_contiguous(grads[1]), _contiguous(grads[2]), _last_contiguous(grads[3])),
         _last_contiguous(input),
-        _last_contiguous(weight_ih),
-        _last_contiguous(weight_hh),
-        _contiguous(reset_state),
+        _ready(weights),
         states.contiguous(),
         reserve.contiguous(),
+        _made(input, named, states, control, cell, reverse) if mixed else None,
         control,
         cell,
         reverse,
-        results[0],
-        *results[2:],
-        results[1],
+        results,
         torch.get_num_threads(),
     )
-    absent = [states.new_empty(0)] * (len(needs) - len(results))
-    return [states.new_empty(0) if x is None else x.to(dtype) for x in results] + absent
+    return [
+        states.new_empty(0) if x is None or not need else x.to(dtype) for x, need in zip(results, needs, strict=True)
+    ]
