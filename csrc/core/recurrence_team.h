@@ -69,31 +69,32 @@ inline void put(E* to, Vec<Compute<E>> x, std::int64_t left) {
   kFull ? store(to, x) : store(to, x, left);
 }
 
-template <template <template <class> class, class, bool> class Pass, class S, bool kOptions, class Params>
+// S is the storage type, O that of the operands of products: the compute type, or 16 bits where there is an instruction.
+template <template <template <class> class, class, bool, class> class Pass, class S, bool kOptions, class O, class Params>
 void run_cell(const Params& p) {
   switch (p.cell) {
     case CellKind::kRnnTanh:
-      return Pass<RnnTanh, S, kOptions>(p).run();
+      return Pass<RnnTanh, S, kOptions, O>(p).run();
     case CellKind::kRnnRelu:
-      return Pass<RnnRelu, S, kOptions>(p).run();
+      return Pass<RnnRelu, S, kOptions, O>(p).run();
     case CellKind::kLstm:
-      return Pass<Lstm, S, kOptions>(p).run();
+      return Pass<Lstm, S, kOptions, O>(p).run();
     case CellKind::kGru:
-      return Pass<Gru, S, kOptions>(p).run();
+      return Pass<Gru, S, kOptions, O>(p).run();
   }
 }
 
-template <template <template <class> class, class, bool> class Pass, bool kOptions, class Params>
+template <template <template <class> class, class, bool, class> class Pass, bool kOptions, class Params>
 void run_dtype(const Params& p) {
   switch (p.dtype) {
     case DType::kFloat32:
-      return run_cell<Pass, float, kOptions>(p);
+      return run_cell<Pass, float, kOptions, float>(p);
     case DType::kFloat64:
-      return run_cell<Pass, double, kOptions>(p);
+      return run_cell<Pass, double, kOptions, double>(p);
     case DType::kBFloat16:
-      return run_cell<Pass, BFloat16, kOptions>(p);
+      return run_cell<Pass, BFloat16, kOptions, float>(p);
     case DType::kFloat16:
-      return run_cell<Pass, Float16, kOptions>(p);
+      return run_cell<Pass, Float16, kOptions, float>(p);
   }
 }
 

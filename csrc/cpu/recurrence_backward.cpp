@@ -4,7 +4,7 @@
 // tile, and the cell's backward makes the next gate gradients of it. They go into a buffer of one chunk of steps; when
 // it is full, the gradients of input and weights take their part of it while it is in the cache (recurrence_gradients.h).
 // As in the forward pass, layer norms cut a step into parts.
-#include "core/gemm.h"
+#include "core/gemm16.h"
 #include "core/kernels.h"
 #include "core/recurrence_gradients.h"
 #include "core/recurrence_norm.h"
@@ -15,15 +15,15 @@
 namespace seqkernels {
 namespace {
 
-// The backward pass for a cell and a storage type.
-template <template <class> class CellOf, class S, bool kOptions>
+// The backward pass for a cell, a storage type and the type O of the operands of the products.
+template <template <class> class CellOf, class S, bool kOptions, class O>
 class Backward {
   using T = Compute<S>;
   using V = Vec<T>;
   using Cell = CellOf<T>;
   static constexpr int n = kLanes<T>;
   static constexpr int kTileRows = 6 * kMaxRows;
-  using Chunks = GateGradients<S, Cell::kGates, Cell::kSummedGates < Cell::kGates>;
+  using Chunks = GateGradients<S, O, Cell::kGates, Cell::kSummedGates < Cell::kGates>;
 
  public:
   explicit Backward(const RecurrenceBackward& p)
@@ -32,9 +32,9 @@ class Backward {
         units_(units_of(p)),
         groups_(ceil_div(p.hidden, units_ * n)),
         width_(units_ * n),
-        split_(split_of(p, 2 * Cell::kGates, groups_, groups_ * depth_ * width_ * std::int64_t{sizeof(T)})),
+        split_(split_of(p, 2 * Cell::kGates, groups_, groups_ * depth_ * width_ * std::int64_t{sizeof(O)})),
         plane_(p.batch * p.hidden),
-        packed_(groups_ * depth_ * width_),
+        packed_(groups_ * packed_depth<O>(depth_) * width_),
         direct_(Cell::kStates * plane_),
         to_reset_(p.grad_reset_state == nullptr ? 0 : split_.threads * 2 * Cell::kStates * p.hidden),
         rows_(p.batch * split_.threads),
@@ -66,12 +66,13 @@ class Backward {
   }
 
   // packed[group][row of weight_hh][unit], units beyond H as 0.
-  void pack(Share groups, const T** scratch) {
+  void pack(Share groups, const O** scratch) {
     const S* weight = static_cast<const S*>(p_.weight_hh);
     const S** rows = reinterpret_cast<const S**>(scratch);
     for (std::int64_t k = 0; k < depth_; ++k) rows[k] = weight + k * p_.weight_hh_row;
     for (std::int64_t group = groups.begin; group < groups.end; ++group) {
-      pack_rows(rows, depth_, p_.hidden, group * width_, units_, packed_.get() + group * depth_ * width_);
+      pack_rows(rows, depth_, p_.hidden, group * width_, units_,
+                packed_.get() + group * packed_depth<O>(depth_) * width_);
     }
   }
 
@@ -101,7 +102,7 @@ class Backward {
       for (std::int64_t u = 0; u < 2 * Cell::kStates * p_.hidden; ++u) to_reset[u] = T(0);
     }
     std::int64_t* index = rows_.get() + thread * p_.batch;
-    const T** pointers = pointers_.get() + thread * max_of(p_.batch, depth_);
+    const O** pointers = pointers_.get() + thread * max_of(p_.batch, depth_);
     // Held rows have no gate gradients; those of detached rows, and of reset ones, stop here, or in reset_state.
     const std::uint8_t idle = kHold | (p_.grad_reset_state == nullptr ? kReset | kDetach : 0);
     for (std::int64_t i = 0; i <= T_; ++i) {
@@ -145,9 +146,9 @@ class Backward {
     }
   }
 
-  void run_group(const Step& step, std::int64_t group, const std::int64_t* index, const T* const* pointers,
+  void run_group(const Step& step, std::int64_t group, const std::int64_t* index, const O* const* pointers,
                  std::int64_t rows, T* to_reset) {
-    const T* weight = packed_.get() + group * depth_ * width_;
+    const O* weight = packed_.get() + group * packed_depth<O>(depth_) * width_;
     alignas(64) T tile[kTileRows * kMaxVectors * n];
     for (std::int64_t r = 0; r < rows; r += kTileRows) {
       const std::int64_t count = min_of<std::int64_t>(kTileRows, rows - r);
@@ -338,7 +339,7 @@ class Backward {
     }
     T* direct = direct_.get() + b * H + unit;
     for (int s = 0; s < Cell::kStates; ++s) put<kFull>(direct + s * plane_, next_direct[s], left);
-    T* gates = chunks_.of(step.i, b) + unit;
+    O* gates = chunks_.of(step.i, b) + unit;
     for (int g = 0; g < Cell::kGates; ++g) put<kFull>(gates + Chunks::slot(g) * H, gates_x[g], left);
     if constexpr (Chunks::kApart) put<kFull>(gates + Cell::kGates * H, gates_h[Cell::kGates - 1], left);
     if (!p_.project && p_.grad_input != nullptr) {
@@ -433,9 +434,10 @@ class Backward {
   const std::int64_t groups_, width_;
   const Split split_;
   const std::int64_t plane_;
-  Scratch<T> packed_, direct_, to_reset_;
+  Scratch<O> packed_;
+  Scratch<T> direct_, to_reset_;
   Scratch<std::int64_t> rows_;
-  Scratch<const T*> pointers_;
+  Scratch<const O*> pointers_;
   Chunks chunks_;
   const Options<S, Cell::kStates> options_;
   Choose<kOptions, Norms<S, Cell::kGates>, Nothing> norms_;
@@ -445,7 +447,11 @@ class Backward {
 }  // namespace
 
 void SEQKERNELS_ENTRY(recurrence_backward)(const RecurrenceBackward& p) {
-  has_options(p) ? run_dtype<Backward, true>(p) : run_dtype<Backward, false>(p);
+  if (has_options(p)) return run_dtype<Backward, true>(p);
+#if defined(SEQKERNELS_DOT16)
+  if (p.dtype == DType::kBFloat16 && has_dot16()) return run_cell<Backward, BFloat16, false, BFloat16>(p);
+#endif
+  run_dtype<Backward, false>(p);
 }
 
 }  // namespace seqkernels

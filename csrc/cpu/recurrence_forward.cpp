@@ -9,7 +9,7 @@
 //
 // A layer norm needs a whole row at a time: then a step goes in two or three parts, each over all groups, with a barrier
 // between where threads own groups.
-#include "core/gemm.h"
+#include "core/gemm16.h"
 #include "core/kernels.h"
 #include "core/recurrence_options.h"
 #include "core/recurrence_pack.h"
@@ -35,14 +35,15 @@ struct ForwardBuffers {
         moments(threads * p.batch) {}
 };
 
-// The forward pass for a cell and a storage type.
-template <template <class> class CellOf, class S, bool kOptions>
+// The forward pass for a cell, a storage type and the type O of the operands of the products.
+template <template <class> class CellOf, class S, bool kOptions, class O>
 class Forward {
   using T = Compute<S>;
   using V = Vec<T>;
   using Cell = CellOf<T>;
   static constexpr int n = kLanes<T>;
   static constexpr bool kConvert = sizeof(S) != sizeof(T);
+  static constexpr bool kWide = sizeof(O) == sizeof(T);  // products in compute dtype
   // Units of a group, in vectors: as many as fill a block of the micro-kernel.
   static constexpr int kUnits = kMaxVectors / Cell::kGates;
   static constexpr int kWidth = kUnits * Cell::kGates;  // vectors of a full group
@@ -55,17 +56,18 @@ class Forward {
         groups_(ceil_div(p.hidden, units_ * n)),
         width_(units_ * Cell::kGates * n),
         split_(split_of(p, Cell::kGates, groups_,
-                        groups_ * width_ * (p.hidden + (p.project ? p.inputs : 0)) * std::int64_t{sizeof(T)})),
+                        groups_ * width_ * (p.hidden + (p.project ? p.inputs : 0)) * std::int64_t{sizeof(O)})),
         plane_(p.batch * p.hidden),
         chunk_(chunk_of(p, split_)),
-        packed_(groups_ * width_ * p.hidden),
-        packed_ih_(p.project ? groups_ * width_ * p.inputs : 0),
+        packed_(groups_ * width_ * packed_depth<O>(p.hidden)),
+        packed_ih_(p.project ? groups_ * width_ * packed_depth<O>(p.inputs) : 0),
         bias_(groups_ * (width_ + units_ * n)),
         gates_(chunk_ * p.batch * groups_ * width_),
-        input_(kConvert && p.project ? split_.threads * chunk_rows() * p.inputs : 0),
+        input_(kConvert && kWide && p.project ? split_.threads * chunk_rows() * p.inputs : 0),
         hidden_(kConvert ? 2 * plane_ : 0),
         cells_(Cell::kStates == 2 ? plane_ : 0),
         fresh_(Cell::kStates * p.hidden),
+        fresh16_(kWide ? 0 : p.hidden),
         rows_(p.batch * split_.threads),
         pointers_(max_of(p.batch, chunk_rows()) * split_.threads),
         options_(p),
@@ -73,6 +75,9 @@ class Forward {
     const S* reset_state = static_cast<const S*>(p.reset_state);
     for (std::int64_t i = 0; i < Cell::kStates * p.hidden; ++i) {
       fresh_.get()[i] = reset_state == nullptr ? T(0) : load_one(reset_state + i);
+    }
+    if constexpr (!kWide) {
+      for (std::int64_t i = 0; i < p.hidden; ++i) fresh16_.get()[i] = reset_state == nullptr ? O{0} : reset_state[i];
     }
   }
 
@@ -106,10 +111,10 @@ class Forward {
     for (std::int64_t group = groups.begin; group < groups.end; ++group) {
       const std::int64_t unit = group * units_ * n;
       pack_group(static_cast<const S*>(p_.weight_hh), p_.weight_hh_row, p_.hidden, p_.hidden, Cell::kGates, unit,
-                 units_, packed_.get() + group * width_ * p_.hidden);
+                 units_, packed_.get() + group * width_ * packed_depth<O>(p_.hidden));
       if (p_.project) {
         pack_group(static_cast<const S*>(p_.weight_ih), p_.weight_ih_row, p_.inputs, p_.hidden, Cell::kGates, unit,
-                   units_, packed_ih_.get() + group * width_ * p_.inputs);
+                   units_, packed_ih_.get() + group * width_ * packed_depth<O>(p_.inputs));
       }
       T* bias = bias_of(group);
       pack_bias(bias_ih, bias_hh, p_.hidden, Cell::kGates, Cell::kSummedGates, unit, units_, bias);
@@ -129,7 +134,7 @@ class Forward {
     std::int64_t first, steps;  // of the chunk, in the order of processing
     T* gates;                   // [group][step][row][width]
     std::int64_t* index;        // rows of a step, held ones last
-    const T** pointers;
+    const O** pointers;
     int thread, threads;  // those that meet after each step
   };
 
@@ -153,7 +158,7 @@ class Forward {
     if (p_.project) {
       for (std::int64_t i = 0, r = 0; i < part.steps; ++i) {
         for (std::int64_t b = 0; b < count; ++b, ++r) {
-          if constexpr (kConvert) {
+          if constexpr (kConvert && kWide) {
             copy_converted(row_of(i, b), scratch + r * p_.inputs, p_.inputs);
             part.pointers[r] = scratch + r * p_.inputs;
           } else {
@@ -181,7 +186,8 @@ class Forward {
         }
       }
       if (p_.project) {
-        product(rows, p_.inputs, part.pointers, packed_ih_.get() + group * width_ * p_.inputs, units_ * Cell::kGates,
+        product(rows, p_.inputs, part.pointers, packed_ih_.get() + group * width_ * packed_depth<O>(p_.inputs),
+                units_ * Cell::kGates,
                 true, gates, width_);
       }
     }
@@ -271,7 +277,12 @@ class Forward {
     }
     step.active = partition_rows(step.control, p_.control_row, kHold, part.rows, part.index);
     for (std::int64_t r = 0; r < count; ++r) {
-      part.pointers[r] = resets(step, part.index[r]) ? fresh_.get() : step.hidden + part.index[r] * H;
+      if constexpr (kWide) {
+        part.pointers[r] = resets(step, part.index[r]) ? fresh_.get() : step.hidden + part.index[r] * H;
+      } else {
+        const O* states = static_cast<const O*>(p_.states) + (p_.reverse ? step.t + 1 : step.t) * plane_;
+        part.pointers[r] = resets(step, part.index[r]) ? fresh16_.get() : states + part.index[r] * H;
+      }
     }
     if constexpr (kOptions) {
       step.operand = buffers_.operand.get() + (done + 1) % 2 * plane_;
@@ -315,7 +326,7 @@ class Forward {
 
   // gates: (rows, width), the input part.
   void run_group(const Part& part, const Step& step, std::int64_t group, const T* gates) {
-    const T* weight = packed_.get() + group * width_ * p_.hidden;
+    const O* weight = packed_.get() + group * width_ * packed_depth<O>(p_.hidden);
     alignas(64) T tile[kTileRows * kWidth * n];
     for (std::int64_t r = 0; r < step.active; r += kTileRows) {
       const std::int64_t count = min_of<std::int64_t>(kTileRows, step.active - r);
@@ -488,9 +499,11 @@ class Forward {
   const std::int64_t groups_, width_;
   const Split split_;
   const std::int64_t plane_, chunk_;
-  Scratch<T> packed_, packed_ih_, bias_, gates_, input_, hidden_, cells_, fresh_;
+  Scratch<O> packed_, packed_ih_;
+  Scratch<T> bias_, gates_, input_, hidden_, cells_, fresh_;
+  Scratch<O> fresh16_;
   Scratch<std::int64_t> rows_;
-  Scratch<const T*> pointers_;
+  Scratch<const O*> pointers_;
   const Options<S, Cell::kStates> options_;
   const Choose<kOptions, ForwardBuffers<T>, Nothing> buffers_;
   Barrier barrier_;
@@ -508,7 +521,11 @@ void activation(const char* name, std::int64_t count, const T* x, T* y) {
 }  // namespace
 
 void SEQKERNELS_ENTRY(recurrence_forward)(const RecurrenceForward& p) {
-  has_options(p) ? run_dtype<Forward, true>(p) : run_dtype<Forward, false>(p);
+  if (has_options(p)) return run_dtype<Forward, true>(p);
+#if defined(SEQKERNELS_DOT16)
+  if (p.dtype == DType::kBFloat16 && has_dot16()) return run_cell<Forward, BFloat16, false, BFloat16>(p);
+#endif
+  run_dtype<Forward, false>(p);
 }
 
 // exp, sigmoid or tanh of `count` numbers, for the tests of their error.

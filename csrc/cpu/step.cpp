@@ -93,7 +93,7 @@ class Step {
   Scratch<T> rows_;
 };
 
-template <template <class> class CellOf, class S>
+template <template <class> class CellOf, class S, bool, class>
 class StepForward : Step<CellOf, S, CellStepForward> {
   using Base = Step<CellOf, S, CellStepForward>;
   using typename Base::Cell, typename Base::T, typename Base::V;
@@ -150,7 +150,7 @@ class StepForward : Step<CellOf, S, CellStepForward> {
   }
 };
 
-template <template <class> class CellOf, class S>
+template <template <class> class CellOf, class S, bool, class>
 class StepBackward : Step<CellOf, S, CellStepBackward> {
   using Base = Step<CellOf, S, CellStepBackward>;
   using typename Base::Cell, typename Base::T, typename Base::V;
@@ -272,7 +272,7 @@ class StepBackward : Step<CellOf, S, CellStepBackward> {
 
 }  // namespace
 
-void SEQKERNELS_ENTRY(step_forward)(const CellStepForward& p) { run_dtype<StepForward>(p); }
-void SEQKERNELS_ENTRY(step_backward)(const CellStepBackward& p) { run_dtype<StepBackward>(p); }
+void SEQKERNELS_ENTRY(step_forward)(const CellStepForward& p) { run_dtype<StepForward, false>(p); }
+void SEQKERNELS_ENTRY(step_backward)(const CellStepBackward& p) { run_dtype<StepBackward, false>(p); }
 
 }  // namespace seqkernels
