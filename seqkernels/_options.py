@@ -52,6 +52,7 @@ class Options(NamedTuple):
     norm_hh: Tensors | None = None
     norm_c: Tensors | None = None
     peephole: Tensors | None = None
+    checkpoint_every: int | None = None
 
 
 LISTS = ("reset_state", "norm_ih", "norm_hh", "norm_c", "peephole")
@@ -189,6 +190,13 @@ def _check_options(
     probability("recurrent_dropout", options.recurrent_dropout)
     if options.tbptt is not None and (not isinstance(options.tbptt, int) or options.tbptt < 1):
         raise ValueError(f"tbptt: expected an integer of at least 1, got {options.tbptt!r}")
+    every = options.checkpoint_every
+    if every is not None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"checkpoint_every: expected None or an integer of at least 1, got {every!r}")
+        for name in ("return_states", "return_gates"):
+            if getattr(options, name):
+                raise ValueError(f"checkpoint_every: expected None with {name}, which stores every step anyway")
     if options.reset_state is not None and options.reset is None:
         raise ValueError("reset_state: expected reset too, which says where the state becomes reset_state")
     if options.max_seqlen is not None and options.cu_seqlens is None:

@@ -88,8 +88,11 @@ def run(
     packed = batch_sizes is not None or (options is not None and options.cu_seqlens is not None)
     if batch_first and not packed:
         x = x.transpose(0, 1)
-    # States and masks of their own ask for a row of their own.
-    alone = hx is not None or (options is not None and train and options.recurrent_dropout > 0)
+    # States and masks of their own ask for a row of their own, as do the cell states at ends that are not stored.
+    alone = hx is not None
+    if options is not None and not alone:
+        sparse = options.checkpoint_every is not None and torch.is_grad_enabled()
+        alone = (train and options.recurrent_dropout > 0) or (sparse and cell == "lstm")
     layout = _layout(x, batch_sizes, batch_first, bidirectional, options, alone)
     count = len(params) // (num_layers * (2 if bidirectional else 1))
     weights = [
@@ -257,8 +260,9 @@ class _Stack(NamedTuple):
 
     def _extras(self, k: int, x: Tensor, options: Options) -> dict[str, Any]:
         """Keyword arguments of the recurrence for layer and direction `k`, random ones from torch's generator."""
-        states = options.return_states or self.layout.ends is not None
-        extras: dict[str, Any] = {"states": states, "gates": options.return_gates}
+        states = options.return_states or (self.layout.ends is not None and self.cell == "lstm")
+        every = 0 if states or options.checkpoint_every is None else options.checkpoint_every
+        extras: dict[str, Any] = {"states": states, "gates": options.return_gates, "every": every}
         for name, tensors in (
             ("reset_state", options.reset_state),
             ("norm_h", options.norm_hh),

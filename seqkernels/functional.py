@@ -102,6 +102,8 @@ def lstm(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         max_seqlen: length of the longest document, or more; needed where `cu_seqlens` is not on the CPU and in
             compiled programs.
         tbptt: gradients stop before every step of this multiple.
+        checkpoint_every: k, store the states of every k-th step alone and compute the others again in the backward
+            pass, see `seqkernels.nn.LSTM.forward`; ``None`` to store what the backward pass needs of every step.
         return_states: return the states of every step.
         return_gates: return the gates of every step.
         zoneout: probability that an element of the state keeps its value in a step, or two for h and c; in training

@@ -195,6 +195,7 @@ class _Layer(RNNBase):
         tbptt: int | None = None,
         return_states: bool = False,
         return_gates: bool = False,
+        checkpoint_every: int | None = None,
     ) -> tuple[Any, ...]:
         """Run the layer. The keyword arguments are what ``torch.nn`` has not; ``docs/recurrent-layers.md`` shows them.
 
@@ -220,6 +221,10 @@ class _Layer(RNNBase):
                 direction, counted from where it begins. Values stay what they are.
             return_states: also return the states of every step.
             return_gates: also return the gates of every step.
+            checkpoint_every: k, of at least 1: of the states store those of every k-th step alone, for each layer and
+                direction, and compute the others again in the backward pass. Outputs and gradients have the same
+                bits, and besides inputs and outputs the memory is that of T/k steps. ``None`` stores what the backward
+                pass needs of every step. Not with `return_states` and `return_gates`.
 
         Returns:
             The output, in the form of the input with D*P features; the final states, in the form of `hx`; with
@@ -239,6 +244,7 @@ class _Layer(RNNBase):
             or tbptt is not None
             or return_states
             or return_gates
+            or checkpoint_every is not None
             or self.zoneout
             or self.recurrent_dropout
             or self.layer_norm
@@ -260,6 +266,7 @@ class _Layer(RNNBase):
                 self._listed("norm_hh") if norm else None,
                 self._listed("norm_c") if norm and self.mode == "LSTM" else None,
                 self._listed("weight_peephole") if self.peephole else None,
+                checkpoint_every,
             )
             return self._general(input, hx, weights, options)
         if isinstance(input, PackedSequence) or not self._fits(input, hx, weights[0].dtype):

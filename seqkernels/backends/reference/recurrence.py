@@ -6,6 +6,7 @@ The loop is in ``recurrence_loop.py``, a step of it in ``recurrence_step.py``, t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,13 @@ from torch import Tensor
 from ...cells import CELLS, Weights, accumulate_dtype
 from .recurrence_backward import through_time
 from .recurrence_loop import begin_with, input_part, run, seen, segments
+
+
+def _as_given(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """No autocast: it may be on in one pass and off in the other, and the op has its dtypes from its arguments."""
+    if not torch.amp.is_autocast_available(device.type) or not torch._C._is_any_autocast_enabled():
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def recurrence(
@@ -78,7 +86,7 @@ def gradients(
         For each of `needs` the gradient, ``None`` where there is no need and where nothing depends on the tensor.
     """
     inputs = (input, state0, *weights)
-    with torch.enable_grad():
+    with torch.enable_grad(), _as_given(input.device):
         states, state_n, reserve = recurrence(input, weights, state0, control, cell, reverse)
         hidden, *cells = states.narrow(1, 0 if reverse else 1, input.shape[0]).unbind(0)
         gates = reserve[:, :, : CELLS[cell].gates].to(input.dtype) if CELLS[cell].reserve else hidden.unsqueeze(2)
@@ -114,9 +122,10 @@ def recurrence_forward(
     With `save` and `every` only hidden states (1, T+1, B, H), and in place of the reserve the checkpoints
     (ceil(T/every), S, B, H) in the accumulation dtype: the state before each segment of `every` steps.
     """
-    if save and every:
-        return _checkpointed(input, weights, state0, control, cell, reverse, every)
-    states, state_n, reserve = recurrence(input, weights, state0, control, cell, reverse)
+    with _as_given(input.device):
+        if save and every:
+            return _checkpointed(input, weights, state0, control, cell, reverse, every)
+        states, state_n, reserve = recurrence(input, weights, state0, control, cell, reverse)
     if not save:
         return states[:1].clone(), state_n, reserve.new_empty(0)
     return states, state_n, reserve
@@ -147,7 +156,8 @@ def recurrence_backward(
     Returns:
         For each of `needs` the gradient, in shape and dtype of its tensor; empty where there is no need.
     """
-    found = through_time(grads, input, weights, states, reserve, control, cell, reverse, needs, every)
+    with _as_given(input.device):
+        found = through_time(grads, input, weights, states, reserve, control, cell, reverse, needs, every)
     like = (input, states, *weights)
     return [
         input.new_empty(0) if grad is None or x is None else grad.to(x.dtype).contiguous()
