@@ -28,7 +28,7 @@ __attribute__((target("avx512bf16"))) void micro_kernel16(std::int64_t depth, co
                                                           std::int64_t step, const BFloat16* b, std::int64_t ldb,
                                                           float* c, std::int64_t ldc) {
   constexpr int n = kLanes<float>;
-  constexpr int kTurns = kRows * kVectors <= 4 ? 2 : 1;
+  constexpr int kTurns = kRows * kVectors <= 4 && !kAdd ? 2 : 1;
   __m512 sum[kTurns][kRows][kVectors];
   const BFloat16* row[kRows];
 #pragma GCC unroll 8

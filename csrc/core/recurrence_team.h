@@ -22,7 +22,7 @@ constexpr std::int64_t kChunkRows = 128;
 inline Split split_of(const Recurrence& p, int gates, std::int64_t groups, std::int64_t weight_bytes) {
   const double row = 2.0 * gates * p.hidden * p.batch, recurrent = row * p.hidden;
   const double entering = p.project ? row * p.inputs : 0;
-  const int most = team_size(p.threads, (recurrent + entering) * static_cast<double>(p.steps));
+  const int most = team_size(p.threads, (recurrent + entering) * static_cast<double>(p.whole));
   if (most == 1) return {true, 1};
   if (weight_bytes <= kResidentBytes && p.batch >= 4 * most) return {true, most};
   const int columns =

@@ -202,22 +202,23 @@ class Forward {
     const std::int64_t unit_begin = groups.begin * units_ * n;
     const std::int64_t units = min_of(H, groups.end * units_ * n) - unit_begin;
 
+    const T* carried = static_cast<const T*>(p_.carried);
     for (std::int64_t b = rows.begin; b < rows.end; ++b) {
-      for (int s = 0; s < (p_.save ? Cell::kStates : 1); ++s) {
-        std::memcpy(states + (s * (T_ + 1) + first) * plane_ + b * H + unit_begin,
-                    state0 + s * plane_ + b * H + unit_begin, units * sizeof(S));
-      }
-      if constexpr (kConvert) {
-        copy_converted(state0 + b * H + unit_begin, hidden_.get() + b * H + unit_begin, units);
-      }
-      if constexpr (Cell::kStates == 2) {
-        copy_converted(state0 + plane_ + b * H + unit_begin, cells_.get() + b * H + unit_begin, units);
+      for (std::int64_t u = 0; u < units; u += n) {
+        const std::int64_t at = b * H + unit_begin + u, left = units - u;
+        for (int s = 0; s < Cell::kStates; ++s) {
+          const V state = carried == nullptr ? load(state0 + s * plane_ + at, left) : load(carried + s * plane_ + at, left);
+          if (s == 0 || p_.save) store(states + (s * (T_ + 1) + first) * plane_ + at, state, left);
+          if (kConvert && s == 0) store(hidden_.get() + at, state, left);
+          if (s == 1) store(cells_.get() + at, state, left);
+        }
       }
       if constexpr (kOptions) {
         for (std::int64_t u = 0; options_.masks() && u < units; u += n) {
           const std::int64_t at = b * H + unit_begin + u, left = units - u;
           const V mask = options_.template mask<false>(at, left);
-          store(buffers_.operand.get() + at, load(state0 + at, left) * mask, left);
+          const V state = carried == nullptr ? load(state0 + at, left) : load(carried + at, left);
+          store(buffers_.operand.get() + at, state * mask, left);
           store(buffers_.fresh_operand.get() + at, load(fresh_.get() + unit_begin + u, left) * mask, left);
         }
       }
@@ -236,6 +237,9 @@ class Forward {
       part.steps = min_of(chunk_, T_ - part.first);
       enter(part, input_.get() + thread * chunk_rows() * p_.inputs);
       for (std::int64_t i = 0; i < part.steps; ++i) {
+        if (p_.checkpoints != nullptr && (part.first + i) % p_.every == 0) {
+          put_checkpoint(part, part.first + i, unit_begin, units);
+        }
         run_step(part, i);
         barrier_.wait(threads);
       }
@@ -249,6 +253,21 @@ class Forward {
           const std::int64_t at = b * H + unit_begin + u;
           store(state_n + plane_ + at, load(cells_.get() + at, units - u), units - u);
         }
+      }
+    }
+  }
+
+  // The states before step i, as the loop carries them.
+  void put_checkpoint(const Part& part, std::int64_t i, std::int64_t unit, std::int64_t units) {
+    const std::int64_t t = time(i), H = p_.hidden;
+    const T* hidden = kConvert ? hidden_.get() + i % 2 * plane_
+                               : static_cast<const T*>(p_.states) + (p_.reverse ? t + 1 : t) * plane_;
+    const T* of_states[] = {hidden, cells_.get()};
+    T* to = static_cast<T*>(p_.checkpoints) + i / p_.every * Cell::kStates * plane_;
+    for (int s = 0; s < Cell::kStates; ++s) {
+      for (std::int64_t b = part.rows.begin; b < part.rows.end; ++b) {
+        const std::int64_t at = b * H + unit;
+        std::memcpy(to + s * plane_ + at, of_states[s] + at, units * sizeof(T));
       }
     }
   }
@@ -391,7 +410,7 @@ class Forward {
         }
       }
       for (int s = norms_cell() ? 1 : 0; s < Cell::kStates; ++s) {
-        next[s] = options_.zone_out(s, step.t, b, unit, prev[s], next[s]);
+        next[s] = options_.zone_out(s, p_.offset + step.t, b, unit, prev[s], next[s]);
       }
     } else {
       Cell::forward(x, h, prev, next, saved);
@@ -442,7 +461,7 @@ class Forward {
         const V seen = normal * load(norm_c + unit, left) + load(norm_c + H + unit, left);
         const V made = load(buffers_.seen.get() + plane_ + at, left) * tanh<T>(seen);
         const V old = load(resets(step, b) ? fresh_.get() + unit : step.hidden + at, left);
-        put_hidden<false>(step, at, options_.zone_out(0, step.t, b, unit, old, made), left);
+        put_hidden<false>(step, at, options_.zone_out(0, p_.offset + step.t, b, unit, old, made), left);
       }
     }
   }
