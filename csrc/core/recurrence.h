@@ -29,14 +29,14 @@ struct Recurrence {
   std::int64_t weight_ih_row;
   const void* weight_hh;  // (G*H, H) storage, rows contiguous
   std::int64_t weight_hh_row;
-  const void* reset_state;      // (S, H) storage: the state after a reset; null for zero
+  const void* reset_state;  // (S, H) storage: the state after a reset; null for zero
   // What may be added to a cell, null where it is not. Storage, contiguous.
-  const void* peephole;        // (3, H)
-  const void* recurrent_mask;  // (B, H): factors of the hidden state in the recurrent product
-  const void* norm_h;          // (G*H): gain of the layer norm of the recurrent product
-  const void* norm_c;          // (2, H): gain and bias of the layer norm of c where it becomes h
-  const float* zoneout;        // (S): probabilities
-  const std::int64_t* seed;    // (): of the random zoneout; null for its expectation
+  const void* peephole;         // (3, H)
+  const void* recurrent_mask;   // (B, H): factors of the hidden state in the recurrent product
+  const void* norm_h;           // (G*H): gain of the layer norm of the recurrent product
+  const void* norm_c;           // (2, H): gain and bias of the layer norm of c where it becomes h
+  const float* zoneout;         // (S): probabilities
+  const std::int64_t* seed;     // (): of the random zoneout; null for its expectation
   const std::uint8_t* control;  // (T, B) or null
   std::int64_t control_step, control_row;
   // A segment of a longer sequence: all its steps, for which threads are chosen, and the time of the first one here.
@@ -45,7 +45,7 @@ struct Recurrence {
 };
 
 struct RecurrenceForward : Recurrence {
-  bool save;           // whether a backward pass may follow: all states and the reserve are stored
+  bool save;            // whether a backward pass may follow: all states and the reserve are stored
   const void* bias_ih;  // (G*H) storage, or null
   const void* bias_hh;  // (G*H) storage, or null
   const void* state0;   // (S, B, H) storage, contiguous
@@ -64,11 +64,11 @@ struct RecurrenceBackward : Recurrence {
   const void* grad_state_n;  // (S, B, H) storage, contiguous, or null
   const void* grad_gates;    // (T, B, G, H) storage, last dimension contiguous, or null; an RNN's gate is h itself
   std::int64_t grad_gates_step, grad_gates_row, grad_gates_gate;
-  const void* states;        // (S, T+1, B, H) storage; with checkpoints (1, T+1, B, H)
-  const void* reserve;       // (T, B, R, H) compute; null with checkpoints
-  const void* checkpoints;   // as in the forward pass, which `every`, bias_ih and bias_hh make again from them
+  const void* states;       // (S, T+1, B, H) storage; with checkpoints (1, T+1, B, H)
+  const void* reserve;      // (T, B, R, H) compute; null with checkpoints
+  const void* checkpoints;  // as in the forward pass, which `every`, bias_ih and bias_hh make again from them
   const void *bias_ih, *bias_hh;
-  const void* made;          // (T, B, H) storage: for an RNN with the expectation of zoneout h before it, else null
+  const void* made;  // (T, B, H) storage: for an RNN with the expectation of zoneout h before it, else null
   // Results in compute dtype, contiguous; null where not wanted.
   void* grad_input;        // (T, B, I) storage
   void* grad_weight_ih;    // (G*H, I)

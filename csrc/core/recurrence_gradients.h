@@ -91,8 +91,7 @@ class GateGradients {
       }
     }
     for (std::int64_t k = panels.begin; k < panels.end; ++k) {
-      pack_rows(rows, depth_, p_.inputs, k * kWidth, kMaxVectors,
-                packed_.get() + k * packed_depth<O>(depth_) * kWidth);
+      pack_rows(rows, depth_, p_.inputs, k * kWidth, kMaxVectors, packed_.get() + k * packed_depth<O>(depth_) * kWidth);
     }
   }
 
@@ -160,9 +159,10 @@ class GateGradients {
         const O* packed = packed_.get() + k * packed_depth<O>(depth_) * kWidth;
         // Pairs do not end at an odd H.
         if (kApart && (sizeof(O) == sizeof(T) || p_.hidden % 2 == 0)) {
-          // The gradients of n are by far the largest: a sum that begins with them would round all others to their size.
-          product(count, depth_ - p_.hidden, pointers + kTileRows, packed + p_.hidden * kWidth, kMaxVectors, false, tile,
-                  kWidth);
+          // The gradients of n are by far the largest: a sum that begins with them would round all others to their
+          // size.
+          product(count, depth_ - p_.hidden, pointers + kTileRows, packed + p_.hidden * kWidth, kMaxVectors, false,
+                  tile, kWidth);
           product(count, p_.hidden, pointers, packed, kMaxVectors, true, tile, kWidth);
         } else {
           product(count, depth_, pointers, packed, kMaxVectors, false, tile, kWidth);

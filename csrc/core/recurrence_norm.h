@@ -68,7 +68,7 @@ class Norms {
         T* row = normal_.get() + r * panels_ * kWidth;
         const Moments<T> of_row = of_product_.get()[r] = moments(row, kGates * H);
         for (std::int64_t u = 0; u < panels_ * kWidth; u += n) {
-          store_full(row + u, (load_full(row + u) - of_row.mean) * of_row.scale);
+          store_full(row + u, of_row.normal(load_full(row + u)));
         }
       }
     }
@@ -92,9 +92,9 @@ class Norms {
     const S* mask = static_cast<const S*>(p_.recurrent_mask);
     T* to = entering_.get() + r * H;
     for (std::int64_t u = 0; u < H; u += n) {
-      Vec<T> x = before == nullptr ? Vec<T>{} : load(before + u, H - u);
-      if (mask != nullptr) x *= load(mask + b * H + u, H - u);
-      store(to + u, x, H - u);
+      Vec<T> x = before == nullptr ? Vec<T>{} : get<false>(before + u, H - u);
+      if (mask != nullptr) x *= get<false>(mask + b * H + u, H - u);
+      put<false>(to + u, x, H - u);
     }
   }
 
@@ -105,9 +105,9 @@ class Norms {
     const S* before = state_before<S>(p_, 1, t, b);
     for (std::int64_t u = 0; u < H; u += n) {
       Vec<T> gate[3];
-      for (int g = 0; g < 3; ++g) gate[g] = load(reserve + g * H + u, H - u);
-      const Vec<T> prev = before == nullptr ? Vec<T>{} : load(before + u, H - u);
-      store(to + u, Lstm<T>::cell_state(gate[0], gate[1], gate[2], prev), H - u);
+      for (int g = 0; g < 3; ++g) gate[g] = get<false>(reserve + g * H + u, H - u);
+      const Vec<T> prev = before == nullptr ? Vec<T>{} : get<false>(before + u, H - u);
+      put<false>(to + u, Lstm<T>::cell_state(gate[0], gate[1], gate[2], prev), H - u);
     }
   }
 

@@ -97,29 +97,31 @@ inline Vec<T> first_lanes(Vec<T> x, std::int64_t count) {
   return load(lanes, count);
 }
 
-// Mean and 1 over the standard deviation of a row; 0 for that of one element, of which nothing is left and nothing
-// depends on.
+// What normalises a row: x -> (x - mean) * scale. The mean is in two parts, of which the first is an element: so where
+// all elements are close to each other, nothing is lost in the difference, and equal ones leave exactly 0.
 template <class T>
 struct Moments {
-  T mean, scale;
+  T first, mean, scale;
+
+  Vec<T> normal(Vec<T> x) const { return (x - first - mean) * scale; }
 };
 
 template <class T>
 inline Moments<T> moments(const T* row, std::int64_t count) {
   constexpr T kEpsilon = T(1e-5);
+  const T first = row[0];
+  if (count == 1) return {first, T(0), T(0)};  // nothing is left of one element, and nothing depends on it
   Vec<T> sum{}, squares{};
-  // From the first element on, so that equal elements leave exactly 0.
   for (std::int64_t i = 0; i < count; i += kLanes<T>) {
-    sum += first_lanes<T>(load(row + i, count - i) - row[0], count - i);
+    sum += first_lanes<T>(get<false>(row + i, count - i) - first, count - i);
   }
-  const T mean = row[0] + total<T>(sum) / static_cast<T>(count);
+  const T mean = total<T>(sum) / static_cast<T>(count);
   for (std::int64_t i = 0; i < count; i += kLanes<T>) {
-    const Vec<T> x = first_lanes<T>(load(row + i, count - i) - mean, count - i);
+    const Vec<T> x = first_lanes<T>(get<false>(row + i, count - i) - first - mean, count - i);
     squares += x * x;
   }
-  if (count == 1) return {mean, T(0)};
   const T variance = total<T>(squares) / static_cast<T>(count);
-  return {mean, T(1) / static_cast<T>(__builtin_sqrt(variance + kEpsilon))};
+  return {first, mean, T(1) / static_cast<T>(__builtin_sqrt(variance + kEpsilon))};
 }
 
 // Through y = normal * gain, normal = (x - mean) * scale, backwards: from the gradient dy of y to
@@ -134,9 +136,9 @@ template <class S, class T>
 inline NormMeans<T> norm_means(const T* grad, const T* grad_normal, const S* gain, std::int64_t count) {
   Vec<T> sum{}, sum_normal{};
   for (std::int64_t i = 0; i < count; i += kLanes<T>) {
-    const Vec<T> factor = load(gain + i, count - i);
-    sum += load(grad + i, count - i) * factor;
-    sum_normal += load(grad_normal + i, count - i) * factor;
+    const Vec<T> factor = get<false>(gain + i, count - i);
+    sum += get<false>(grad + i, count - i) * factor;
+    sum_normal += get<false>(grad_normal + i, count - i) * factor;
   }
   return {total<T>(sum) / static_cast<T>(count), total<T>(sum_normal) / static_cast<T>(count)};
 }

@@ -30,8 +30,7 @@ inline void pack_group(const S* weight, std::int64_t row, std::int64_t depth, st
       for (std::int64_t k = 0; k < depth; k += n) {
         Vec<T> block[n];
         for (int i = 0; i < n; ++i) {
-          block[i] =
-              first + i < hidden ? load(weight + (g * hidden + first + i) * row + k, depth - k) : Vec<T>{};
+          block[i] = first + i < hidden ? load(weight + (g * hidden + first + i) * row + k, depth - k) : Vec<T>{};
         }
         transpose<T>(block);
         for (std::int64_t i = 0; i < min_of<std::int64_t>(n, depth - k); ++i) {

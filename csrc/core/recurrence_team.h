@@ -25,8 +25,7 @@ inline Split split_of(const Recurrence& p, int gates, std::int64_t groups, std::
   const int most = team_size(p.threads, (recurrent + entering) * static_cast<double>(p.whole));
   if (most == 1) return {true, 1};
   if (weight_bytes <= kResidentBytes && p.batch >= 4 * most) return {true, most};
-  const int columns =
-      static_cast<int>(min_of<double>(min_of<std::int64_t>(most, groups), recurrent / kWorkPerTurn));
+  const int columns = static_cast<int>(min_of<double>(min_of<std::int64_t>(most, groups), recurrent / kWorkPerTurn));
   const int rows = static_cast<int>(min_of<std::int64_t>(most, p.batch));
   if (columns >= rows && columns > 1) return {false, columns};
   return {true, rows};
@@ -60,17 +59,30 @@ inline std::int64_t partition_rows(const std::uint8_t* control, std::int64_t str
   return active;
 }
 
+// Ends of rows, out of line: they are a large part of the code and a small one of the time.
+template <class E>
+[[gnu::noinline]] Vec<Compute<E>> get_part(const E* from, std::int64_t left) {
+  return load(from, left);
+}
+template <class E>
+[[gnu::noinline]] void put_part(E* to, Vec<Compute<E>> x, std::int64_t left) {
+  store(to, x, left);
+}
+
+// A vector of units, of which `left` are there: at least a full vector with kFull.
 template <bool kFull, class E>
 inline Vec<Compute<E>> get(const E* from, std::int64_t left) {
-  return kFull ? load(from) : load(from, left);
+  return kFull || left >= kLanes<Compute<E>> ? load(from) : get_part(from, left);
 }
 template <bool kFull, class E>
 inline void put(E* to, Vec<Compute<E>> x, std::int64_t left) {
-  kFull ? store(to, x) : store(to, x, left);
+  kFull || left >= kLanes<Compute<E>> ? store(to, x) : put_part(to, x, left);
 }
 
-// S is the storage type, O that of the operands of products: the compute type, or 16 bits where there is an instruction.
-template <template <template <class> class, class, bool, class> class Pass, class S, bool kOptions, class O, class Params>
+// S is the storage type, O that of the operands of products: the compute type, or 16 bits where there is an
+// instruction.
+template <template <template <class> class, class, bool, class> class Pass, class S, bool kOptions, class O,
+          class Params>
 void run_cell(const Params& p) {
   switch (p.cell) {
     case CellKind::kRnnTanh:

@@ -2,8 +2,8 @@
 //
 // The product comes first here: the gate gradients of the step just done times the weight give the hidden gradient in a
 // tile, and the cell's backward makes the next gate gradients of it. They go into a buffer of one chunk of steps; when
-// it is full, the gradients of input and weights take their part of it while it is in the cache (recurrence_gradients.h).
-// As in the forward pass, layer norms cut a step into parts.
+// it is full, the gradients of input and weights take their part of it while it is in the cache
+// (recurrence_gradients.h). As in the forward pass, layer norms cut a step into parts.
 #include "core/gemm16.h"
 #include "core/kernels.h"
 #include "core/recurrence_gradients.h"
@@ -26,7 +26,7 @@ class Backward {
   using Cell = CellOf<T>;
   static constexpr int n = kLanes<T>;
   static constexpr int kTileRows = 6 * kMaxRows;
-  using Chunks = GateGradients<S, O, Cell::kGates, Cell::kSummedGates < Cell::kGates>;
+  using Chunks = GateGradients < S, O, Cell::kGates, Cell::kSummedGates<Cell::kGates>;
 
  public:
   explicit Backward(const RecurrenceBackward& p)
@@ -125,7 +125,7 @@ class Backward {
     std::int64_t i, t;  // in the order of processing; in time
     std::int64_t active;
     const std::uint8_t *control, *done;  // of this step and of the one processed before
-    bool last;                           // beyond the first step in time: only the gradient of the initial state is left
+    bool last;  // beyond the first step in time: only the gradient of the initial state is left
   };
 
   void loop(std::int64_t begin, std::int64_t end, Share rows, Share groups, int thread, int threads) {
@@ -204,8 +204,8 @@ class Backward {
         for (int u = 0; u < units_; ++u) {
           const std::int64_t unit = group * width_ + u * n, left = p_.hidden - unit;
           const V product = m < active ? load_full(tile + m * width_ + u * n) : V{};
-          if (left >= n) {
-            cell<true>(step, unit, index[r + m], product, n, to_reset);
+          if (!kOptions && left >= n) {
+            cell<!kOptions>(step, unit, index[r + m], product, n, to_reset);
           } else if (left > 0) {
             cell<false>(step, unit, index[r + m], product, left, to_reset);
           }
@@ -260,7 +260,8 @@ class Backward {
     const std::uint8_t done = step.done == nullptr ? 0 : step.done[b * p_.control_row];
     if (done & (kReset | kDetach)) {
       for (int s = 0; s < Cell::kStates; ++s) {
-        if ((done & kReset) && p_.grad_reset_state != nullptr) add_to_reset<kFull>(grad[s], to_reset + s * H + unit, left);
+        if ((done & kReset) && p_.grad_reset_state != nullptr)
+          add_to_reset<kFull>(grad[s], to_reset + s * H + unit, left);
         grad[s] = V{};
       }
     }
@@ -409,7 +410,7 @@ class Backward {
   V see(const Seen& x, const Moments<T>& of_cell, std::int64_t unit, std::int64_t left, V& normal, V& tanh_c) const {
     const S* norm_c = static_cast<const S*>(p_.norm_c) + unit;
     const V gain = get<kFull>(norm_c, left);
-    normal = (x.next[Cell::kStates - 1] - of_cell.mean) * of_cell.scale;
+    normal = of_cell.normal(x.next[Cell::kStates - 1]);
     tanh_c = tanh<T>(normal * gain + get<kFull>(norm_c + p_.hidden, left));
     return gain;
   }
@@ -447,7 +448,7 @@ class Backward {
           means[b] = norm_means(terms + H, terms, static_cast<const S*>(p_.norm_c), H);
           for (std::int64_t unit = begin; unit < end; unit += n) {
             const T* direct = direct_.get() + b * H + unit;
-            const V grad[] = {load(direct, H - unit), load(direct + plane_, H - unit)};
+            const V grad[] = {get<false>(direct, H - unit), get<false>(direct + plane_, H - unit)};
             leave<false>(step, unit, b, grad, H - unit, means + b);
           }
         }
@@ -464,9 +465,10 @@ class Backward {
         for (int g = 0; g < Cell::kGates; ++g) {
           for (std::int64_t unit = begin; unit < end; unit += n) {
             const std::int64_t at = g * H + unit, left = H - unit;
-            const V x = load(of_h + at, left) * load(gain + at, left);
-            store(to + at, norm_backward<T>(x, load(normal + at, left), norms_.of_product(step.i, b).scale, means[b]),
-                  left);
+            const V x = get<false>(of_h + at, left) * get<false>(gain + at, left);
+            put<false>(to + at,
+                       norm_backward<T>(x, get<false>(normal + at, left), norms_.of_product(step.i, b).scale, means[b]),
+                       left);
           }
         }
       }

@@ -7,8 +7,8 @@
 // block of batch rows into a tile of pre-activations, and the cell works on the tile at once. Threads own either rows
 // (small weights: no synchronisation at all) or groups (one barrier a step).
 //
-// A layer norm needs a whole row at a time: then a step goes in two or three parts, each over all groups, with a barrier
-// between where threads own groups.
+// A layer norm needs a whole row at a time: then a step goes in two or three parts, each over all groups, with a
+// barrier between where threads own groups.
 #include "core/gemm16.h"
 #include "core/kernels.h"
 #include "core/recurrence_options.h"
@@ -187,8 +187,7 @@ class Forward {
       }
       if (p_.project) {
         product(rows, p_.inputs, part.pointers, packed_ih_.get() + group * width_ * packed_depth<O>(p_.inputs),
-                units_ * Cell::kGates,
-                true, gates, width_);
+                units_ * Cell::kGates, true, gates, width_);
       }
     }
   }
@@ -207,7 +206,8 @@ class Forward {
       for (std::int64_t u = 0; u < units; u += n) {
         const std::int64_t at = b * H + unit_begin + u, left = units - u;
         for (int s = 0; s < Cell::kStates; ++s) {
-          const V state = carried == nullptr ? load(state0 + s * plane_ + at, left) : load(carried + s * plane_ + at, left);
+          const V state =
+              carried == nullptr ? load(state0 + s * plane_ + at, left) : load(carried + s * plane_ + at, left);
           if (s == 0 || p_.save) store(states + (s * (T_ + 1) + first) * plane_ + at, state, left);
           if (kConvert && s == 0) store(hidden_.get() + at, state, left);
           if (s == 1) store(cells_.get() + at, state, left);
@@ -217,9 +217,9 @@ class Forward {
         for (std::int64_t u = 0; options_.masks() && u < units; u += n) {
           const std::int64_t at = b * H + unit_begin + u, left = units - u;
           const V mask = options_.template mask<false>(at, left);
-          const V state = carried == nullptr ? load(state0 + at, left) : load(carried + at, left);
-          store(buffers_.operand.get() + at, state * mask, left);
-          store(buffers_.fresh_operand.get() + at, load(fresh_.get() + unit_begin + u, left) * mask, left);
+          const V state = carried == nullptr ? get<false>(state0 + at, left) : get<false>(carried + at, left);
+          put<false>(buffers_.operand.get() + at, state * mask, left);
+          put<false>(buffers_.fresh_operand.get() + at, get<false>(fresh_.get() + unit_begin + u, left) * mask, left);
         }
       }
     }
@@ -374,8 +374,8 @@ class Forward {
       if constexpr (kOptions) of_row = buffers_.moments.get() + part.thread * p_.batch + first + m;
       for (int u = 0; u < units_; ++u) {
         const std::int64_t unit = (group * units_ + u) * n, left = p_.hidden - unit;
-        if (left >= n) {
-          cell<true>(step, unit, b, reset, x + u * n, h + u * n, bias + u * n, n, of_row);
+        if (!kOptions && left >= n) {
+          cell<!kOptions>(step, unit, b, reset, x + u * n, h + u * n, bias + u * n, n, of_row);
         } else if (left > 0) {
           cell<false>(step, unit, b, reset, x + u * n, h + u * n, bias + u * n, left, of_row);
         }
@@ -431,7 +431,7 @@ class Forward {
           for (int u = 0; u < units_; ++u) {
             const std::int64_t unit = (group * units_ + u) * n, left = p_.hidden - unit;
             if (left <= 0) continue;
-            store(row + g * p_.hidden + unit, load_full(tile + m * width_ + (g * units_ + u) * n), left);
+            put<false>(row + g * p_.hidden + unit, load_full(tile + m * width_ + (g * units_ + u) * n), left);
           }
         }
       }
@@ -443,7 +443,7 @@ class Forward {
     if constexpr (kOptions) {
       const std::int64_t at = gate * p_.hidden + unit;
       const V x = get<kFull>(buffers_.products.get() + b * Cell::kGates * p_.hidden + at, left);
-      return (x - of_row.mean) * of_row.scale * get<kFull>(static_cast<const S*>(p_.norm_h) + at, left);
+      return of_row.normal(x) * get<kFull>(static_cast<const S*>(p_.norm_h) + at, left);
     } else {
       return V{};
     }
@@ -457,10 +457,10 @@ class Forward {
       const std::int64_t b = part.index[r];
       for (std::int64_t unit = part.groups.begin * units_ * n; unit < end; unit += n) {
         const std::int64_t at = b * H + unit, left = H - unit;
-        const V normal = (load(buffers_.seen.get() + at, left) - of_rows[r].mean) * of_rows[r].scale;
-        const V seen = normal * load(norm_c + unit, left) + load(norm_c + H + unit, left);
-        const V made = load(buffers_.seen.get() + plane_ + at, left) * tanh<T>(seen);
-        const V old = load(resets(step, b) ? fresh_.get() + unit : step.hidden + at, left);
+        const V normal = of_rows[r].normal(get<false>(buffers_.seen.get() + at, left));
+        const V seen = normal * get<false>(norm_c + unit, left) + get<false>(norm_c + H + unit, left);
+        const V made = get<false>(buffers_.seen.get() + plane_ + at, left) * tanh<T>(seen);
+        const V old = get<false>(resets(step, b) ? fresh_.get() + unit : step.hidden + at, left);
         put_hidden<false>(step, at, options_.zone_out(0, p_.offset + step.t, b, unit, old, made), left);
       }
     }

@@ -243,10 +243,11 @@ void recurrence_backward(const py::tuple& grads, py::handle input, const py::tup
 void bind_recurrence(py::module_& m) {
   m.def("recurrence_forward", &recurrence_forward, py::arg("input"), py::arg("weights"), py::arg("state0"),
         py::arg("control"), py::arg("cell"), py::arg("reverse"), py::arg("states"), py::arg("state_n"),
-        py::arg("reserve"), py::arg("every"), py::arg("threads"), "Run a recurrence into states, state_n and, unless None, reserve.");
+        py::arg("reserve"), py::arg("every"), py::arg("threads"),
+        "Run a recurrence into states, state_n and, unless None, reserve.");
   m.def("recurrence_backward", &recurrence_backward, py::arg("grads"), py::arg("input"), py::arg("weights"),
-        py::arg("states"), py::arg("reserve"), py::arg("made"), py::arg("control"), py::arg("cell"),
-        py::arg("reverse"), py::arg("results"), py::arg("every"), py::arg("threads"),
+        py::arg("states"), py::arg("reserve"), py::arg("made"), py::arg("control"), py::arg("cell"), py::arg("reverse"),
+        py::arg("results"), py::arg("every"), py::arg("threads"),
         "Back-propagate through a recurrence into the results that are not None.");
 }
 

@@ -67,9 +67,7 @@ def recurrence_forward(
     return states, state_n, reserve
 
 
-def _made(
-    input: Tensor, weights: Weights, states: Tensor, control: Tensor | None, cell: str, reverse: bool
-) -> Tensor:
+def _made(input: Tensor, weights: Weights, states: Tensor, control: Tensor | None, cell: str, reverse: bool) -> Tensor:
     """The hidden states (T, B, H) that an RNN made before zoneout, which are not kept.
 
     The states before each step are known, so all steps are one step of T*B rows.
