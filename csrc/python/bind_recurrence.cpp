@@ -1,23 +1,11 @@
 #include <string>
 
 #include "core/kernels.h"
+#include "python/cell.h"
 #include "python/tensor.h"
 
 namespace seqkernels {
 namespace {
-
-struct CellShape {
-  CellKind kind;
-  std::int64_t gates, states, reserve;
-};
-
-CellShape cell_shape(const std::string& name) {
-  if (name == "rnn_tanh") return {CellKind::kRnnTanh, 1, 1, 0};
-  if (name == "rnn_relu") return {CellKind::kRnnRelu, 1, 1, 0};
-  if (name == "lstm") return {CellKind::kLstm, 4, 2, 4};
-  if (name == "gru") return {CellKind::kGru, 3, 1, 4};
-  fail_argument("cell", "'rnn_tanh', 'rnn_relu', 'lstm' or 'gru'", "'" + name + "'");
-}
 
 // The tensors that a recurrence takes besides input, state and control: the fields of seqkernels.cells.Weights.
 struct Weights {
@@ -191,7 +179,8 @@ void recurrence_backward(const py::tuple& grads, py::handle input, const py::tup
   } else {
     reserve.expect({(T + every - 1) / every, S, B, H});
   }
-  if (every > 0 && (p.norm_h != nullptr || p.norm_c != nullptr)) fail_argument("every", "0 with a layer norm", "more");
+  if (every > 0 && (common.weights.norm_h || common.weights.norm_c))
+    fail_argument("every", "0 with a layer norm", "more");
   made.expect({T, B, H}).expect(p.dtype).expect_contiguous();
   grad_hidden.expect({T, B, H}).expect(p.dtype).expect_last_contiguous();
   grad_cells.expect({T, B, H}).expect(p.dtype).expect_last_contiguous();
@@ -204,9 +193,9 @@ void recurrence_backward(const py::tuple& grads, py::handle input, const py::tup
   to.bias_hh.expect({rows}).expect(compute).expect_contiguous();
   to.reset_state.expect({S, H}).expect(compute).expect_contiguous();
   to.state0.expect({S, B, H}).expect(compute).expect_contiguous();
-  to.peephole.expect({p.peephole == nullptr ? -2 : 3, H}).expect(compute).expect_contiguous();
-  to.norm_h.expect({p.norm_h == nullptr ? -2 : rows}).expect(compute).expect_contiguous();
-  to.norm_c.expect({p.norm_c == nullptr ? -2 : 2, H}).expect(compute).expect_contiguous();
+  to.peephole.expect({common.weights.peephole ? 3 : -2, H}).expect(compute).expect_contiguous();
+  to.norm_h.expect({common.weights.norm_h ? rows : -2}).expect(compute).expect_contiguous();
+  to.norm_c.expect({common.weights.norm_c ? 2 : -2, H}).expect(compute).expect_contiguous();
   p.grad_hidden = grad_hidden.data();
   p.grad_hidden_step = grad_hidden.stride(0);
   p.grad_hidden_row = grad_hidden.stride(1);
