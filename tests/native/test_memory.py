@@ -120,6 +120,44 @@ def test_recurrence(cell: str, dtype: torch.dtype) -> None:
                 finite(*results)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrence_with_options(cell: str, dtype: torch.dtype) -> None:
+    """All options at once and, in turn over the sizes, each alone."""
+    names = [name for name in testing.OPTIONS if cell == "lstm" or name not in ("peephole", "norm_c")]
+    alone = [
+        ("zoneout", "seed") if name == "seed" else (name,) for name in names if name not in ("weight_ih", "bias_ih")
+    ]
+    for case, (steps, batch, hidden) in enumerate(RECURRENCES):
+        for chosen in (tuple(names), alone[case % len(alone)]):
+            inputs = testing.recurrence_inputs(
+                cell,
+                steps,
+                batch,
+                hidden,
+                dtype,
+                input_size=5 if "weight_ih" in chosen else None,
+                control=case % 2 == 0,
+                detach=True,
+                requires_grad=False,
+            )
+            options = testing.recurrence_options(
+                cell, batch, hidden, dtype, names=chosen, input_size=5, requires_grad=False
+            )
+            weights = testing.recurrence_weights(inputs.weight_hh, inputs.bias_hh, **options)
+            needs = [True, True, *(w is not None for w in weights)]
+            for _ in settings():
+                rest = (inputs.state0, inputs.control, cell, case % 3 == 0)
+                hidden_only, state_n, _ = recurrence.forward_op(inputs.input, weights, *rest, False)
+                finite(hidden_only, state_n)
+                states, state_n, reserve = recurrence.forward_op(inputs.input, weights, *rest, True)
+                finite(states, state_n, reserve)
+                of_steps = torch.ones(steps, batch, hidden, dtype=dtype)
+                of_gates = torch.ones(steps, batch, CELLS[cell].gates, hidden, dtype=dtype)
+                cells = of_steps if cell == "lstm" else None
+                for grads in ((of_steps, cells, state_n, of_gates), (of_steps, None, None, None)):
+                    finite(*recurrence.backward_op(grads, inputs.input, weights, states, reserve, *rest[1:], needs))
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
 def test_attention(heads: tuple[int, int], dtype: torch.dtype) -> None:
     patterns = [(None, None), ("B11N", None), ("11MN", "BHMN"), (None, "1HM1"), ("1111", "11MN")]
