@@ -64,6 +64,16 @@ def run(
         if low is not None:
             settings = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
             return _lowered(cell, device, low, x, batch_sizes, hx, params, settings, options)
+    if (
+        options is not None
+        and options.checkpoint_every
+        and batch_sizes is None
+        and options.cu_seqlens is None
+        and x.shape[1 if batch_first else 0] == 1
+    ):
+        # One step stores what a checkpoint would; without other options it is a plain call.
+        options = options._replace(checkpoint_every=None)
+        options = None if options == _PLAIN else options
     if batch_sizes is None and options is None and len(params) == (4 if has_biases else 2):
         # One layer in one direction: the shortest way to the kernel.
         x = x.transpose(0, 1) if batch_first else x

@@ -39,8 +39,9 @@ template <class T, int kRows, int kVectors, Layout kLayout, bool kAdd>
 void micro_kernel(std::int64_t depth, const T* const* a, std::int64_t step, const T* b, std::int64_t ldb, T* c,
                   std::int64_t ldc) {
   constexpr int n = kLanes<T>;
-  // Few accumulators cannot hide the latency of the multiply-add: give them two turns.
-  constexpr int kTurns = kRows * kVectors <= 4 ? 2 : 1;
+  // Few accumulators cannot hide the latency of the multiply-add: give them two turns. Not where the product is added
+  // to something: sums of many rows in few blocks then do not depend on how many rows there are.
+  constexpr int kTurns = kRows * kVectors <= 4 && !kAdd ? 2 : 1;
   Vec<T> sum[kTurns][kRows][kVectors];
   const T* row[kRows];
 #pragma GCC unroll 8

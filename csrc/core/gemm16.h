@@ -1,6 +1,6 @@
-// Products of bfloat16 numbers with float32 sums, by the instruction for them (AVX512_BF16): twice the arithmetic and half
-// the memory traffic of float32. Operands are packed in pairs along the depth, (k, k + 1) beside each other, as the
-// instruction takes them.
+// Products of bfloat16 numbers with float32 sums, by the instruction for them (AVX512_BF16): twice the arithmetic and
+// half the memory traffic of float32. Operands are packed in pairs along the depth, (k, k + 1) beside each other, as
+// the instruction takes them.
 #pragma once
 
 #include "core/gemm.h"
@@ -21,14 +21,14 @@ inline std::uint32_t load_pair(const BFloat16* p) {
   return pair;
 }
 
-// As micro_kernel. Layout::kRows: a[m] points to a row of `depth` numbers; kTransposed: a[0][(k * step + m) * 2] to pairs.
-// b: (pairs of the depth, vectors * lanes) pairs.
+// As micro_kernel. Layout::kRows: a[m] points to a row of `depth` numbers; kTransposed: a[0][(k * step + m) * 2] to
+// pairs. b: (pairs of the depth, vectors * lanes) pairs.
 template <int kRows, int kVectors, Layout kLayout, bool kAdd>
 __attribute__((target("avx512bf16"))) void micro_kernel16(std::int64_t depth, const BFloat16* const* a,
                                                           std::int64_t step, const BFloat16* b, std::int64_t ldb,
                                                           float* c, std::int64_t ldc) {
   constexpr int n = kLanes<float>;
-  constexpr int kTurns = kRows * kVectors <= 4 ? 2 : 1;
+  constexpr int kTurns = kRows * kVectors <= 4 && !kAdd ? 2 : 1;
   __m512 sum[kTurns][kRows][kVectors];
   const BFloat16* row[kRows];
 #pragma GCC unroll 8
@@ -165,8 +165,8 @@ inline void pack_group(const BFloat16* weight, std::int64_t row, std::int64_t de
       for (std::int64_t k = 0; k < depth; k += 2 * n) {
         Vec<float> block[n];
         for (int i = 0; i < n; ++i) {
-          block[i] = first + i < hidden ? load_pairs(weight + (g * hidden + first + i) * row + k, depth - k)
-                                        : Vec<float>{};
+          block[i] =
+              first + i < hidden ? load_pairs(weight + (g * hidden + first + i) * row + k, depth - k) : Vec<float>{};
         }
         transpose<float>(block);
         for (std::int64_t i = 0; i < n && k + 2 * i < depth; ++i) {

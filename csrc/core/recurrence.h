@@ -39,6 +39,9 @@ struct Recurrence {
   const std::int64_t* seed;     // (): of the random zoneout; null for its expectation
   const std::uint8_t* control;  // (T, B) or null
   std::int64_t control_step, control_row;
+  // A segment of a longer sequence: all its steps, for which threads are chosen, and the time of the first one here.
+  std::int64_t whole, offset;
+  std::int64_t every;  // steps between checkpoints; 0 for none
 };
 
 struct RecurrenceForward : Recurrence {
@@ -46,9 +49,11 @@ struct RecurrenceForward : Recurrence {
   const void* bias_ih;  // (G*H) storage, or null
   const void* bias_hh;  // (G*H) storage, or null
   const void* state0;   // (S, B, H) storage, contiguous
+  const void* carried;  // (S, B, H) compute: in place of state0, or null
   void* states;         // (S, T+1, B, H) storage; (1, T+1, B, H) without `save`
   void* state_n;        // (S, B, H) storage
   void* reserve;        // (T, B, R, H) compute, with `save`
+  void* checkpoints;    // (ceil(T / every), S, B, H) compute: the states before each segment
 };
 
 struct RecurrenceBackward : Recurrence {
@@ -59,9 +64,11 @@ struct RecurrenceBackward : Recurrence {
   const void* grad_state_n;  // (S, B, H) storage, contiguous, or null
   const void* grad_gates;    // (T, B, G, H) storage, last dimension contiguous, or null; an RNN's gate is h itself
   std::int64_t grad_gates_step, grad_gates_row, grad_gates_gate;
-  const void* states;   // (S, T+1, B, H) storage
-  const void* reserve;  // (T, B, R, H) compute
-  const void* made;     // (T, B, H) storage: for an RNN with the expectation of zoneout h before it, else null
+  const void* states;       // (S, T+1, B, H) storage; with checkpoints (1, T+1, B, H)
+  const void* reserve;      // (T, B, R, H) compute; null with checkpoints
+  const void* checkpoints;  // as in the forward pass, which `every`, bias_ih and bias_hh make again from them
+  const void *bias_ih, *bias_hh;
+  const void* made;  // (T, B, H) storage: for an RNN with the expectation of zoneout h before it, else null
   // Results in compute dtype, contiguous; null where not wanted.
   void* grad_input;        // (T, B, I) storage
   void* grad_weight_ih;    // (G*H, I)

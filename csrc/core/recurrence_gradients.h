@@ -8,7 +8,7 @@
 // gradients of that follow; then what the gradients of the options are sums of.
 #pragma once
 
-#include "core/gemm.h"
+#include "core/gemm16.h"
 #include "core/recurrence.h"
 #include "core/recurrence_pack.h"
 #include "core/team.h"
@@ -34,7 +34,8 @@ inline const S* state_before(const RecurrenceBackward& p, int s, std::int64_t t,
   return static_cast<const S*>(p.states) + ((s * (p.steps + 1) + t + p.reverse) * p.batch + b) * p.hidden;
 }
 
-template <class S, int kGates, bool kApartOfCell>
+// O is the type of the operands of the products: of the buffer, then.
+template <class S, class O, int kGates, bool kApartOfCell>
 class GateGradients {
   using T = Compute<S>;
   static constexpr int n = kLanes<T>;
@@ -59,7 +60,7 @@ class GateGradients {
         steps_(max_of<std::int64_t>(1, min_of(p.steps, kRows / max_of<std::int64_t>(1, p.batch)))),
         panels_(p.project && p.grad_input != nullptr ? ceil_div(p.inputs, kWidth) : 0),
         gates_(2 * steps_ * p.batch * stride_),
-        packed_(panels_ * depth_ * kWidth),
+        packed_(panels_ * packed_depth<O>(depth_) * kWidth),
         strips_(threads * strip_size(threads)),
         panel_(threads * kRows * kWidth),
         inputs_(threads * max_of(depth_, kRows)),
@@ -68,16 +69,16 @@ class GateGradients {
   std::int64_t steps() const { return steps_; }  // of a chunk
 
   // The gate gradients of row b in step i of the order of processing. Two chunks have room.
-  T* of(std::int64_t i, std::int64_t b) const {
+  O* of(std::int64_t i, std::int64_t b) const {
     return gates_.get() + ((i / steps_ % 2 * steps_ + i % steps_) * p_.batch + b) * stride_;
   }
-  T* recurrent(std::int64_t i, std::int64_t b) const { return of(i, b) + kApart * p_.hidden; }
+  O* recurrent(std::int64_t i, std::int64_t b) const { return of(i, b) + kApart * p_.hidden; }
   // Of the recurrent product: the recurrent part itself where there is no layer norm between.
-  T* of_product(std::int64_t i, std::int64_t b) const { return of(i, b) + product_at_; }
+  O* of_product(std::int64_t i, std::int64_t b) const { return of(i, b) + product_at_; }
   // Terms of the gradients of norm_h (G*H), peephole (3*H) and norm_c (2*H).
-  T* of_norm_h(std::int64_t i, std::int64_t b) const { return of(i, b) + norm_h_at_; }
-  T* of_peephole(std::int64_t i, std::int64_t b) const { return of(i, b) + peephole_at_; }
-  T* of_norm_c(std::int64_t i, std::int64_t b) const { return of(i, b) + norm_c_at_; }
+  O* of_norm_h(std::int64_t i, std::int64_t b) const { return of(i, b) + norm_h_at_; }
+  O* of_peephole(std::int64_t i, std::int64_t b) const { return of(i, b) + peephole_at_; }
+  O* of_norm_c(std::int64_t i, std::int64_t b) const { return of(i, b) + norm_c_at_; }
 
   // packed[panel][gate][input]: weight_ih as the gradient of the input needs it. All threads, before the first chunk.
   void pack(int thread, int threads) {
@@ -90,7 +91,7 @@ class GateGradients {
       }
     }
     for (std::int64_t k = panels.begin; k < panels.end; ++k) {
-      pack_rows(rows, depth_, p_.inputs, k * kWidth, kMaxVectors, packed_.get() + k * depth_ * kWidth);
+      pack_rows(rows, depth_, p_.inputs, k * kWidth, kMaxVectors, packed_.get() + k * packed_depth<O>(depth_) * kWidth);
     }
   }
 
@@ -102,7 +103,7 @@ class GateGradients {
     for (std::int64_t r = 0; r < rows; r += kRows) {
       const std::int64_t count = min_of(kRows, rows - r);
       to_weights(begin, r, count, thread, threads);
-      const T* gates = of(begin, 0) + r * stride_;
+      const O* gates = of(begin, 0) + r * stride_;
       const bool add = begin > 0 || r > 0;
       sum_terms(gates + norm_h_at_, depth_, count, add, thread, threads, p_.grad_norm_h);
       sum_terms(gates + peephole_at_, 3 * p_.hidden, count, add, thread, threads, p_.grad_peephole);
@@ -143,8 +144,8 @@ class GateGradients {
 
   void to_input(std::int64_t begin, std::int64_t end, int thread, int threads) {
     const Share rows = share((end - begin) * p_.batch, thread, threads);
-    const T** pointers = rows_.get() + thread * 2 * kTileRows;
-    const T* gates = of(begin, 0);
+    const O** pointers = rows_.get() + thread * 2 * kTileRows;
+    const O* gates = of(begin, 0);
     alignas(64) T tile[kTileRows * kWidth];
     for (std::int64_t r = rows.begin; r < rows.end; r += kTileRows) {
       const std::int64_t count = min_of<std::int64_t>(kTileRows, rows.end - r);
@@ -155,8 +156,9 @@ class GateGradients {
       for (std::int64_t k = 0; k < panels_; ++k) {
         const std::int64_t column = k * kWidth;
         const std::int64_t left = min_of<std::int64_t>(kWidth, p_.inputs - column);
-        const T* packed = packed_.get() + k * depth_ * kWidth;
-        if constexpr (kApart) {
+        const O* packed = packed_.get() + k * packed_depth<O>(depth_) * kWidth;
+        // Pairs do not end at an odd H.
+        if (kApart && (sizeof(O) == sizeof(T) || p_.hidden % 2 == 0)) {
           // The gradients of n are by far the largest: a sum that begins with them would round all others to their
           // size.
           product(count, depth_ - p_.hidden, pointers + kTileRows, packed + p_.hidden * kWidth, kMaxVectors, false,
@@ -180,10 +182,10 @@ class GateGradients {
       return;
     }
     const bool add = begin > 0 || first > 0;
-    const T* gates = of(begin, 0) + first * stride_;
-    T* strips = strips_.get() + thread * strip_size(threads);
+    const O* gates = of(begin, 0) + first * stride_;
+    O* strips = strips_.get() + thread * strip_size(threads);
     Share columns[kMaxSegments];
-    T* at[kMaxSegments];
+    O* at[kMaxSegments];
     for (int k = 0; k < segments(); ++k) {
       const Segment s = segment(k);
       columns[k] = share(s.count, thread, threads);
@@ -191,12 +193,12 @@ class GateGradients {
       for (std::int64_t c = columns[k].begin; c < columns[k].end; c += kStrip) {
         const int count = static_cast<int>(min_of<std::int64_t>(kStrip, columns[k].end - c));
         pack_strip(gates + s.column + c, stride_, rows, count, strips);
-        strips += rows * count;
+        strips += packed_depth<O>(rows) * count;
       }
       to_biases(s, columns[k], gates, rows, add);
     }
     const S** pointers = inputs_.get() + thread * max_of(depth_, kRows);
-    T* panel = panel_.get() + thread * kRows * kWidth;
+    O* panel = panel_.get() + thread * kRows * kWidth;
     if (p_.grad_weight_ih != nullptr) {
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t t = time(begin + (first + r) / p_.batch), b = (first + r) % p_.batch;
@@ -217,30 +219,29 @@ class GateGradients {
   }
 
   // to (gates, size) (+)= strips^T x, with x (rows, size) given by its rows, the first one `first` of the chunk.
-  void multiply(const S* const* x, std::int64_t rows, std::int64_t size, const Share* columns, T* const* strips,
-                bool recurrent, bool add, T* panel, T* to, std::int64_t first) {
+  void multiply(const S* const* x, std::int64_t rows, std::int64_t size, const Share* columns, O* const* strips,
+                bool recurrent, bool add, O* panel, T* to, std::int64_t first) {
     alignas(64) T tile[kStrip * kWidth];
     for (std::int64_t column = 0; column < size; column += kWidth) {
       const std::int64_t left = min_of<std::int64_t>(kWidth, size - column);
       const int vectors = static_cast<int>(ceil_div(left, n));
       const std::int64_t width = vectors * n;
       pack_rows(x, rows, size, column, vectors, panel);
-      if (recurrent && p_.recurrent_mask != nullptr) mask_panel(first, rows, column, vectors, panel);
+      if constexpr (sizeof(O) == sizeof(T)) {
+        if (recurrent && p_.recurrent_mask != nullptr) mask_panel(first, rows, column, vectors, panel);
+      }
       for (int k = 0; k < segments(); ++k) {
         const Segment s = segment(k);
         const std::int64_t row = recurrent ? s.row_hh : s.row_ih;
         if (row < 0) continue;
-        const T* strip = strips[k];
+        const O* strip = strips[k];
         for (std::int64_t c = columns[k].begin; c < columns[k].end; c += kStrip) {
           const int count = static_cast<int>(min_of<std::int64_t>(kStrip, columns[k].end - c));
           T* out = to + (row + c) * size + column;
           if (left == width) {
-            (add ? micro_kernel_for<T, Layout::kTransposed, true>(count, vectors)
-                 : micro_kernel_for<T, Layout::kTransposed, false>(count, vectors))(rows, &strip, count, panel, width,
-                                                                                    out, size);
+            strip_product(count, rows, strip, panel, vectors, add, out, size);
           } else {
-            micro_kernel_for<T, Layout::kTransposed, false>(count, vectors)(rows, &strip, count, panel, width, tile,
-                                                                            width);
+            strip_product(count, rows, strip, panel, vectors, false, tile, width);
             for (int m = 0; m < count; ++m) {
               for (std::int64_t v = 0; v < left; v += n) {
                 Vec<T> sum = load_full(tile + m * width + v);
@@ -249,7 +250,7 @@ class GateGradients {
               }
             }
           }
-          strip += rows * count;
+          strip += packed_depth<O>(rows) * count;
         }
       }
     }
@@ -267,7 +268,7 @@ class GateGradients {
     }
   }
 
-  void to_biases(const Segment& s, Share columns, const T* gates, std::int64_t rows, bool add) {
+  void to_biases(const Segment& s, Share columns, const O* gates, std::int64_t rows, bool add) {
     T* const bias_ih = s.bias_ih < 0 ? nullptr : static_cast<T*>(p_.grad_bias_ih);
     T* const bias_hh = s.bias_hh < 0 ? nullptr : static_cast<T*>(p_.grad_bias_hh);
     if (bias_ih == nullptr && bias_hh == nullptr) return;
@@ -280,7 +281,7 @@ class GateGradients {
   }
 
   // to (count) (+)= the sum over the rows of `terms`.
-  void sum_terms(const T* terms, std::int64_t count, std::int64_t rows, bool add, int thread, int threads, void* to) {
+  void sum_terms(const O* terms, std::int64_t count, std::int64_t rows, bool add, int thread, int threads, void* to) {
     if (to == nullptr) return;
     const Share columns = share(count, thread, threads);
     for (std::int64_t c = columns.begin; c < columns.end; c += n) {
@@ -289,7 +290,7 @@ class GateGradients {
     }
   }
 
-  Vec<T> sum_of_rows(const T* from, std::int64_t rows, std::int64_t left) const {
+  Vec<T> sum_of_rows(const O* from, std::int64_t rows, std::int64_t left) const {
     // Sums of sums are more exact than one long sum.
     constexpr int kParts = 8;
     Vec<T> part[kParts] = {};
@@ -306,9 +307,9 @@ class GateGradients {
 
   const RecurrenceBackward& p_;
   const std::int64_t depth_, product_at_, norm_h_at_, peephole_at_, norm_c_at_, stride_, steps_, panels_;
-  Scratch<T> gates_, packed_, strips_, panel_;
+  Scratch<O> gates_, packed_, strips_, panel_;
   Scratch<const S*> inputs_;
-  Scratch<const T*> rows_;
+  Scratch<const O*> rows_;
 };
 
 }  // namespace

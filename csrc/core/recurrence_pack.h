@@ -10,6 +10,12 @@
 namespace seqkernels {
 namespace {
 
+// Depth of a packed operand: 16-bit ones come in pairs.
+template <class O>
+constexpr std::int64_t packed_depth(std::int64_t depth) {
+  return sizeof(O) == 2 ? (depth + 1) / 2 * 2 : depth;
+}
+
 // panel[k][gate][unit] = weight[gate * H + unit, k] for k below `depth` and the `vectors` vectors of units from `unit`;
 // units beyond H as 0.
 template <class S, class T = Compute<S>>

@@ -22,7 +22,7 @@ constexpr std::int64_t kChunkRows = 128;
 inline Split split_of(const Recurrence& p, int gates, std::int64_t groups, std::int64_t weight_bytes) {
   const double row = 2.0 * gates * p.hidden * p.batch, recurrent = row * p.hidden;
   const double entering = p.project ? row * p.inputs : 0;
-  const int most = team_size(p.threads, (recurrent + entering) * static_cast<double>(p.steps));
+  const int most = team_size(p.threads, (recurrent + entering) * static_cast<double>(p.whole));
   if (most == 1) return {true, 1};
   if (weight_bytes <= kResidentBytes && p.batch >= 4 * most) return {true, most};
   const int columns = static_cast<int>(min_of<double>(min_of<std::int64_t>(most, groups), recurrent / kWorkPerTurn));
@@ -59,7 +59,7 @@ inline std::int64_t partition_rows(const std::uint8_t* control, std::int64_t str
   return active;
 }
 
-// Ends of rows, out of line where they are long: a large part of the code and a small one of the time.
+// Ends of rows, out of line: they are a large part of the code and a small one of the time.
 template <class E>
 [[gnu::noinline]] Vec<Compute<E>> get_part(const E* from, std::int64_t left) {
   return load(from, left);
@@ -68,51 +68,45 @@ template <class E>
 [[gnu::noinline]] void put_part(E* to, Vec<Compute<E>> x, std::int64_t left) {
   store(to, x, left);
 }
-#if defined(__AVX512F__)
-template <class E>
-constexpr bool kShortParts = sizeof(E) > 2;  // masks
-#else
-template <class E>
-constexpr bool kShortParts = false;
-#endif
 
 // A vector of units, of which `left` are there: at least a full vector with kFull.
 template <bool kFull, class E>
 inline Vec<Compute<E>> get(const E* from, std::int64_t left) {
-  if (kFull || left >= kLanes<Compute<E>>) return load(from);
-  return kShortParts<E> ? load(from, left) : get_part(from, left);
+  return kFull || left >= kLanes<Compute<E>> ? load(from) : get_part(from, left);
 }
 template <bool kFull, class E>
 inline void put(E* to, Vec<Compute<E>> x, std::int64_t left) {
-  if (kFull || left >= kLanes<Compute<E>>) return store(to, x);
-  kShortParts<E> ? store(to, x, left) : put_part(to, x, left);
+  kFull || left >= kLanes<Compute<E>> ? store(to, x) : put_part(to, x, left);
 }
 
-template <template <template <class> class, class> class Pass, class S, class Params>
+// S is the storage type, O that of the operands of products: the compute type, or 16 bits where there is an
+// instruction.
+template <template <template <class> class, class, bool, class> class Pass, class S, bool kOptions, class O,
+          class Params>
 void run_cell(const Params& p) {
   switch (p.cell) {
     case CellKind::kRnnTanh:
-      return Pass<RnnTanh, S>(p).run();
+      return Pass<RnnTanh, S, kOptions, O>(p).run();
     case CellKind::kRnnRelu:
-      return Pass<RnnRelu, S>(p).run();
+      return Pass<RnnRelu, S, kOptions, O>(p).run();
     case CellKind::kLstm:
-      return Pass<Lstm, S>(p).run();
+      return Pass<Lstm, S, kOptions, O>(p).run();
     case CellKind::kGru:
-      return Pass<Gru, S>(p).run();
+      return Pass<Gru, S, kOptions, O>(p).run();
   }
 }
 
-template <template <template <class> class, class> class Pass, class Params>
+template <template <template <class> class, class, bool, class> class Pass, bool kOptions, class Params>
 void run_dtype(const Params& p) {
   switch (p.dtype) {
     case DType::kFloat32:
-      return run_cell<Pass, float>(p);
+      return run_cell<Pass, float, kOptions, float>(p);
     case DType::kFloat64:
-      return run_cell<Pass, double>(p);
+      return run_cell<Pass, double, kOptions, double>(p);
     case DType::kBFloat16:
-      return run_cell<Pass, BFloat16>(p);
+      return run_cell<Pass, BFloat16, kOptions, float>(p);
     case DType::kFloat16:
-      return run_cell<Pass, Float16>(p);
+      return run_cell<Pass, Float16, kOptions, float>(p);
   }
 }
 

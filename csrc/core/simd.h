@@ -305,8 +305,8 @@ inline Vec<T> sigmoid(Vec<T> x) {
   return y * ((T(1) - y) - y * e) + y;
 }
 
-// Through m = e^(-2|x|) - 1 as -m / (m + 2), which keeps small arguments exact to rounding; m in two parts, the quotient
-// as in sigmoid.
+// Through m = e^(-2|x|) - 1 as -m / (m + 2), which keeps small arguments exact to rounding; m in two parts, the
+// quotient as in sigmoid.
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
   using C = ExpConstants<T>;

@@ -82,8 +82,8 @@ inline Share share(std::int64_t count, int thread, int threads) {
   return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-// Memory that the calls of one thread leave to its next ones: pages that are fresh from the system cost more than many a
-// call. Holds at most kKept bytes.
+// Memory that the calls of one thread leave to its next ones: pages that are fresh from the system cost more than many
+// a call. Holds at most kKept bytes.
 class Pool {
  public:
   ~Pool() {

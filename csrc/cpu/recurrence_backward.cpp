@@ -4,7 +4,7 @@
 // tile, and the cell's backward makes the next gate gradients of it. They go into a buffer of one chunk of steps; when
 // it is full, the gradients of input and weights take their part of it while it is in the cache
 // (recurrence_gradients.h). As in the forward pass, layer norms cut a step into parts.
-#include "core/gemm.h"
+#include "core/gemm16.h"
 #include "core/kernels.h"
 #include "core/recurrence_gradients.h"
 #include "core/recurrence_norm.h"
@@ -13,17 +13,20 @@
 #include "core/recurrence_team.h"
 
 namespace seqkernels {
+
+void SEQKERNELS_ENTRY(recurrence_forward)(const RecurrenceForward& p);
+
 namespace {
 
-// The backward pass for a cell and a storage type.
-template <template <class> class CellOf, class S, bool kOptions>
+// The backward pass for a cell, a storage type and the type O of the operands of the products.
+template <template <class> class CellOf, class S, bool kOptions, class O>
 class Backward {
   using T = Compute<S>;
   using V = Vec<T>;
   using Cell = CellOf<T>;
   static constexpr int n = kLanes<T>;
   static constexpr int kTileRows = 6 * kMaxRows;
-  using Chunks = GateGradients < S, Cell::kGates, Cell::kSummedGates<Cell::kGates>;
+  using Chunks = GateGradients < S, O, Cell::kGates, Cell::kSummedGates<Cell::kGates>;
 
  public:
   explicit Backward(const RecurrenceBackward& p)
@@ -32,46 +35,89 @@ class Backward {
         units_(units_of(p)),
         groups_(ceil_div(p.hidden, units_ * n)),
         width_(units_ * n),
-        split_(split_of(p, 2 * Cell::kGates, groups_, groups_ * depth_ * width_ * std::int64_t{sizeof(T)})),
+        split_(split_of(p, 2 * Cell::kGates, groups_, groups_ * depth_ * width_ * std::int64_t{sizeof(O)})),
         plane_(p.batch * p.hidden),
-        packed_(groups_ * depth_ * width_),
+        packed_(groups_ * packed_depth<O>(depth_) * width_),
         direct_(Cell::kStates * plane_),
         to_reset_(p.grad_reset_state == nullptr ? 0 : split_.threads * 2 * Cell::kStates * p.hidden),
         rows_(p.batch * split_.threads),
         pointers_(max_of(p.batch, depth_) * split_.threads),
         chunks_(p, split_.threads),
         options_(p),
-        norms_(p, chunks_.steps(), split_.threads) {}
+        norms_(p, chunks_.steps(), split_.threads),
+        segment_(p.every == 0 ? 0 : (Cell::kStates * (p.every + 2) + 1) * plane_),
+        segment_reserve_(p.every * Cell::kReserve * plane_),
+        cells_(static_cast<const S*>(p.states) + (p.steps + 1) * plane_),
+        reserve_(static_cast<const T*>(p.reserve)) {}
 
   void run() {
     if (plane_ == 0) return;
-    run_team(split_.threads, [this](int thread, int threads) {
+    if (p_.every == 0 || p_.steps == 0) return run(0, p_.steps);
+    const std::int64_t segments = ceil_div(p_.steps, p_.every);
+    for (std::int64_t k = segments - 1; k >= 0; --k) {
+      const std::int64_t end = min_of(p_.steps, (k + 1) * p_.every);
+      recompute(k, end - k * p_.every);
+      run(p_.steps - end, p_.steps - k * p_.every);
+    }
+  }
+
+ private:
+  // Steps [begin, end) in the order of this pass, which goes on where the last call ended.
+  void run(std::int64_t begin, std::int64_t end) {
+    run_team(split_.threads, [this, begin, end](int thread, int threads) {
       const Share groups = share(groups_, thread, threads);
+      if (begin > 0) {
+        split_.rows ? loop(begin, end, share(p_.batch, thread, threads), {0, groups_}, thread, threads)
+                    : loop(begin, end, {0, p_.batch}, groups, thread, threads);
+        return;
+      }
       pack(groups, pointers_.get() + thread * max_of(p_.batch, depth_));
       chunks_.pack(thread, threads);
       if constexpr (kOptions) norms_.pack(thread, threads);
       barrier_.wait(threads);
       if (split_.rows) {
-        loop(share(p_.batch, thread, threads), {0, groups_}, thread, threads);
+        loop(begin, end, share(p_.batch, thread, threads), {0, groups_}, thread, threads);
       } else {
-        loop({0, p_.batch}, groups, thread, threads);
+        loop(begin, end, {0, p_.batch}, groups, thread, threads);
       }
     });
   }
 
- private:
+  // The states and the reserve of segment k of the forward pass, from its checkpoint.
+  void recompute(std::int64_t k, std::int64_t steps) {
+    RecurrenceForward f{};
+    static_cast<Recurrence&>(f) = p_;
+    const std::int64_t first = p_.reverse ? p_.steps - k * p_.every - steps : k * p_.every;
+    f.steps = steps;
+    f.offset = first;
+    f.every = 0;
+    f.input = static_cast<const S*>(p_.input) + first * p_.input_step;
+    if (p_.control != nullptr) f.control = p_.control + first * p_.control_step;
+    f.save = true;
+    f.bias_ih = p_.bias_ih;
+    f.bias_hh = p_.bias_hh;
+    f.carried = static_cast<const T*>(p_.checkpoints) + k * Cell::kStates * plane_;
+    f.states = segment_.get();
+    f.state_n = segment_.get() + Cell::kStates * (p_.every + 1) * plane_;
+    f.reserve = segment_reserve_.get();
+    SEQKERNELS_ENTRY(recurrence_forward)(f);
+    cells_ = segment_.get() + (steps + 1 - first) * plane_;
+    reserve_ = segment_reserve_.get() - first * Cell::kReserve * plane_;
+  }
+
   static int units_of(const RecurrenceBackward& p) {
     const std::int64_t blocks = ceil_div(p.hidden, n);
     return static_cast<int>(max_of<std::int64_t>(1, min_of<std::int64_t>(kMaxVectors, blocks / max_of(1, p.threads))));
   }
 
   // packed[group][row of weight_hh][unit], units beyond H as 0.
-  void pack(Share groups, const T** scratch) {
+  void pack(Share groups, const O** scratch) {
     const S* weight = static_cast<const S*>(p_.weight_hh);
     const S** rows = reinterpret_cast<const S**>(scratch);
     for (std::int64_t k = 0; k < depth_; ++k) rows[k] = weight + k * p_.weight_hh_row;
     for (std::int64_t group = groups.begin; group < groups.end; ++group) {
-      pack_rows(rows, depth_, p_.hidden, group * width_, units_, packed_.get() + group * depth_ * width_);
+      pack_rows(rows, depth_, p_.hidden, group * width_, units_,
+                packed_.get() + group * packed_depth<O>(depth_) * width_);
     }
   }
 
@@ -82,12 +128,12 @@ class Backward {
     bool last;  // beyond the first step in time: only the gradient of the initial state is left
   };
 
-  void loop(Share rows, Share groups, int thread, int threads) {
+  void loop(std::int64_t begin, std::int64_t end, Share rows, Share groups, int thread, int threads) {
     const std::int64_t T_ = p_.steps;
     const S* grad_state_n = static_cast<const S*>(p_.grad_state_n);
     const std::int64_t unit_begin = groups.begin * width_;
     const std::int64_t units = min_of(p_.hidden, groups.end * width_) - unit_begin;
-    for (int s = 0; s < Cell::kStates; ++s) {
+    for (int s = 0; begin == 0 && s < Cell::kStates; ++s) {
       for (std::int64_t b = rows.begin; b < rows.end; ++b) {
         const std::int64_t at = s * plane_ + b * p_.hidden + unit_begin;
         for (std::int64_t u = 0; u < units; u += n) {
@@ -97,14 +143,14 @@ class Backward {
       }
     }
     T* to_reset = to_reset_.get() + thread * 2 * Cell::kStates * p_.hidden;
-    if (p_.grad_reset_state != nullptr) {
+    if (begin == 0 && p_.grad_reset_state != nullptr) {
       for (std::int64_t u = 0; u < 2 * Cell::kStates * p_.hidden; ++u) to_reset[u] = T(0);
     }
     std::int64_t* index = rows_.get() + thread * p_.batch;
-    const T** pointers = pointers_.get() + thread * max_of(p_.batch, depth_);
+    const O** pointers = pointers_.get() + thread * max_of(p_.batch, depth_);
     // Held rows have no gate gradients; those of detached rows, and of reset ones, stop here, or in reset_state.
     const std::uint8_t idle = kHold | (p_.grad_reset_state == nullptr ? kReset | kDetach : 0);
-    for (std::int64_t i = 0; i <= T_; ++i) {
+    for (std::int64_t i = begin; i < end + (end == T_); ++i) {
       Step step;
       step.i = i;
       step.last = i == T_;
@@ -135,7 +181,7 @@ class Backward {
       if (!split_.rows || full) barrier_.wait(threads);
       if (full) chunks_.spend(i - i % chunks_.steps(), i + 1, thread, threads);
     }
-    if (p_.grad_reset_state == nullptr) return;
+    if (p_.grad_reset_state == nullptr || end < T_) return;
     barrier_.wait(threads);
     const Share of_reset = share(Cell::kStates * p_.hidden, thread, threads);
     for (std::int64_t u = of_reset.begin; u < of_reset.end; ++u) {
@@ -145,9 +191,9 @@ class Backward {
     }
   }
 
-  void run_group(const Step& step, std::int64_t group, const std::int64_t* index, const T* const* pointers,
+  void run_group(const Step& step, std::int64_t group, const std::int64_t* index, const O* const* pointers,
                  std::int64_t rows, T* to_reset) {
-    const T* weight = packed_.get() + group * depth_ * width_;
+    const O* weight = packed_.get() + group * packed_depth<O>(depth_) * width_;
     alignas(64) T tile[kTileRows * kMaxVectors * n];
     for (std::int64_t r = 0; r < rows; r += kTileRows) {
       const std::int64_t count = min_of<std::int64_t>(kTileRows, rows - r);
@@ -173,7 +219,8 @@ class Backward {
   void prefetch(const Step& step, std::int64_t group, const std::int64_t* index, std::int64_t count) {
     const std::int64_t H = p_.hidden;
     const S* states = static_cast<const S*>(p_.states) + step.t * plane_;
-    const T* reserve = static_cast<const T*>(p_.reserve) + step.t * p_.batch * Cell::kReserve * H;
+    const S* cells = cells_ + step.t * plane_;
+    const T* reserve = reserve_ + step.t * p_.batch * Cell::kReserve * H;
     const S* grad = static_cast<const S*>(p_.grad_hidden) + step.t * p_.grad_hidden_step;
     for (std::int64_t m = 0; m < count; ++m) {
       for (int u = 0; u < units_; ++u) {
@@ -181,9 +228,8 @@ class Backward {
         for (int r = 0; r < Cell::kReserve; ++r) {
           __builtin_prefetch(reserve + (index[m] * Cell::kReserve + r) * H + unit);
         }
-        for (int s = 0; s < Cell::kStates; ++s) {
-          __builtin_prefetch(states + s * (p_.steps + 1) * plane_ + index[m] * H + unit);
-        }
+        __builtin_prefetch(states + index[m] * H + unit);
+        if (Cell::kStates == 2) __builtin_prefetch(cells + index[m] * H + unit);
         if (p_.grad_hidden != nullptr) __builtin_prefetch(grad + index[m] * p_.grad_hidden_row + unit);
       }
     }
@@ -262,18 +308,18 @@ class Backward {
   template <bool kFull>
   Seen look(const Step& step, std::int64_t unit, std::int64_t b, std::uint8_t control, std::int64_t left) const {
     const std::int64_t H = p_.hidden, at = b * H + unit, t = step.t;
-    const S* before = static_cast<const S*>(p_.states) + (p_.reverse ? t + 1 : t) * plane_ + at;
-    const S* after = static_cast<const S*>(p_.states) + (p_.reverse ? t : t + 1) * plane_ + at;
+    const std::int64_t before = (t + p_.reverse) * plane_ + at, after = (t + !p_.reverse) * plane_ + at;
+    const S* of_states[] = {static_cast<const S*>(p_.states), cells_};
     const S* fresh = static_cast<const S*>(p_.reset_state) + unit;
-    const T* reserve = static_cast<const T*>(p_.reserve) + (t * p_.batch + b) * Cell::kReserve * H + unit;
+    const T* reserve = reserve_ + (t * p_.batch + b) * Cell::kReserve * H + unit;
     Seen x;
     for (int s = 0; s < Cell::kStates; ++s) {
       if (control & kReset) {
         x.prev[s] = p_.reset_state == nullptr ? V{} : get<kFull>(fresh + s * H, left);
       } else {
-        x.prev[s] = get<kFull>(before + s * (p_.steps + 1) * plane_, left);
+        x.prev[s] = get<kFull>(of_states[s] + before, left);
       }
-      x.next[s] = get<kFull>(after + s * (p_.steps + 1) * plane_, left);
+      x.next[s] = get<kFull>(of_states[s] + after, left);
     }
     for (int r = 0; r < Cell::kReserve; ++r) x.saved[r] = get<kFull>(reserve + r * H, left);
     if constexpr (kOptions) {
@@ -339,7 +385,7 @@ class Backward {
     }
     T* direct = direct_.get() + b * H + unit;
     for (int s = 0; s < Cell::kStates; ++s) put<kFull>(direct + s * plane_, next_direct[s], left);
-    T* gates = chunks_.of(step.i, b) + unit;
+    O* gates = chunks_.of(step.i, b) + unit;
     for (int g = 0; g < Cell::kGates; ++g) put<kFull>(gates + Chunks::slot(g) * H, gates_x[g], left);
     if constexpr (Chunks::kApart) put<kFull>(gates + Cell::kGates * H, gates_h[Cell::kGates - 1], left);
     if (!p_.project && p_.grad_input != nullptr) {
@@ -435,12 +481,18 @@ class Backward {
   const std::int64_t groups_, width_;
   const Split split_;
   const std::int64_t plane_;
-  Scratch<T> packed_, direct_, to_reset_;
+  Scratch<O> packed_;
+  Scratch<T> direct_, to_reset_;
   Scratch<std::int64_t> rows_;
-  Scratch<const T*> pointers_;
+  Scratch<const O*> pointers_;
   Chunks chunks_;
   const Options<S, Cell::kStates> options_;
   Choose<kOptions, Norms<S, Cell::kGates>, Nothing> norms_;
+  // What the segment at hand needs of the forward pass, and where time 0 would be in it.
+  Scratch<S> segment_;
+  Scratch<T> segment_reserve_;
+  const S* cells_;
+  const T* reserve_;
   Barrier barrier_;
 };
 
@@ -452,7 +504,15 @@ using BackwardWithOptions = Backward<CellOf, S, true>;
 }  // namespace
 
 void SEQKERNELS_ENTRY(recurrence_backward)(const RecurrenceBackward& p) {
-  has_options(p) ? run_dtype<BackwardWithOptions>(p) : run_dtype<PlainBackward>(p);
+  if (has_options(p)) return run_dtype<Backward, true>(p);
+#if defined(SEQKERNELS_DOT16)
+  // The RNN keeps float32 products: where a sum is near 0, its rounding decides what a relu lets through.
+  if (p.dtype == DType::kBFloat16 && has_dot16()) {
+    if (p.cell == CellKind::kLstm) return Backward<Lstm, BFloat16, false, BFloat16>(p).run();
+    if (p.cell == CellKind::kGru) return Backward<Gru, BFloat16, false, BFloat16>(p).run();
+  }
+#endif
+  run_dtype<Backward, false>(p);
 }
 
 }  // namespace seqkernels

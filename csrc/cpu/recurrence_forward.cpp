@@ -9,7 +9,7 @@
 //
 // A layer norm needs a whole row at a time: then a step goes in two or three parts, each over all groups, with a
 // barrier between where threads own groups.
-#include "core/gemm.h"
+#include "core/gemm16.h"
 #include "core/kernels.h"
 #include "core/recurrence_options.h"
 #include "core/recurrence_pack.h"
@@ -35,14 +35,15 @@ struct ForwardBuffers {
         moments(threads * p.batch) {}
 };
 
-// The forward pass for a cell and a storage type.
-template <template <class> class CellOf, class S, bool kOptions>
+// The forward pass for a cell, a storage type and the type O of the operands of the products.
+template <template <class> class CellOf, class S, bool kOptions, class O>
 class Forward {
   using T = Compute<S>;
   using V = Vec<T>;
   using Cell = CellOf<T>;
   static constexpr int n = kLanes<T>;
   static constexpr bool kConvert = sizeof(S) != sizeof(T);
+  static constexpr bool kWide = sizeof(O) == sizeof(T);  // products in compute dtype
   // Units of a group, in vectors: as many as fill a block of the micro-kernel.
   static constexpr int kUnits = kMaxVectors / Cell::kGates;
   static constexpr int kWidth = kUnits * Cell::kGates;  // vectors of a full group
@@ -55,17 +56,18 @@ class Forward {
         groups_(ceil_div(p.hidden, units_ * n)),
         width_(units_ * Cell::kGates * n),
         split_(split_of(p, Cell::kGates, groups_,
-                        groups_ * width_ * (p.hidden + (p.project ? p.inputs : 0)) * std::int64_t{sizeof(T)})),
+                        groups_ * width_ * (p.hidden + (p.project ? p.inputs : 0)) * std::int64_t{sizeof(O)})),
         plane_(p.batch * p.hidden),
         chunk_(chunk_of(p, split_)),
-        packed_(groups_ * width_ * p.hidden),
-        packed_ih_(p.project ? groups_ * width_ * p.inputs : 0),
+        packed_(groups_ * width_ * packed_depth<O>(p.hidden)),
+        packed_ih_(p.project ? groups_ * width_ * packed_depth<O>(p.inputs) : 0),
         bias_(groups_ * (width_ + units_ * n)),
         gates_(chunk_ * p.batch * groups_ * width_),
-        input_(kConvert && p.project ? split_.threads * chunk_rows() * p.inputs : 0),
+        input_(kConvert && kWide && p.project ? split_.threads * chunk_rows() * p.inputs : 0),
         hidden_(kConvert ? 2 * plane_ : 0),
         cells_(Cell::kStates == 2 ? plane_ : 0),
         fresh_(Cell::kStates * p.hidden),
+        fresh16_(kWide ? 0 : p.hidden),
         rows_(p.batch * split_.threads),
         pointers_(max_of(p.batch, chunk_rows()) * split_.threads),
         options_(p),
@@ -73,6 +75,9 @@ class Forward {
     const S* reset_state = static_cast<const S*>(p.reset_state);
     for (std::int64_t i = 0; i < Cell::kStates * p.hidden; ++i) {
       fresh_.get()[i] = reset_state == nullptr ? T(0) : load_one(reset_state + i);
+    }
+    if constexpr (!kWide) {
+      for (std::int64_t i = 0; i < p.hidden; ++i) fresh16_.get()[i] = reset_state == nullptr ? O{0} : reset_state[i];
     }
   }
 
@@ -106,10 +111,10 @@ class Forward {
     for (std::int64_t group = groups.begin; group < groups.end; ++group) {
       const std::int64_t unit = group * units_ * n;
       pack_group(static_cast<const S*>(p_.weight_hh), p_.weight_hh_row, p_.hidden, p_.hidden, Cell::kGates, unit,
-                 units_, packed_.get() + group * width_ * p_.hidden);
+                 units_, packed_.get() + group * width_ * packed_depth<O>(p_.hidden));
       if (p_.project) {
         pack_group(static_cast<const S*>(p_.weight_ih), p_.weight_ih_row, p_.inputs, p_.hidden, Cell::kGates, unit,
-                   units_, packed_ih_.get() + group * width_ * p_.inputs);
+                   units_, packed_ih_.get() + group * width_ * packed_depth<O>(p_.inputs));
       }
       T* bias = bias_of(group);
       pack_bias(bias_ih, bias_hh, p_.hidden, Cell::kGates, Cell::kSummedGates, unit, units_, bias);
@@ -129,7 +134,7 @@ class Forward {
     std::int64_t first, steps;  // of the chunk, in the order of processing
     T* gates;                   // [group][step][row][width]
     std::int64_t* index;        // rows of a step, held ones last
-    const T** pointers;
+    const O** pointers;
     int thread, threads;  // those that meet after each step
   };
 
@@ -153,7 +158,7 @@ class Forward {
     if (p_.project) {
       for (std::int64_t i = 0, r = 0; i < part.steps; ++i) {
         for (std::int64_t b = 0; b < count; ++b, ++r) {
-          if constexpr (kConvert) {
+          if constexpr (kConvert && kWide) {
             copy_converted(row_of(i, b), scratch + r * p_.inputs, p_.inputs);
             part.pointers[r] = scratch + r * p_.inputs;
           } else {
@@ -181,8 +186,8 @@ class Forward {
         }
       }
       if (p_.project) {
-        product(rows, p_.inputs, part.pointers, packed_ih_.get() + group * width_ * p_.inputs, units_ * Cell::kGates,
-                true, gates, width_);
+        product(rows, p_.inputs, part.pointers, packed_ih_.get() + group * width_ * packed_depth<O>(p_.inputs),
+                units_ * Cell::kGates, true, gates, width_);
       }
     }
   }
@@ -196,16 +201,26 @@ class Forward {
     const std::int64_t unit_begin = groups.begin * units_ * n;
     const std::int64_t units = min_of(H, groups.end * units_ * n) - unit_begin;
 
+    const T* carried = static_cast<const T*>(p_.carried);
     for (std::int64_t b = rows.begin; b < rows.end; ++b) {
-      for (int s = 0; s < (p_.save ? Cell::kStates : 1); ++s) {
-        std::memcpy(states + (s * (T_ + 1) + first) * plane_ + b * H + unit_begin,
-                    state0 + s * plane_ + b * H + unit_begin, units * sizeof(S));
+      for (std::int64_t u = 0; u < units; u += n) {
+        const std::int64_t at = b * H + unit_begin + u, left = units - u;
+        for (int s = 0; s < Cell::kStates; ++s) {
+          const V state =
+              carried == nullptr ? load(state0 + s * plane_ + at, left) : load(carried + s * plane_ + at, left);
+          if (s == 0 || p_.save) store(states + (s * (T_ + 1) + first) * plane_ + at, state, left);
+          if (kConvert && s == 0) store(hidden_.get() + at, state, left);
+          if (s == 1) store(cells_.get() + at, state, left);
+        }
       }
-      if constexpr (kConvert) {
-        copy_converted(state0 + b * H + unit_begin, hidden_.get() + b * H + unit_begin, units);
-      }
-      if constexpr (Cell::kStates == 2) {
-        copy_converted(state0 + plane_ + b * H + unit_begin, cells_.get() + b * H + unit_begin, units);
+      if constexpr (kOptions) {
+        for (std::int64_t u = 0; options_.masks() && u < units; u += n) {
+          const std::int64_t at = b * H + unit_begin + u, left = units - u;
+          const V mask = options_.template mask<false>(at, left);
+          const V state = carried == nullptr ? get<false>(state0 + at, left) : get<false>(carried + at, left);
+          put<false>(buffers_.operand.get() + at, state * mask, left);
+          put<false>(buffers_.fresh_operand.get() + at, get<false>(fresh_.get() + unit_begin + u, left) * mask, left);
+        }
       }
       if constexpr (kOptions) {
         for (std::int64_t u = 0; options_.masks() && u < units; u += n) {
@@ -230,6 +245,9 @@ class Forward {
       part.steps = min_of(chunk_, T_ - part.first);
       enter(part, input_.get() + thread * chunk_rows() * p_.inputs);
       for (std::int64_t i = 0; i < part.steps; ++i) {
+        if (p_.checkpoints != nullptr && (part.first + i) % p_.every == 0) {
+          put_checkpoint(part, part.first + i, unit_begin, units);
+        }
         run_step(part, i);
         barrier_.wait(threads);
       }
@@ -243,6 +261,21 @@ class Forward {
           const std::int64_t at = b * H + unit_begin + u;
           store(state_n + plane_ + at, load(cells_.get() + at, units - u), units - u);
         }
+      }
+    }
+  }
+
+  // The states before step i, as the loop carries them.
+  void put_checkpoint(const Part& part, std::int64_t i, std::int64_t unit, std::int64_t units) {
+    const std::int64_t t = time(i), H = p_.hidden;
+    const T* hidden = kConvert ? hidden_.get() + i % 2 * plane_
+                               : static_cast<const T*>(p_.states) + (p_.reverse ? t + 1 : t) * plane_;
+    const T* of_states[] = {hidden, cells_.get()};
+    T* to = static_cast<T*>(p_.checkpoints) + i / p_.every * Cell::kStates * plane_;
+    for (int s = 0; s < Cell::kStates; ++s) {
+      for (std::int64_t b = part.rows.begin; b < part.rows.end; ++b) {
+        const std::int64_t at = b * H + unit;
+        std::memcpy(to + s * plane_ + at, of_states[s] + at, units * sizeof(T));
       }
     }
   }
@@ -271,7 +304,19 @@ class Forward {
     }
     step.active = partition_rows(step.control, p_.control_row, kHold, part.rows, part.index);
     for (std::int64_t r = 0; r < count; ++r) {
-      part.pointers[r] = resets(step, part.index[r]) ? fresh_.get() : step.hidden + part.index[r] * H;
+      if constexpr (kWide) {
+        part.pointers[r] = resets(step, part.index[r]) ? fresh_.get() : step.hidden + part.index[r] * H;
+      } else {
+        const O* states = static_cast<const O*>(p_.states) + (p_.reverse ? step.t + 1 : step.t) * plane_;
+        part.pointers[r] = resets(step, part.index[r]) ? fresh16_.get() : states + part.index[r] * H;
+      }
+    }
+    if constexpr (kOptions) {
+      step.operand = buffers_.operand.get() + (done + 1) % 2 * plane_;
+      const T* operand = buffers_.operand.get() + done % 2 * plane_;
+      for (std::int64_t r = 0; options_.masks() && r < count; ++r) {
+        part.pointers[r] = (resets(step, part.index[r]) ? buffers_.fresh_operand.get() : operand) + part.index[r] * H;
+      }
     }
     if constexpr (kOptions) {
       step.operand = buffers_.operand.get() + (done + 1) % 2 * plane_;
@@ -315,15 +360,14 @@ class Forward {
 
   // gates: (rows, width), the input part.
   void run_group(const Part& part, const Step& step, std::int64_t group, const T* gates) {
-    const T* weight = packed_.get() + group * width_ * p_.hidden;
+    const O* weight = packed_.get() + group * width_ * packed_depth<O>(p_.hidden);
     alignas(64) T tile[kTileRows * kWidth * n];
     for (std::int64_t r = 0; r < step.active; r += kTileRows) {
       const std::int64_t count = min_of<std::int64_t>(kTileRows, step.active - r);
+      product(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, false, tile, width_);
       if (norms_product()) {
-        product_to_norm(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, tile, width_);
         put_products(part, group, r, count, tile);
       } else {
-        product(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, false, tile, width_);
         cells(part, step, group, gates, r, count, tile);
       }
     }
@@ -381,7 +425,7 @@ class Forward {
         }
       }
       for (int s = norms_cell() ? 1 : 0; s < Cell::kStates; ++s) {
-        next[s] = options_.zone_out(s, step.t, b, unit, prev[s], next[s]);
+        next[s] = options_.zone_out(s, p_.offset + step.t, b, unit, prev[s], next[s]);
       }
     } else {
       Cell::forward(x, h, prev, next, saved);
@@ -432,7 +476,7 @@ class Forward {
         const V seen = normal * get<false>(norm_c + unit, left) + get<false>(norm_c + H + unit, left);
         const V made = get<false>(buffers_.seen.get() + plane_ + at, left) * tanh<T>(seen);
         const V old = get<false>(resets(step, b) ? fresh_.get() + unit : step.hidden + at, left);
-        put_hidden<false>(step, at, options_.zone_out(0, step.t, b, unit, old, made), left);
+        put_hidden<false>(step, at, options_.zone_out(0, p_.offset + step.t, b, unit, old, made), left);
       }
     }
   }
@@ -489,41 +533,28 @@ class Forward {
   const std::int64_t groups_, width_;
   const Split split_;
   const std::int64_t plane_, chunk_;
-  Scratch<T> packed_, packed_ih_, bias_, gates_, input_, hidden_, cells_, fresh_;
+  Scratch<O> packed_, packed_ih_;
+  Scratch<T> bias_, gates_, input_, hidden_, cells_, fresh_;
+  Scratch<O> fresh16_;
   Scratch<std::int64_t> rows_;
-  Scratch<const T*> pointers_;
+  Scratch<const O*> pointers_;
   const Options<S, Cell::kStates> options_;
   const Choose<kOptions, ForwardBuffers<T>, Nothing> buffers_;
   Barrier barrier_;
 };
 
-template <template <class> class CellOf, class S>
-using PlainForward = Forward<CellOf, S, false>;
-template <template <class> class CellOf, class S>
-using ForwardWithOptions = Forward<CellOf, S, true>;
-
-template <class T>
-void activation(const char* name, std::int64_t count, const T* x, T* y) {
-  for (std::int64_t i = 0; i < count; i += kLanes<T>) {
-    const Vec<T> v = load(x + i, count - i);
-    const Vec<T> result = name[0] == 'e' ? exp<T>(v) : name[0] == 's' ? sigmoid<T>(v) : tanh<T>(v);
-    store(y + i, result, count - i);
-  }
-}
-
 }  // namespace
 
 void SEQKERNELS_ENTRY(recurrence_forward)(const RecurrenceForward& p) {
-  has_options(p) ? run_dtype<ForwardWithOptions>(p) : run_dtype<PlainForward>(p);
-}
-
-// exp, sigmoid or tanh of `count` numbers, for the tests of their error.
-void SEQKERNELS_ENTRY(activation)(const char* name, std::int64_t count, const void* x, void* y, DType dtype) {
-  if (dtype == DType::kFloat64) {
-    activation(name, count, static_cast<const double*>(x), static_cast<double*>(y));
-  } else {
-    activation(name, count, static_cast<const float*>(x), static_cast<float*>(y));
+  if (has_options(p)) return run_dtype<Forward, true>(p);
+#if defined(SEQKERNELS_DOT16)
+  // The RNN keeps float32 products: where a sum is near 0, its rounding decides what a relu lets through.
+  if (p.dtype == DType::kBFloat16 && has_dot16()) {
+    if (p.cell == CellKind::kLstm) return Forward<Lstm, BFloat16, false, BFloat16>(p).run();
+    if (p.cell == CellKind::kGru) return Forward<Gru, BFloat16, false, BFloat16>(p).run();
   }
+#endif
+  run_dtype<Forward, false>(p);
 }
 
 }  // namespace seqkernels

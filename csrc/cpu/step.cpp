@@ -10,8 +10,8 @@
 namespace seqkernels {
 namespace {
 
-// sums[i] += weight[i] x, unfinished over the lanes, for the kLanes rows of `weight` from its first; rows from `count` on
-// repeat the last one.
+// sums[i] += weight[i] x, unfinished over the lanes, for the kLanes rows of `weight` from its first; rows from `count`
+// on repeat the last one.
 template <class S, class T = Compute<S>>
 inline void dot_rows(const S* weight, std::int64_t stride, std::int64_t count, const T* x, std::int64_t depth,
                      Vec<T>* sums) {
@@ -55,8 +55,8 @@ class Step {
 
   explicit Step(const Params& p)
       : p_(p),
-        threads_(team_size(p.threads, 2.0 * static_cast<double>(p.batch * p.hidden * (p.inputs + p.hidden)) *
-                                          Cell::kGates)),
+        threads_(
+            team_size(p.threads, 2.0 * static_cast<double>(p.batch * p.hidden * (p.inputs + p.hidden)) * Cell::kGates)),
         rows_(kConvert || p.states[0] == nullptr ? p.batch * (p.inputs + p.hidden) : 0) {
     if (kConvert) {
       for (std::int64_t b = 0; b < p.batch; ++b) {
@@ -72,8 +72,10 @@ class Step {
   }
 
   const T* input(std::int64_t b) const {
-    if constexpr (kConvert) return rows_.get() + b * p_.inputs;
-    else return static_cast<const T*>(p_.input) + b * p_.input_row;
+    if constexpr (kConvert)
+      return rows_.get() + b * p_.inputs;
+    else
+      return static_cast<const T*>(p_.input) + b * p_.input_row;
   }
   const T* hidden(std::int64_t b) const {
     if (kConvert || p_.states[0] == nullptr) return rows_.get() + p_.batch * p_.inputs + b * p_.hidden;
@@ -93,11 +95,11 @@ class Step {
   Scratch<T> rows_;
 };
 
-template <template <class> class CellOf, class S>
+template <template <class> class CellOf, class S, bool, class>
 class StepForward : Step<CellOf, S, CellStepForward> {
   using Base = Step<CellOf, S, CellStepForward>;
-  using typename Base::Cell, typename Base::T, typename Base::V;
   using Base::n, Base::p_;
+  using typename Base::Cell, typename Base::T, typename Base::V;
 
  public:
   explicit StepForward(const CellStepForward& p) : Base(p) {}
@@ -150,11 +152,11 @@ class StepForward : Step<CellOf, S, CellStepForward> {
   }
 };
 
-template <template <class> class CellOf, class S>
+template <template <class> class CellOf, class S, bool, class>
 class StepBackward : Step<CellOf, S, CellStepBackward> {
   using Base = Step<CellOf, S, CellStepBackward>;
-  using typename Base::Cell, typename Base::T, typename Base::V;
   using Base::n, Base::p_;
+  using typename Base::Cell, typename Base::T, typename Base::V;
   static constexpr bool kApart = Cell::kSummedGates < Cell::kGates;
   static constexpr int kColumns = 8;  // vectors of columns that stay in registers
 
@@ -272,7 +274,7 @@ class StepBackward : Step<CellOf, S, CellStepBackward> {
 
 }  // namespace
 
-void SEQKERNELS_ENTRY(step_forward)(const CellStepForward& p) { run_dtype<StepForward>(p); }
-void SEQKERNELS_ENTRY(step_backward)(const CellStepBackward& p) { run_dtype<StepBackward>(p); }
+void SEQKERNELS_ENTRY(step_forward)(const CellStepForward& p) { run_dtype<StepForward, false>(p); }
+void SEQKERNELS_ENTRY(step_backward)(const CellStepBackward& p) { run_dtype<StepBackward, false>(p); }
 
 }  // namespace seqkernels

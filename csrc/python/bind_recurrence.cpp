@@ -93,12 +93,18 @@ struct Common {
     p.control = static_cast<const std::uint8_t*>(control.data());
     p.control_step = control.stride(0);
     p.control_row = control.stride(1);
+    p.whole = p.steps;
   }
 };
 
+std::int64_t check_every(std::int64_t every) {
+  if (every < 0) fail_argument("every", "0 or more", std::to_string(every));
+  return every;
+}
+
 void recurrence_forward(py::handle input, const py::tuple& weights, py::handle state0_, py::handle control,
                         const std::string& cell, bool reverse, py::handle states_, py::handle state_n_,
-                        py::handle reserve_, int threads) {
+                        py::handle reserve_, std::int64_t every, int threads) {
   const Common common(input, weights, control, cell);
   const Tensor state0(state0_, "state0");
   const Tensor states(states_, "states"), state_n(state_n_, "state_n"), reserve(reserve_, "reserve", true);
@@ -106,16 +112,22 @@ void recurrence_forward(py::handle input, const py::tuple& weights, py::handle s
   common.fill(p, reverse, threads);
   const CellShape shape = common.cell;
   state0.expect({shape.states, p.batch, p.hidden}).expect(p.dtype).expect_contiguous();
-  states.expect({reserve ? shape.states : 1, p.steps + 1, p.batch, p.hidden}).expect(p.dtype).expect_contiguous();
+  p.every = check_every(every);
+  p.save = reserve && every == 0;
+  states.expect({p.save ? shape.states : 1, p.steps + 1, p.batch, p.hidden}).expect(p.dtype).expect_contiguous();
   state_n.expect({shape.states, p.batch, p.hidden}).expect(p.dtype).expect_contiguous();
-  reserve.expect({p.steps, p.batch, shape.reserve, p.hidden}).expect(compute_dtype(p.dtype)).expect_contiguous();
-  p.save = static_cast<bool>(reserve);
+  reserve.expect(compute_dtype(p.dtype)).expect_contiguous();
+  if (every == 0) {
+    reserve.expect({p.steps, p.batch, shape.reserve, p.hidden});
+  } else {
+    reserve.expect({(p.steps + every - 1) / every, shape.states, p.batch, p.hidden});
+  }
   p.bias_ih = common.weights.bias_ih.data();
   p.bias_hh = common.weights.bias_hh.data();
   p.state0 = state0.data();
   p.states = states.data();
   p.state_n = state_n.data();
-  p.reserve = reserve.data();
+  (every == 0 ? p.reserve : p.checkpoints) = reserve.data();
   const Kernels& table = kernels();
   py::gil_scoped_release release;
   table.recurrence_forward(p);
@@ -147,7 +159,7 @@ struct Results {
 
 void recurrence_backward(const py::tuple& grads, py::handle input, const py::tuple& weights, py::handle states_,
                          py::handle reserve_, py::handle made_, py::handle control, const std::string& cell,
-                         bool reverse, const py::tuple& results, int threads) {
+                         bool reverse, const py::tuple& results, std::int64_t every, int threads) {
   const Common common(input, weights, control, cell);
   if (grads.size() != 4) fail_argument("grads", "4 tensors or None", std::to_string(grads.size()));
   const py::object grads_[] = {grads[0], grads[1], grads[2], grads[3]};
@@ -159,8 +171,16 @@ void recurrence_backward(const py::tuple& grads, py::handle input, const py::tup
   common.fill(p, reverse, threads);
   const std::int64_t T = p.steps, B = p.batch, H = p.hidden, rows = common.cell.gates * H, S = common.cell.states;
   const DType compute = compute_dtype(p.dtype);
-  states.expect({S, T + 1, B, H}).expect(p.dtype).expect_contiguous();
-  reserve.expect({T, B, common.cell.reserve, H}).expect(compute).expect_contiguous();
+  p.every = check_every(every);
+  states.expect({every == 0 ? S : 1, T + 1, B, H}).expect(p.dtype).expect_contiguous();
+  reserve.expect(compute).expect_contiguous();
+  if (every == 0) {
+    reserve.expect({T, B, common.cell.reserve, H});
+  } else {
+    reserve.expect({(T + every - 1) / every, S, B, H});
+  }
+  if (every > 0 && (common.weights.norm_h || common.weights.norm_c))
+    fail_argument("every", "0 with a layer norm", "more");
   made.expect({T, B, H}).expect(p.dtype).expect_contiguous();
   grad_hidden.expect({T, B, H}).expect(p.dtype).expect_last_contiguous();
   grad_cells.expect({T, B, H}).expect(p.dtype).expect_last_contiguous();
@@ -188,7 +208,9 @@ void recurrence_backward(const py::tuple& grads, py::handle input, const py::tup
   p.grad_gates_row = grad_gates.stride(1);
   p.grad_gates_gate = grad_gates.stride(2);
   p.states = states.data();
-  p.reserve = reserve.data();
+  (every == 0 ? p.reserve : p.checkpoints) = reserve.data();
+  p.bias_ih = common.weights.bias_ih.data();
+  p.bias_hh = common.weights.bias_hh.data();
   p.made = made.data();
   p.grad_input = to.input.data();
   p.grad_weight_ih = to.weight_ih.data();
@@ -210,10 +232,11 @@ void recurrence_backward(const py::tuple& grads, py::handle input, const py::tup
 void bind_recurrence(py::module_& m) {
   m.def("recurrence_forward", &recurrence_forward, py::arg("input"), py::arg("weights"), py::arg("state0"),
         py::arg("control"), py::arg("cell"), py::arg("reverse"), py::arg("states"), py::arg("state_n"),
-        py::arg("reserve"), py::arg("threads"), "Run a recurrence into states, state_n and, unless None, reserve.");
+        py::arg("reserve"), py::arg("every"), py::arg("threads"),
+        "Run a recurrence into states, state_n and, unless None, reserve.");
   m.def("recurrence_backward", &recurrence_backward, py::arg("grads"), py::arg("input"), py::arg("weights"),
         py::arg("states"), py::arg("reserve"), py::arg("made"), py::arg("control"), py::arg("cell"), py::arg("reverse"),
-        py::arg("results"), py::arg("threads"),
+        py::arg("results"), py::arg("every"), py::arg("threads"),
         "Back-propagate through a recurrence into the results that are not None.");
 }
 

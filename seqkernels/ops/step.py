@@ -39,7 +39,7 @@ def step(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The next hidden and (LSTM) cell states, in the form of the input, or ``None`` where the call has to go through `recurrence`.
+    """The next hidden and (LSTM) cell states, or ``None`` where the call has to go through `recurrence`.
 
     It has to for tensors on other devices, subclasses, rows that are not contiguous, more than `MAX_ROWS` rows, other
     implementations, under autocast, compilation, tracing, dispatch modes and functional transforms, and where an

@@ -39,13 +39,17 @@ def recurrence_forward(
     cell: str,
     reverse: bool,
     save: bool,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward`` in one call of the compiled module."""
     steps, batch, _ = input.shape
     num_states, _, hidden = state0.shape
-    states = input.new_empty((num_states if save else 1, steps + 1, batch, hidden))
+    every = every if save else 0
+    states = input.new_empty((num_states if save and not every else 1, steps + 1, batch, hidden))
     state_n = input.new_empty((num_states, batch, hidden))
-    shape = (steps, batch, CELLS[cell].reserve, hidden) if save else (0,)
+    shape: tuple[int, ...] = (steps, batch, CELLS[cell].reserve, hidden) if save else (0,)
+    if every:
+        shape = (-(-steps // every), num_states, batch, hidden)
     reserve = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
     _C.recurrence_forward(
         _last_contiguous(input),
@@ -57,6 +61,7 @@ def recurrence_forward(
         states,
         state_n,
         reserve if save else None,
+        every,
         torch.get_num_threads(),
     )
     return states, state_n, reserve
@@ -86,10 +91,11 @@ def recurrence_backward(
     cell: str,
     reverse: bool,
     needs: Sequence[bool],
+    every: int = 0,
 ) -> list[Tensor]:
     """``seqkernels::recurrence_backward`` in one call of the compiled module."""
     dtype, acc = states.dtype, accumulate_dtype(states.dtype)
-    num_states, _, batch, hidden = states.shape
+    num_states, (_, _, batch, hidden) = CELLS[cell].states, states.shape
     named = Weights._make(weights)
     # Nothing runs where there is no state or no step: the gradients are zero.
     allocate = torch.empty if input.shape[0] * batch * hidden else torch.zeros
@@ -114,6 +120,7 @@ def recurrence_backward(
         cell,
         reverse,
         results,
+        every,
         torch.get_num_threads(),
     )
     return [
