@@ -60,8 +60,8 @@ class Norms {
       barrier.wait(threads);
       const Share panels = share(panels_, thread, threads);
       for (std::int64_t k = panels.begin; k < panels.end; ++k) {
-        product(count, H, pointers_.get(), packed_.get() + k * H * kWidth, kMaxVectors, false,
-                normal_.get() + k * kWidth, panels_ * kWidth);
+        product_to_norm(count, H, pointers_.get(), packed_.get() + k * H * kWidth, kMaxVectors,
+                        normal_.get() + k * kWidth, panels_ * kWidth);
       }
       barrier.wait(threads);
       for (std::int64_t r = rows.begin; r < rows.end; ++r) {

@@ -2,6 +2,7 @@
 // have a variant with options beside the plain one, which knows nothing of them.
 #pragma once
 
+#include "core/gemm.h"
 #include "core/random.h"
 #include "core/recurrence_team.h"
 
@@ -122,6 +123,22 @@ inline Moments<T> moments(const T* row, std::int64_t count) {
   }
   const T variance = total<T>(squares) / static_cast<T>(count);
   return {first, mean, T(1) / static_cast<T>(__builtin_sqrt(variance + kEpsilon))};
+}
+
+// c = a b like product(), in sums of short sums: what a norm divides by a small deviation must be exact to rounding.
+template <class T>
+inline void product_to_norm(std::int64_t rows, std::int64_t depth, const T* const* a, const T* b, int vectors, T* c,
+                            std::int64_t ldc) {
+  constexpr int kBlock = 6 * kMaxRows, kDepth = 32;
+  const T* at[kBlock];
+  for (std::int64_t r = 0; r < rows; r += kBlock) {
+    const std::int64_t count = min_of<std::int64_t>(kBlock, rows - r);
+    for (std::int64_t k = 0; k < depth; k += kDepth) {
+      for (std::int64_t m = 0; m < count; ++m) at[m] = a[r + m] + k;
+      product(count, min_of<std::int64_t>(kDepth, depth - k), at, b + k * vectors * kLanes<T>, vectors, k > 0,
+              c + r * ldc, ldc);
+    }
+  }
 }
 
 // Through y = normal * gain, normal = (x - mean) * scale, backwards: from the gradient dy of y to

@@ -59,7 +59,7 @@ inline std::int64_t partition_rows(const std::uint8_t* control, std::int64_t str
   return active;
 }
 
-// Ends of rows, out of line: they are a large part of the code and a small one of the time.
+// Ends of rows, out of line where they are long: a large part of the code and a small one of the time.
 template <class E>
 [[gnu::noinline]] Vec<Compute<E>> get_part(const E* from, std::int64_t left) {
   return load(from, left);
@@ -68,19 +68,26 @@ template <class E>
 [[gnu::noinline]] void put_part(E* to, Vec<Compute<E>> x, std::int64_t left) {
   store(to, x, left);
 }
+#if defined(__AVX512F__)
+template <class E>
+constexpr bool kShortParts = sizeof(E) > 2;  // masks
+#else
+template <class E>
+constexpr bool kShortParts = false;
+#endif
 
 // A vector of units, of which `left` are there: at least a full vector with kFull.
 template <bool kFull, class E>
 inline Vec<Compute<E>> get(const E* from, std::int64_t left) {
-  return kFull || left >= kLanes<Compute<E>> ? load(from) : get_part(from, left);
+  if (kFull || left >= kLanes<Compute<E>>) return load(from);
+  return kShortParts<E> ? load(from, left) : get_part(from, left);
 }
 template <bool kFull, class E>
 inline void put(E* to, Vec<Compute<E>> x, std::int64_t left) {
-  kFull || left >= kLanes<Compute<E>> ? store(to, x) : put_part(to, x, left);
+  if (kFull || left >= kLanes<Compute<E>>) return store(to, x);
+  kShortParts<E> ? store(to, x, left) : put_part(to, x, left);
 }
 
-// S is the storage type, O that of the operands of products: the compute type, or 16 bits where there is an
-// instruction.
 template <template <template <class> class, class, bool, class> class Pass, class S, bool kOptions, class O,
           class Params>
 void run_cell(const Params& p) {

@@ -496,11 +496,6 @@ class Backward {
   Barrier barrier_;
 };
 
-template <template <class> class CellOf, class S>
-using PlainBackward = Backward<CellOf, S, false>;
-template <template <class> class CellOf, class S>
-using BackwardWithOptions = Backward<CellOf, S, true>;
-
 }  // namespace
 
 void SEQKERNELS_ENTRY(recurrence_backward)(const RecurrenceBackward& p) {

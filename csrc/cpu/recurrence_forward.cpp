@@ -222,14 +222,6 @@ class Forward {
           put<false>(buffers_.fresh_operand.get() + at, get<false>(fresh_.get() + unit_begin + u, left) * mask, left);
         }
       }
-      if constexpr (kOptions) {
-        for (std::int64_t u = 0; options_.masks() && u < units; u += n) {
-          const std::int64_t at = b * H + unit_begin + u, left = units - u;
-          const V mask = options_.template mask<false>(at, left);
-          put<false>(buffers_.operand.get() + at, get<false>(state0 + at, left) * mask, left);
-          put<false>(buffers_.fresh_operand.get() + at, get<false>(fresh_.get() + unit_begin + u, left) * mask, left);
-        }
-      }
     }
     barrier_.wait(threads);
 
@@ -318,13 +310,6 @@ class Forward {
         part.pointers[r] = (resets(step, part.index[r]) ? buffers_.fresh_operand.get() : operand) + part.index[r] * H;
       }
     }
-    if constexpr (kOptions) {
-      step.operand = buffers_.operand.get() + (done + 1) % 2 * plane_;
-      const T* operand = buffers_.operand.get() + done % 2 * plane_;
-      for (std::int64_t r = 0; options_.masks() && r < count; ++r) {
-        part.pointers[r] = (resets(step, part.index[r]) ? buffers_.fresh_operand.get() : operand) + part.index[r] * H;
-      }
-    }
     // There and back: the weights used last are still in the cache when the next step begins with them.
     for (std::int64_t k = part.groups.begin; k < part.groups.end; ++k) {
       const std::int64_t group = done % 2 == 0 ? k : part.groups.begin + part.groups.end - 1 - k;
@@ -364,12 +349,15 @@ class Forward {
     alignas(64) T tile[kTileRows * kWidth * n];
     for (std::int64_t r = 0; r < step.active; r += kTileRows) {
       const std::int64_t count = min_of<std::int64_t>(kTileRows, step.active - r);
-      product(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, false, tile, width_);
-      if (norms_product()) {
-        put_products(part, group, r, count, tile);
-      } else {
-        cells(part, step, group, gates, r, count, tile);
+      if constexpr (kOptions) {
+        if (options_.norms_product()) {
+          product_to_norm(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, tile, width_);
+          put_products(part, group, r, count, tile);
+          continue;
+        }
       }
+      product(count, p_.hidden, part.pointers + r, weight, units_ * Cell::kGates, false, tile, width_);
+      cells(part, step, group, gates, r, count, tile);
     }
     const std::int64_t rows = part.rows.end - part.rows.begin;
     for (std::int64_t r = step.active; r < rows; ++r) hold(step, group, part.index[r]);

@@ -1,0 +1,24 @@
+"""The compiled recurrence on sizes that several threads share, which the small ones of tests/ops are not."""
+
+from __future__ import annotations
+
+import pytest
+
+import seqkernels
+from seqkernels import testing
+from seqkernels.backends import native
+from seqkernels.cells import CELLS
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+
+@pytest.mark.parametrize("shape", [(10, 3, 120), (10, 9, 67)], ids=["groups", "rows"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads_share_all_options(cell: str, shape: tuple[int, int, int]) -> None:
+    """Threads own groups of hidden units, or batch rows; layer norms need what the others made."""
+    names = [name for name in testing.OPTIONS if cell == "lstm" or name not in ("peephole", "norm_c")]
+    inputs = testing.recurrence_inputs(cell, *shape, input_size=20, control=True, detach=True)
+    options = testing.recurrence_options(cell, *shape[1:], names=names, input_size=20)
+    for threads in (1, 2, 3):
+        with seqkernels.use_backend("native"), testing.threads(threads), testing.poisoned_empty():
+            testing.check_recurrence(inputs, cell=cell, reverse=shape[1] == 9, gates=True, **options)
