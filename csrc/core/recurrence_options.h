@@ -129,7 +129,7 @@ inline Moments<T> moments(const T* row, std::int64_t count) {
 template <class T>
 inline void product_to_norm(std::int64_t rows, std::int64_t depth, const T* const* a, const T* b, int vectors, T* c,
                             std::int64_t ldc) {
-  constexpr int kBlock = 6 * kMaxRows, kDepth = 32;
+  constexpr int kBlock = 6 * kMaxRows, kDepth = 64;
   const T* at[kBlock];
   for (std::int64_t r = 0; r < rows; r += kBlock) {
     const std::int64_t count = min_of<std::int64_t>(kBlock, rows - r);
