@@ -14,6 +14,8 @@ from seqkernels.backends import Call
 from seqkernels.cells import CELLS, DTYPES, accumulate_dtype
 from seqkernels.ops.recurrence import backward_op, forward_op, recurrence
 
+from .judging import judge
+
 # Torch's own: from Dynamo when it traces an autograd.Function, from Inductor when it is imported.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -92,16 +94,16 @@ def test_same_bits(capable, cell, dtype, reverse):
 def test_same_bits_with_each_option(capable, cell, reverse):
     for name in _options(capable, cell):
         inputs, options = _call(cell, names=_alone(name), control=True, bias=reverse)
-        _assert_same(inputs, options, EVERY, cell=cell, reverse=reverse)
+        _assert_same(inputs, options, (1, 3, T), cell=cell, reverse=reverse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_with_all_options(capable, cell, dtype):
     names = _options(capable, cell)
-    for reverse in (False, True):
+    for reverse, every in ((False, (1, 3)), (True, (2, T - 1))):
         inputs, options = _call(cell, dtype=dtype, names=names, control=True, detach=True)
-        _assert_same(inputs, options, EVERY, cell=cell, reverse=reverse)
+        _assert_same(inputs, options, every, cell=cell, reverse=reverse)
 
 
 @hypothesis.given(data=st.data(), cell=st.sampled_from(list(CELLS)), layout=st.sampled_from(testing.LAYOUTS))
@@ -171,18 +173,19 @@ def test_what_one_saves_another_reads(capable, cell, reader):
     weights = testing.recurrence_weights(inputs.weight_hh, inputs.bias_hh)
     states, state_n, checkpoints = forward_op(inputs.input, weights, inputs.state0, None, cell, True, True, 3)
     needs = [x is not None for x in (inputs.input, inputs.state0, *weights)]
-    call = ((states[0, :-1].cos(), None, state_n.cos(), None), inputs.input, weights, states, checkpoints, None)
-    own = backward_op(*call, cell, True, needs, 3)
+    grads = {"hidden": states[0, :-1].cos().float().double(), "state_n": state_n.cos().float().double()}
+    call = ((grads["hidden"], None, grads["state_n"], None), inputs.input, weights, states, checkpoints, None)
     with seqkernels.use_backend(reader):
-        other = backward_op(*call, cell, True, needs, 3)
-    for x, y in zip(own, other, strict=True):
-        size = max(y.abs().max().item(), 1) if y.numel() else 1
-        torch.testing.assert_close(x, y, rtol=0, atol=256 * torch.finfo(torch.float64).eps * size)
+        found = backward_op(*call, cell, True, needs, 3)
+    names = ("input", "state0", *weights._fields)
+    judge(
+        {f"grad_{n}": x for n, x in zip(names, found, strict=True) if x.numel()}, inputs, grads, cell=cell, reverse=True
+    )
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])
 def test_second_derivatives(capable, cell):
-    inputs, options = _call(cell, (4, 2, 3), torch.float64, _options(capable, cell), control=True)
+    inputs, options = _call(cell, (4, 2, 2), torch.float64, _options(capable, cell), control=True)
 
     def outputs(*tensors):
         hidden, _, state_n = recurrence(*tensors[:4], inputs.control, cell=cell, every=3, **options)
@@ -190,7 +193,7 @@ def test_second_derivatives(capable, cell):
 
     leaves = inputs[:4]
     assert torch.autograd.gradcheck(outputs, leaves)
-    assert torch.autograd.gradgradcheck(outputs, leaves)
+    assert torch.autograd.gradgradcheck(outputs, leaves, fast_mode=True)
 
 
 def _stored(inputs, options, **more):
@@ -230,7 +233,7 @@ def test_without_gradients_it_changes_nothing(capable, cell):
             assert (x is None and y is None) or torch.equal(x, y)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
 def test_compile(capable, cell):
     torch._dynamo.reset()
     inputs, options = _call(cell, (5, B, H), torch.float64, ("weight_ih", "bias_ih"), control=True)
@@ -242,12 +245,14 @@ def test_compile(capable, cell):
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for x, y in zip(torch.autograd.grad(compiled(), leaves), torch.autograd.grad(loss(), leaves), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+        assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
 def test_opcheck(capable, cell):
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+    checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    if capable == CAPABLE[0]:
+        checks.append("test_aot_dispatch_dynamic")
     for steps in (5, 0):
         inputs, _ = _call(cell, (steps, B, H), requires_grad=False)
         weights = testing.recurrence_weights(inputs.weight_hh, inputs.bias_hh)

@@ -15,7 +15,11 @@ from seqkernels import testing
 from seqkernels.cells import CELLS, DETACH, DTYPES, HOLD, RESET
 from seqkernels.ops.recurrence import backward_op, forward_op, recurrence
 
+from .judging import judge
+
 FLAGS = list(itertools.product((False, True), repeat=3))  # reverse, bias, control
+# Every pair of values of two of them; hypothesis draws from all.
+PAIRS = [flags for flags in FLAGS if sum(flags) % 2 == 0]
 # T, B, H
 SHAPES = [
     (1, 1, 1),
@@ -37,14 +41,14 @@ def _inputs(cell, shape, dtype=torch.float32, **options):
 def _draws(cell, shape, dtype=torch.float32, layout="contiguous", **options):
     """So many inputs of a shape that their results have some hundred elements together that are not alike."""
     alike = {"scalar": math.prod(shape), "expanded": shape[0]}.get(layout, 1)
-    count = min(64, 1 + 200 * max(1, alike) // max(1, math.prod(shape)))
+    count = min(32, 1 + 200 * max(1, alike) // max(1, math.prod(shape)))
     return [_inputs(cell, shape, dtype, layout=layout, seed=seed, **options) for seed in range(count)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_outputs_and_gradients_are_within_the_budget(runner, cell, dtype):
-    for reverse, bias, control in FLAGS:
+    for reverse, bias, control in PAIRS:
         inputs = _inputs(cell, (7, 3, 19), dtype, bias=bias, control=control)
         testing.check_recurrence(inputs, cell=cell, reverse=reverse)
 
@@ -57,7 +61,7 @@ def test_shapes(runner, cell, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 35), (20, 9, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 7), (3, 5, 35), (20, 9, 130)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_shapes_in_other_dtypes(plain_runner, cell, shape, dtype):
     testing.check_recurrence(*_draws(cell, shape, dtype, control=True), cell=cell)
@@ -89,7 +93,7 @@ def test_any_shape(plain_runner, cell, shape, reverse, bias, control, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_projection_inside(runner, cell, dtype):
-    for (reverse, bias, control), size in zip(FLAGS, itertools.cycle((3, 8, 40)), strict=False):
+    for (reverse, bias, control), size in zip(PAIRS, (3, 8, 8, 40), strict=True):
         draws = [
             _inputs(cell, (7, 3, 19), dtype, bias=bias, control=control, detach=True, input_size=size, seed=seed)
             for seed in range(1 + 20 // size)
@@ -166,7 +170,7 @@ def test_inference_equals_training(plain_runner, cell, dtype):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(plain_runner, cell):
-    for reverse, bias, control in FLAGS:
+    for reverse, bias, control in PAIRS:
         inputs = _inputs(cell, (3, 2, 3), torch.float64, bias=bias, control=control, seed=2)
 
         def outputs(*tensors, control=inputs.control, reverse=reverse):
@@ -193,9 +197,9 @@ def test_first_order_is_the_same_where_the_second_is_wanted(plain_runner, cell):
     outputs = [x for x in recurrence(*inputs, cell=cell) if x is not None]
     grads = testing.random_grads({n: x for n, x in results.items() if not n.startswith("grad_")})
     found = torch.autograd.grad(outputs, leaves, list(grads.values()), create_graph=True)
-    for name, x in zip(("input", "weight_hh", "bias_hh", "state0"), found, strict=True):
-        assert x.requires_grad
-        torch.testing.assert_close(x.detach(), results[f"grad_{name}"], rtol=1e-11, atol=1e-11)
+    assert all(x.requires_grad for x in found)
+    names = ("grad_input", "grad_weight_hh", "grad_bias_hh", "grad_state0")
+    judge(dict(zip(names, found, strict=True)), inputs, grads, cell=cell)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -293,14 +297,11 @@ def test_resets(plain_runner, cell, reverse):
     assert (results["grad_state0"][:, :2] == 0).all()
     assert (results["grad_state0"][:, 2] != 0).any()
     part = inputs.input.detach()[: at + 1 if reverse else None, :1][None if reverse else at :]
-    alone = recurrence(
-        part, inputs.weight_hh, inputs.bias_hh, torch.zeros_like(state0[:, :1]), cell=cell, reverse=reverse
-    )[2]
+    alone = inputs._replace(input=part, state0=torch.zeros_like(state0[:, :1]), control=None)
+    judge({"state_n": results["state_n"][:, :1]}, alone, cell=cell, reverse=reverse)
     clean = inputs._replace(state0=state0.detach().nan_to_num(0.5).requires_grad_())
     exact = testing.check_recurrence(clean, cell=cell, reverse=reverse, grads=grads)
     assert all(torch.equal(x, results[n]) for n, x in exact.items())
-    eps = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(alone[:, 0], results["state_n"][:, 0], rtol=8 * eps, atol=8 * eps)
 
 
 def test_visible_nan_shows(runner):
@@ -342,8 +343,9 @@ def test_split_in_time_equals_one_run(plain_runner, cell):
             hidden, cells = zip(*(reversed(parts) if reverse else parts), strict=True)
             return torch.cat(hidden), torch.cat(cells) if cell == "lstm" else None, state
 
-        for name, x in testing.evaluate(split, inputs, grads, cell=cell, reverse=reverse).items():
-            torch.testing.assert_close(x, whole[name], rtol=1e-12, atol=1e-12, msg=name)
+        found = testing.evaluate(split, inputs, grads, cell=cell, reverse=reverse)
+        assert found.keys() == whole.keys()
+        judge(found, inputs, grads, cell=cell, reverse=reverse)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -353,9 +355,8 @@ def test_rows_of_the_batch_are_independent(plain_runner, cell):
     moved = inputs._replace(
         input=inputs.input[:, order], state0=inputs.state0[:, order], control=inputs.control[:, order]
     )
-    for x, y in zip(recurrence(*inputs, cell=cell), recurrence(*moved, cell=cell), strict=True):
-        if x is not None:
-            torch.testing.assert_close(x[:, order], y, rtol=1e-13, atol=1e-13)
+    hidden, _, state_n = recurrence(*inputs, cell=cell)
+    judge({"hidden": hidden[:, order], "state_n": state_n[:, order]}, moved, cell=cell)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -372,14 +373,12 @@ def test_what_one_saves_another_reads(plain_runner, other_backend, cell, dtype):
         if cell != "lstm":
             grads[1] = None
         call = ((*grads, None), inputs.input, weights, states, reserve, inputs.control, cell, reverse, needs)
-        own = backward_op(*call)
         with seqkernels.use_backend(other_backend):
-            other = backward_op(*call)
-        for x, y, need in zip(own, other, needs, strict=True):
-            assert (x.numel() > 0) == (y.numel() > 0) == need
-            if need:
-                tolerance = 4 * torch.finfo(dtype).eps * max(y.abs().max().item(), 1)
-                torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
+            every = backward_op(*call)
+        assert [x.numel() > 0 for x in every] == needs
+        found = {f"grad_{n}": x for n, x in zip(("input", "state0", *weights._fields), every, strict=True) if x.numel()}
+        given = {n: x for n, x in zip(("hidden", "cells", "state_n"), grads, strict=True) if x is not None}
+        judge(found, inputs, given, cell=cell, reverse=reverse, **options)
 
 
 @pytest.mark.parametrize("cell", CELLS)
