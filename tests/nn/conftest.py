@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,7 +13,7 @@ import seqkernels
 from seqkernels import backends
 from seqkernels.testing import assert_within_budget, poisoned_empty
 
-Run = Callable[[torch.dtype, int], dict[str, Tensor]]
+from .layers import Run
 
 OPTIONS = ("gates", "norm", "peephole", "recurrent_mask", "zoneout")
 
@@ -48,24 +49,36 @@ def _together(oracle: dict[str, Tensor], found: dict[str, Tensor], grads: bool) 
     return torch.cat(parts) if parts else torch.empty(0)
 
 
-def _judge(ours: Run, theirs: Run, *others: Run, seeds: int = 3) -> None:
-    """Assert that what `ours` computes is within the budget of `theirs`, in float32 and float64.
+def _draws(run: Run, dtype: torch.dtype, seeds: int) -> dict[str, Tensor]:
+    return {f"{name} {seed}": x.detach() for seed in range(seeds) for name, x in run(dtype, seed).items()}
+
+
+# The same oracle and baselines judge every implementation.
+_known = functools.lru_cache(maxsize=1024)(_draws)
+
+
+def _judge(
+    ours: Run,
+    theirs: Run,
+    *others: Run,
+    seeds: int = 3,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+) -> None:
+    """Assert that what `ours` computes is within the budget of `theirs`.
 
     Args:
         ours: gives results by name, gradients as ``"grad of "`` something, in a dtype for a seed whose numbers are
             exact in float32.
-        theirs: the same, the oracle in float64 and the baseline in float32.
+        theirs: the same, the oracle in float64 and the baseline in float32. What it gives is kept, so it must not
+            depend on the implementation that the test insists on.
         others: more baselines, equal but for rounding, of which the least exact counts.
         seeds: how many draws are judged together; one alone may be exact by luck.
+        dtypes: in which `ours` is judged.
     """
-
-    def draws(run: Run, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {f"{name} {seed}": x for seed in range(seeds) for name, x in run(dtype, seed).items()}
-
-    oracle = draws(theirs, torch.float64)
-    baselines = [draws(run, torch.float32) for run in (theirs, *others)]
-    for dtype in (torch.float32, torch.float64):
-        actual = draws(ours, dtype)
+    oracle = _known(theirs, torch.float64, seeds)
+    baselines = [_known(run, torch.float32, seeds) for run in (theirs, *others)]
+    for dtype in dtypes:
+        actual = _draws(ours, dtype, seeds)
         assert actual.keys() == oracle.keys()
         for name, value in actual.items():
             assert value.dtype == dtype, name

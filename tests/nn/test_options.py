@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -18,9 +17,12 @@ from torch import Tensor
 import seqkernels
 from seqkernels.backends.reference.philox import uniform
 
+from . import layers
+from .layers import H, I, draw_input, graded, hidden_of, outputs_of
+
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
-I, H, P, T, B = 3, 11, 4, 6, 4  # noqa: E741
+T, B = 6, 4
 KINDS = ("RNN", "ReLU", "LSTM", "projected", "GRU")
 SINGLE: list[dict[str, Any]] = [
     {"zoneout": 0.25},
@@ -42,22 +44,14 @@ def allowed(kind: str, options: dict[str, Any]) -> bool:
 
 def build(kind: str, dtype: torch.dtype, seed: int, **options: Any) -> Any:
     """A layer whose every parameter is random and exact in float32."""
-    torch.manual_seed(seed)
-    more = {"ReLU": {"nonlinearity": "relu"}, "projected": {"proj_size": P}}.get(kind, {})
-    cls = getattr(seqkernels.nn, {"ReLU": "RNN", "projected": "LSTM"}.get(kind, kind))
-    layer = cls(I, H, **more, **options)
+    layer = layers.build(kind, seqkernels.nn, torch.float32, seed, **options)
     for name, weight in layer.named_parameters():
         torch.nn.init.normal_(weight, 1.0 if name.startswith("norm") else 0.0, 0.3)
     return layer.to(dtype)
 
 
 def draw(layer: Any, dtype: torch.dtype, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = layer.num_layers * (2 if layer.bidirectional else 1)
-    widths = (layer.proj_size or H, H) if layer.mode == "LSTM" else (H,)
-    x = torch.randn(T, B, I, generator=generator).to(dtype).requires_grad_()
-    states = (torch.randn(rows, B, width, generator=generator).to(dtype).requires_grad_() for width in widths)
-    return x, tuple(states)
+    return draw_input(layer, T, B, dtype, seed)[:2]
 
 
 def norm(order: int, x: Tensor, gain: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -146,31 +140,28 @@ def loop(layer: Any, x: Tensor, hx: tuple[Tensor, ...], tbptt: int | None = None
 
 
 def of_layer(layer: Any, x: Tensor, hx: tuple[Tensor, ...], tbptt: int | None = None) -> list[Tensor]:
-    output, hidden = layer(x, hx if len(hx) == 2 else hx[0], tbptt=tbptt)
-    return [output, *(hidden if isinstance(hidden, tuple) else (hidden,))]
+    return outputs_of(*layer(x, hidden_of(hx), tbptt=tbptt))
 
 
-def results(run: Callable[..., list[Tensor]], kind: str, train: bool, options: dict[str, Any]) -> Any:
-    own = {name: value for name, value in options.items() if name != "tbptt"}
+@functools.cache
+def results(order: int | None, kind: str, tbptt: int | None = None, **options: Any) -> Any:
+    """Results of the layer itself, or of the loop in an order."""
+    run = of_layer if order is None else functools.partial(loop, order=order)
 
     def compute(dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-        layer = build(kind, dtype, seed, **own).train(train)
+        layer = build(kind, dtype, seed, **options)
         x, hx = draw(layer, dtype, seed)
         torch.manual_seed(100 + seed)
-        outputs = run(layer, x, hx, options.get("tbptt"))
-        generator = torch.Generator().manual_seed(7)
-        grads = [torch.randn(out.shape, generator=generator).to(dtype) for out in outputs]
-        leaves = {"x": x, **{f"hx[{k}]": s for k, s in enumerate(hx)}, **dict(layer.named_parameters())}
-        found = torch.autograd.grad(outputs, list(leaves.values()), grads)
-        named = dict(zip(("output", "h_n", "c_n"), outputs, strict=False))
-        return named | {f"grad of {name}": grad for name, grad in zip(leaves, found, strict=True)}
+        return graded(run(layer, x, hx, tbptt), layer, x, hx)
 
     return compute
 
 
 def compare(options: dict[str, Any], kind: str, train: bool, judge: Any) -> None:
-    loops = [functools.partial(loop, order=order) for order in range(4)]
-    judge(results(of_layer, kind, train, options), *(results(run, kind, train, options) for run in loops))
+    """Norms, which enlarge rounding errors, are judged by more orders of summation and over more draws."""
+    orders, seeds = (4, 4) if options.get("layer_norm") else (2, 2)
+    runs = [results(order, kind, **options, train=train) for order in (None, *range(orders))]
+    judge(*runs, seeds=seeds)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -185,7 +176,7 @@ def test_option(kind: str, options: dict[str, Any], train: bool, capable: str, j
     compare({**options, "bidirectional": True, "num_layers": 2}, kind, train, judge)
 
 
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(data=st.data())
 def test_product_of_options(data: st.DataObject, capable: str, judge: Any) -> None:
     kind = data.draw(st.sampled_from([kind for kind in KINDS if kind != "ReLU"]))
@@ -218,8 +209,7 @@ def test_gradcheck(kind: str, train: bool, capable: str) -> None:
     def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
         parameters = dict(zip(names, weights, strict=True))
-        output, hidden = torch.func.functional_call(layer, parameters, (x,))
-        return (output, *(hidden if isinstance(hidden, tuple) else (hidden,)))
+        return tuple(outputs_of(*torch.func.functional_call(layer, parameters, (x,))))
 
     assert torch.autograd.gradcheck(run, (x, *weights), fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda x: run(x, *weights), x, fast_mode=True)
@@ -370,16 +360,14 @@ def test_autocast_takes_the_options(capable: str) -> None:
 
 # torch's own tracer of autograd functions warns that it instantiates them.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_compile_without_graph_breaks(kind: str) -> None:
+def test_compile_without_graph_breaks() -> None:
     torch._dynamo.reset()
-    peephole = {"peephole": True} if kind == "LSTM" else {}
-    layer = build(kind, torch.float32, 0, layer_norm=True, bidirectional=True, zoneout=0.25, **peephole).eval()
+    layer = build("LSTM", torch.float32, 0, layer_norm=True, bidirectional=True, zoneout=0.25, peephole=True).eval()
     x, hx = draw(layer, torch.float32, 0)
     with seqkernels.use_backend("reference"):
         compiled = torch.compile(of_layer, fullgraph=True, backend="aot_eager")
         for found, expected in zip(compiled(layer, x, hx, 2), of_layer(layer, x, hx, 2), strict=True):
-            torch.testing.assert_close(found, expected)
+            assert torch.equal(found, expected)
         layer.train()
         layer.recurrent_dropout = 0.5
         assert compiled(layer, x, hx, 2)[0].isfinite().all()

@@ -7,35 +7,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 import seqkernels
 
+from .layers import H, I, build, by_reference, draw_input, hidden_of, outputs_of, results
+
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
-I, H, P, T, B = 3, 11, 4, 6, 5  # noqa: E741
+T, B = 6, 5
 KINDS = ("RNN", "ReLU", "LSTM", "projected", "GRU")
 GATES = {"RNN": 1, "ReLU": 1, "LSTM": 4, "projected": 4, "GRU": 3}
 
 
-def build(kind: str, package: Any, dtype: torch.dtype, seed: int, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    more = {"projected": {"proj_size": P}, "ReLU": {"nonlinearity": "relu"}}.get(kind, {})
-    cls = getattr(package, {"projected": "LSTM", "ReLU": "RNN"}.get(kind, kind))
-    return cls(I, H, **more, **options).to(dtype)
-
-
 def draw(layer: Any, dtype: torch.dtype, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = layer.num_layers * (2 if layer.bidirectional else 1)
-    widths = (layer.proj_size or H, H) if layer.mode == "LSTM" else (H,)
-    x = torch.randn(T, B, I, generator=generator).to(dtype)
-    states = (torch.randn(rows, B, width, generator=generator).to(dtype) for width in widths)
-    return x.requires_grad_(), tuple(state.requires_grad_() for state in states)
+    return draw_input(layer, T, B, dtype, seed)[:2]
 
 
-def hidden_of(states: Any) -> Any:
-    return tuple(states) if len(states) == 2 else states[0]
+def of_layer(run: Any, kind: str, package: Any = seqkernels.nn, **options: Any) -> Any:
+    return results(run, draw, package, kind, **options)
 
 
 def gates_of(layer: Any, x: Tensor, h: Tensor, suffix: str) -> Tensor:
@@ -85,25 +75,11 @@ def traced(layer: Any, x: Tensor, states: tuple[Tensor, ...]) -> dict[str, Tenso
     }
 
 
-def results(run: Any, package: Any, kind: str, **options: Any) -> Any:
-    def compute(dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-        layer = build(kind, package, dtype, seed, **options)
-        x, states = draw(layer, dtype, seed)
-        outputs = run(layer, x, states)
-        generator = torch.Generator().manual_seed(7)
-        grads = [torch.randn(out.shape, generator=generator).to(dtype) for out in outputs.values()]
-        leaves = {"x": x, **{f"hx[{k}]": s for k, s in enumerate(states)}, **dict(layer.named_parameters())}
-        found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), grads)
-        return outputs | {f"grad of {name}": grad for name, grad in zip(leaves, found, strict=True)}
-
-    return compute
-
-
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_and_gates_equal_the_loop(kind: str, bidirectional: bool, capable: str, judge: Any) -> None:
     options = {"bidirectional": bidirectional}
-    judge(results(traced, seqkernels.nn, kind, **options), results(loop, torch.nn, kind, **options))
+    judge(of_layer(traced, kind, **options), of_layer(loop, kind, torch.nn, **options))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,35 +122,64 @@ def test_gates_alone(kind: str, capable: str) -> None:
             assert gates.requires_grad == grad
 
 
+LENGTHS = (2, 6, 0, 4, 1)
+FLAGS = {"return_states": True, "return_gates": True}
+
+
+def rows_of(x: Tensor) -> list[Tensor]:
+    return [x[:n, b] for b, n in enumerate(LENGTHS) if n]
+
+
+def named(traces: Any) -> dict[str, Any]:
+    return {f"{n} {k}": part for k, trace in enumerate(traces) for n, part in trace._asdict().items()}
+
+
+def padded(layer: Any, x: Tensor, _: Any) -> dict[str, Tensor]:
+    found = named(layer(x, lengths=torch.tensor(LENGTHS), **FLAGS)[2])
+    return {name: torch.cat(rows_of(part)) for name, part in found.items() if part is not None}
+
+
+def documents(layer: Any, x: Tensor, _: Any) -> dict[str, Tensor]:
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
+    found = named(layer(torch.cat(rows_of(x)), cu_seqlens=cu_seqlens, **FLAGS)[2])
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def packed(layer: Any, x: Tensor, _: Any) -> dict[str, Tensor]:
+    found = named(layer(pack_sequence(rows_of(x), enforce_sorted=False), **FLAGS)[2])
+    return {name: torch.cat(unpack_sequence(part)) for name, part in found.items() if part is not None}
+
+
+def alone(layer: Any, x: Tensor, _: Any) -> dict[str, Tensor]:
+    every = [named(layer(row, **FLAGS)[2]) for row in rows_of(x)]
+    return {name: torch.cat([one[name] for one in every]) for name, part in every[0].items() if part is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_traces_of_sequences_are_those_of_each_alone(kind: str, capable: str, judge: Any) -> None:
+    options = {"num_layers": 2, "bidirectional": True}
+    for run in (padded, documents, packed):
+        judge(of_layer(run, kind, **options), by_reference(of_layer(alone, kind, **options)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_traces_have_the_form_of_the_output(kind: str, capable: str) -> None:
     layer = build(kind, seqkernels.nn, torch.float64, 0, num_layers=2, bidirectional=True)
     x, _ = draw(layer, torch.float64, 0)
-    lengths = (2, 6, 0, 4, 1)
-    flags = {"return_states": True, "return_gates": True}
-    padding = torch.arange(T).unsqueeze(1) >= torch.tensor(lengths)
-    _, _, padded = layer(x, lengths=torch.tensor(lengths), **flags)
-    rows = [x[:n, b] for b, n in enumerate(lengths)]
-    _, _, documents = layer(torch.cat(rows), cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), **flags)
-    some = [row for row in rows if len(row)]
-    packed = pack_sequence(some, enforce_sorted=False)
-    _, _, packs = layer(packed, **flags)
-    alone = [layer(row, **flags)[2] for row in some]
+    padding = torch.arange(T).unsqueeze(1) >= torch.tensor(LENGTHS)
+    found = named(layer(x, lengths=torch.tensor(LENGTHS), **FLAGS)[2])
+    sequences = pack_sequence(rows_of(x), enforce_sorted=False)
+    packs = named(layer(sequences, **FLAGS)[2])
     layer.batch_first = True
-    _, _, turned = layer(x.transpose(0, 1), lengths=torch.tensor(lengths), **flags)
-    for k, trace in enumerate(padded):
-        for j, part in enumerate(trace):
-            if part is None:
-                assert documents[k][j] is packs[k][j] is turned[k][j] is None
-                continue
-            assert not part[padding].any()
-            joined = torch.cat([row[k][j] for row in alone])
-            torch.testing.assert_close(documents[k][j], joined)
-            torch.testing.assert_close(torch.cat([part[:n, b] for b, n in enumerate(lengths)]), joined)
-            assert torch.equal(turned[k][j], part.transpose(0, 1))
-            assert packs[k][j].batch_sizes is packed.batch_sizes
-            shortest = pack_sequence([row[k][j] for row in alone], enforce_sorted=False)
-            torch.testing.assert_close(packs[k][j].data, shortest.data)
+    turned = named(layer(x.transpose(0, 1), lengths=torch.tensor(LENGTHS), **FLAGS)[2])
+    for name, part in found.items():
+        if part is None:
+            assert name.startswith("cells")
+            assert packs[name] is turned[name] is None
+            continue
+        assert not part[padding].any()
+        assert torch.equal(turned[name], part.transpose(0, 1))
+        assert packs[name].batch_sizes is sequences.batch_sizes
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
@@ -190,31 +195,50 @@ def test_gradcheck_of_a_loss_on_states_and_gates(kind: str, capable: str) -> Non
         return tuple(part for trace in traces for part in trace if part is not None)
 
     assert torch.autograd.gradcheck(run, (x, *weights))
-    assert torch.autograd.gradgradcheck(lambda x: run(x, *weights), x)
+    assert torch.autograd.gradgradcheck(lambda x: run(x, *weights), x, fast_mode=True)
+
+
+def flags(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) < 0.3
+
+
+def whole(layer: Any, x: Tensor, states: tuple[Tensor, ...]) -> list[Tensor]:
+    reset = flags(T, B)
+    if not layer.batch_first:
+        return outputs_of(*layer(x, hidden_of(states), reset=reset))
+    output, *finals = outputs_of(*layer(x.transpose(0, 1), hidden_of(states), reset=reset.t()))
+    return [output.transpose(0, 1), *finals]
+
+
+def stepwise(layer: Any, x: Tensor, states: tuple[Tensor, ...]) -> list[Tensor]:
+    reset, hx, rows = flags(T, B), hidden_of(states), []
+    for t in range(T):
+        y, hx = layer.step(x[t], hx, reset=reset[t])
+        rows.append(y)
+    return outputs_of(torch.stack(rows), hx)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sequence_step_by_step(kind: str, batch_first: bool, plain_runner: Any) -> None:
-    layer = build(kind, seqkernels.nn, torch.float64, 0, num_layers=2, batch_first=batch_first)
-    x, states = draw(layer, torch.float64, 0)
-    reset = torch.rand(T, B) < 0.3
-    whole = (x.transpose(0, 1), reset.t()) if batch_first else (x, reset)
-    output, hidden = layer(whole[0], hidden_of(states), reset=whole[1])
-    output = output.transpose(0, 1) if batch_first else output
-    hx, rows = hidden_of(states), []
-    for t in range(T):
-        y, hx = layer.step(x[t], hx, reset=reset[t])
-        rows.append(y)
-    torch.testing.assert_close((torch.stack(rows), hx), (output, hidden))
-    leaves = [x, *states, *layer.parameters()]
-    grads = (torch.autograd.grad(out.square().sum(), leaves) for out in (torch.stack(rows), output))
-    torch.testing.assert_close(*grads)
-    row = layer.step(x[0, 2])
-    torch.testing.assert_close(row[0], layer.step(x[0])[0][2])
-    state = row[1][0] if isinstance(row[1], tuple) else row[1]
-    assert state.shape == (2, y.shape[1])
-    torch.testing.assert_close(layer.step(x[0, 2], row[1], reset=torch.tensor(True))[0], row[0])
+def test_a_sequence_step_by_step(kind: str, batch_first: bool, plain_runner: Any, judge: Any) -> None:
+    runs = [of_layer(run, kind, num_layers=2, batch_first=batch_first) for run in (stepwise, whole)]
+    judge(runs[0], by_reference(runs[1]))
+
+
+def one_row(layer: Any, x: Tensor, states: tuple[Tensor, ...]) -> list[Tensor]:
+    first = outputs_of(*layer.step(x[0, 2]))
+    assert first[1].shape == (2, first[0].shape[0])
+    return [first[0], layer.step(x[0, 2], hidden_of(first[1:]), reset=torch.tensor(True))[0]]
+
+
+def one_of_all(layer: Any, x: Tensor, states: tuple[Tensor, ...]) -> list[Tensor]:
+    return [layer.step(x[0])[0][2]] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_a_batch(kind: str, plain_runner: Any, judge: Any) -> None:
+    runs = [of_layer(run, kind, num_layers=2) for run in (one_row, one_of_all)]
+    judge(runs[0], by_reference(runs[1]), by_reference(runs[0]))
 
 
 def test_a_stream_does_not_grow(plain_runner: Any) -> None:
