@@ -65,6 +65,11 @@ def probability(name: str, value: Any) -> float:
     return float(value)
 
 
+def _counts(value: object) -> bool:
+    """Whether `value` is an integer of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def zoneout_of(cell: str, value: Any, projected: bool) -> tuple[float, ...]:
     """The probability of each state of `cell`, from one number for all or one for each of the LSTM's.
 
@@ -103,6 +108,10 @@ def check(
         RuntimeError: torch's arguments.
         ValueError, TypeError: those of `options`.
     """
+    if not _counts(num_layers):
+        raise RuntimeError(f"num_layers: expected an integer of at least 1, got {num_layers!r}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {type(x).__name__}")
     rows, dims = num_layers * (2 if bidirectional else 1), 3
     projected = cell == "lstm" and len(params) > 1 and params[1].shape[0] != 4 * params[1].shape[1]
     expected = (4 if has_biases else 2) + projected
@@ -129,6 +138,10 @@ def check(
                 "batch_sizes: expected a 1-dimensional torch.int64 tensor on the CPU,"
                 f" got {batch_sizes.dim()} dimensions of {batch_sizes.dtype} on {batch_sizes.device}"
             )
+        if batch_sizes.numel() and (bool((batch_sizes.diff() > 0).any()) or int(batch_sizes[-1]) < 0):
+            raise RuntimeError(
+                f"batch_sizes: expected numbers of at least 0, none above the one before, got {batch_sizes.tolist()}"
+            )
         if int(batch_sizes.sum()) != x.shape[0]:
             raise RuntimeError(
                 f"batch_sizes: expected a sum of {x.shape[0]}, the rows of data, got {int(batch_sizes.sum())}"
@@ -146,10 +159,14 @@ def check(
     for k, state in enumerate(hx or ()):
         name = f"hx[{k}]" if cell == "lstm" else "hx"
         shape = (rows, batch, widths[k])
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(state).__name__}")
         if state.shape != shape:
             raise RuntimeError(f"{name}: expected size {shape}, got {tuple(state.shape)}")
         if state.dtype != x.dtype:
             raise RuntimeError(f"{name}: expected {x.dtype} as the input, got {state.dtype}")
+        if state.device != x.device:
+            raise RuntimeError(f"{name}: expected on {x.device} as the input, got {state.device}")
     if options is not None:
         own = batch_sizes is not None
         flags = (batch, steps) if batch_first else (steps, batch)
@@ -184,16 +201,21 @@ def _check_options(
         if len(tensors) != rows:
             raise ValueError(f"{name}: expected {rows} tensors, one for each layer and direction, got {len(tensors)}")
         for k, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}[{k}]: expected a Tensor, got {type(tensor).__name__}")
             if tensor.shape != shape or tensor.dtype != dtype:
                 raise ValueError(f"{name}[{k}]: expected {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
     zoneout_of(cell, options.zoneout, projected)
     probability("recurrent_dropout", options.recurrent_dropout)
-    if options.tbptt is not None and (not isinstance(options.tbptt, int) or options.tbptt < 1):
+    if options.tbptt is not None and not _counts(options.tbptt):
         raise ValueError(f"tbptt: expected an integer of at least 1, got {options.tbptt!r}")
     every = options.checkpoint_every
+    if every is not None and not _counts(every):
+        raise ValueError(f"checkpoint_every: expected None or an integer of at least 1, got {every!r}")
+    for name in ("return_states", "return_gates"):
+        if not isinstance(getattr(options, name), bool):
+            raise TypeError(f"{name}: expected a bool, got {getattr(options, name)!r}")
     if every is not None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"checkpoint_every: expected None or an integer of at least 1, got {every!r}")
         for name in ("return_states", "return_gates"):
             if getattr(options, name):
                 raise ValueError(f"checkpoint_every: expected None with {name}, which stores every step anyway")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _sequences
 from ._options import LISTS, Options, Tensors, Trace, zoneout_of
@@ -79,7 +80,8 @@ def run(
         x = x.transpose(0, 1) if batch_first else x
         weight_ih, weight_hh = params[0], params[1]
         bias_ih, bias_hh = (params[2], params[3]) if has_biases else (None, None)
-        if x.shape[0] == 1:
+        # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
+        if x.shape[0] == 1 and x.shape[2] > 1 and weight_hh.shape[1] > 1 and forward_ad._current_level < 0:
             h_0 = None if hx is None else hx[0]
             c_0 = None if hx is None or len(hx) == 1 else hx[1]
             next_states = quick_step(cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)

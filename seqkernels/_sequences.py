@@ -136,8 +136,10 @@ def documents(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, alone: bool
                 " compiled programs, which may not wait for its values"
             )
         max_seqlen = int(lengths.max()) if batch else 0
-    elif isinstance(max_seqlen, bool) or max_seqlen < 0:
+    elif isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 0:
         raise ValueError(f"max_seqlen: expected an integer of at least 0, got {max_seqlen!r}")
+    # No document is longer than all rows, whose number a bound may exceed by far.
+    max_seqlen = min(max_seqlen, count)
     fits = torch.cat((starts[:1] == 0, starts[-1:] == count, lengths >= 0, lengths <= max_seqlen)).all()
     torch._assert_async(
         fits, "cu_seqlens: expected to ascend from 0 to N, the rows of the input, in steps of at most max_seqlen"
@@ -198,6 +200,8 @@ def controlled(
         bidirectional: whether the reverse direction is needed.
         device: of the steps.
     """
+    # Of any int: what goes beyond all steps has no effect.
+    tbptt = None if tbptt is None else min(tbptt, 2**62)
     if layout.counts is not None:
         # The first step that a direction meets of a document is a reset.
         directions = [(count.eq(0).view(torch.uint8), count) for count in layout.counts]

@@ -40,12 +40,17 @@ def _bind(cell: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
     if packed:
         if "batch_first" in kwargs:
             raise TypeError("batch_first: packed data has no batch dimension")
-        given = {"input" if name == "data" else name: value for name, value in kwargs.items()}
-        call = _Call(*args, **{**given, "batch_first": False})
+        kwargs = {"input" if name == "data" else name: value for name, value in kwargs.items()}
+        kwargs["batch_first"] = False
     elif args:
-        call = _Call(args[0], None, *args[1:], **kwargs)
+        args = (args[0], None, *args[1:])
     else:
-        call = _Call(batch_sizes=None, **kwargs)
+        kwargs = {**kwargs, "batch_sizes": None}
+    try:
+        call = _Call(*args, **kwargs)
+    except TypeError as error:
+        # Python's own words for arguments that are missing, unknown or given twice.
+        raise TypeError(str(error).replace("_Call.__new__", cell.split("_")[0])) from None
     if call.hx is None:
         return call
     states = tuple(call.hx) if cell == "lstm" else (call.hx,)

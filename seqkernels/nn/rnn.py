@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._options import Options, Trace, check, probability, zoneout_of
 from .._recurrent import run
+from .._sequences import check_reset
 from ..cells import CELLS
 
 _CELLS = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
@@ -141,6 +142,11 @@ class _Layer(RNNBase):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
             )
 
+    def _check_kind(self, hx: Any) -> None:
+        """Raise the error that says what the initial state should be made of."""
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"hx: expected a Tensor, got {type(hx).__name__}")
+
     def _check_rank(self, hx: Any, batched: bool) -> None:
         rank = 3 if batched else 2
         if hx.dim() != rank:
@@ -158,6 +164,12 @@ class _Layer(RNNBase):
 
     def _fits(self, input: Tensor, hx: Any, dtype: torch.dtype) -> bool:
         """Whether `input` is padded and all arguments fit at first sight."""
+        try:
+            return self._fit(input, hx, dtype)
+        except AttributeError:  # no tensors: `_general` says which
+            return False
+
+    def _fit(self, input: Tensor, hx: Any, dtype: torch.dtype) -> bool:
         shape = input.shape
         if len(shape) != 3 or shape[2] != self.input_size or input.dtype != dtype:
             return False
@@ -308,8 +320,12 @@ class _Layer(RNNBase):
             raise RuntimeError("step: a bidirectional layer needs the whole sequence")
         if self.recurrent_dropout and self.training:
             raise RuntimeError("step: recurrent_dropout has one mask for a whole sequence; call eval() first")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
         if input.dim() not in (1, 2):
             raise ValueError(f"input: expected (B, I) or (I,), got {tuple(input.shape)}")
+        if reset is not None:
+            check_reset(reset, tuple(input.shape[:-1]), input.device)
         time = 1 if self.batch_first and input.dim() == 2 else 0
         if reset is None:
             output, hx = self(input.unsqueeze(time), hx)
@@ -325,7 +341,11 @@ class _Layer(RNNBase):
         packed = isinstance(input, PackedSequence)
         if packed:
             input, batch_sizes, sorted_indices, unsorted_indices = input
-        elif not documents:
+        elif not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a Tensor or a PackedSequence, got {type(input).__name__}")
+        if hx is not None:
+            self._check_kind(hx)
+        if not documents and not packed:
             if input.dim() not in (2, 3):
                 raise ValueError(self._input_error.format(input.dim()))
             batched = input.dim() == 3
@@ -460,6 +480,15 @@ class LSTM(_Layer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
+
+    def _check_kind(self, hx: Any) -> None:
+        if not isinstance(hx, tuple | list):
+            raise TypeError(f"hx: expected a tuple (h_0, c_0), got {type(hx).__name__}")
+        if len(hx) != 2:
+            raise RuntimeError(f"hx: lstm expects two hidden states, got {len(hx)}")
+        for k, state in enumerate(hx):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"hx[{k}]: expected a Tensor, got {type(state).__name__}")
 
     def _check_rank(self, hx: Any, batched: bool) -> None:
         rank = 3 if batched else 2

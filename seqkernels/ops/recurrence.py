@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 from ..cells import CELLS, CONSTANTS, DTYPES, Weights, accumulate_dtype
@@ -71,6 +72,11 @@ def _call(
     return backends.Call("recurrence", x.device.type, x.dtype, cell, features)
 
 
+def _resolved(*tensors: Tensor | None) -> list[Any]:
+    """`tensors` in memory that holds their values, where parts of complex numbers may be negated by a bit alone."""
+    return [x if x is None else x.resolve_neg() for x in tensors]
+
+
 def _forward(
     input: Tensor,
     weights: Sequence[Tensor | None],
@@ -81,9 +87,14 @@ def _forward(
     save: bool,
     every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if input.shape[2] <= 1 or state0.shape[2] <= 1:
+        # Only rows of one element are contiguous in a part of a complex tensor; others are copied.
+        input, state0, *weights = _resolved(input, state0, *weights)
     named = Weights._make(weights)
     module = backends.implementation(_call(input, named, control, cell, every))
     if every and save:
+        # Checkpoints behind the last step are none.
+        every = min(every, max(input.shape[0], 1))
         return module.recurrence_forward(input, named, state0, control, cell, reverse, save, every=every)
     return module.recurrence_forward(input, named, state0, control, cell, reverse, save)
 
@@ -100,7 +111,11 @@ def _backward(
     needs: Sequence[bool],
     every: int = 0,
 ) -> list[Tensor]:
+    if input.shape[2] <= 1 or states.shape[3] <= 1:
+        input, *others = _resolved(input, *grads, *weights)
+        grads, weights = others[:4], others[4:]
     named = Weights._make(weights)
+    every = min(every, max(input.shape[0], 1))
     module = backends.implementation(_call(input, named, control, cell, every, grads[3] is not None))
     arguments = (grads, input, named, states, reserve, control, cell, reverse, needs)
     return module.recurrence_backward(*arguments, every=every) if every else module.recurrence_backward(*arguments)
@@ -187,6 +202,13 @@ def _step_states(states: Tensor, reverse: bool) -> tuple[Tensor, ...]:
     return tuple(states.narrow(1, 0 if reverse else 1, steps).unbind(0))
 
 
+def _own_step_states(states: Tensor, reverse: bool) -> tuple[Tensor, ...]:
+    """`_step_states` that no backward pass reads: no views to autograd, so they may be modified and detached."""
+    count, steps = states.shape[0], states.shape[1] - 1
+    parts = states.flatten(0, 1).unsafe_split_with_sizes(([steps, 1] if reverse else [1, steps]) * count)
+    return tuple(parts[0 if reverse else 1 :: 2])
+
+
 def _gates(reserve: Tensor, cell: str, dtype: torch.dtype) -> Tensor:
     return reserve.narrow(2, 0, CELLS[cell].gates).to(dtype)
 
@@ -204,9 +226,37 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
         found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs)
     else:
         backward = _backward if eager(input, *ordered, control, *weights) else backward_op
-        op = backward(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs, ctx.every)
-        found = [x if need else None for x, need in zip(op, needs, strict=True)]
+        try:
+            op = backward(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs, ctx.every)
+            found = [x if need else None for x, need in zip(op, needs, strict=True)]
+        except RuntimeError:
+            if not any(map(_batched, ordered)):
+                raise
+            # Many gradients at once, of `is_grads_batched` and ``vmap``, which tensor operations alone can take.
+            from ..backends.reference.recurrence import gradients
+
+            found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs)
+            found = [x if x is None else x.clone() for x in found]  # without their graph
     return *found[:2], None, None, None, None, None, *found[2:]
+
+
+def _batched(x: Tensor | None) -> bool:
+    functorch = torch._C._functorch
+    return x is not None and (functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x))
+
+
+def refuse_tangents(**tensors: Tensor | None) -> None:
+    """Raise the error that names the tensor which has a forward-mode gradient, of which no result would know.
+
+    Raises:
+        NotImplementedError: one of `tensors` is a dual tensor.
+    """
+    for name, x in tensors.items():
+        if x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: expected a tensor without a tangent, got a dual tensor; recurrences have no forward-mode"
+                " gradients, only those of the backward pass"
+            )
 
 
 def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | None, cell: str) -> None:
@@ -461,15 +511,18 @@ def recurrence(
     check(input, weights, state0, control, cell)
     if every != 0:
         _check_every(every, gates, states)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(input=input, state0=state0, **weights._asdict())
     stored = gates and CELLS[cell].reserve > 0
     if torch.is_grad_enabled() and _records(input, state0, *weights):
         hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, every, *weights)
         of_steps = rest.pop() if stored else None
         state_n = rest.pop()
     else:
-        forward = _forward if eager(input, state0, control, *weights) else forward_op
+        direct = eager(input, state0, control, *weights)
+        forward = _forward if direct else forward_op
         saved, state_n, reserve = forward(input, weights, state0, control, cell, reverse, stored or states, every)
-        hidden, *rest = _step_states(saved, reverse)
+        hidden, *rest = (_own_step_states if direct else _step_states)(saved, reverse)
         of_steps = _gates(reserve, cell, input.dtype) if stored else None
     cells = rest[0] if rest else None
     if not gates:
