@@ -123,7 +123,6 @@ inline Vec<T> first_lanes(Vec<T> x, std::int64_t count, T rest) {
   return lane < static_cast<typename Lanes<T>::Int>(count) ? x : splat(rest);
 }
 
-inline std::int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 inline const void* element(const void* data, std::int64_t at, DType dtype) {
   return static_cast<const char*>(data) + at * bytes_of(dtype);
 }

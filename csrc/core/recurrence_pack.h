@@ -16,6 +16,8 @@ constexpr std::int64_t packed_depth(std::int64_t depth) {
   return sizeof(O) == 2 ? (depth + 1) / 2 * 2 : depth;
 }
 
+constexpr int kPackAhead = 2;  // blocks that packing asks for in advance
+
 // panel[k][gate][unit] = weight[gate * H + unit, k] for k below `depth` and the `vectors` vectors of units from `unit`;
 // units beyond H as 0.
 template <class S, class T = Compute<S>>
@@ -30,7 +32,9 @@ inline void pack_group(const S* weight, std::int64_t row, std::int64_t depth, st
       for (std::int64_t k = 0; k < depth; k += n) {
         Vec<T> block[n];
         for (int i = 0; i < n; ++i) {
-          block[i] = first + i < hidden ? load(weight + (g * hidden + first + i) * row + k, depth - k) : Vec<T>{};
+          const S* at = weight + (g * hidden + first + i) * row + k;
+          block[i] = first + i < hidden ? load(at, depth - k) : Vec<T>{};
+          __builtin_prefetch(at + kPackAhead * n);  // as many rows as the processor's own prefetching loses sight of
         }
         transpose<T>(block);
         for (std::int64_t i = 0; i < min_of<std::int64_t>(n, depth - k); ++i) {

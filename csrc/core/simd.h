@@ -284,6 +284,27 @@ inline Vec<T> exp(Vec<T> x) {
   return x > C::kMax ? splat(T(__builtin_inf())) : y;
 }
 
+// a * b + c, and c - a * b, rounded once where `estimate_reciprocal` is an estimate. Compilers contract the operators to
+// the same, but not at every level of optimisation, and the correction of an estimate is worth nothing without it.
+template <class T>
+inline Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+  }
+#endif
+  return a * b + c;
+}
+template <class T>
+inline Vec<T> multiply_subtract(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<Vec<T>>(_mm512_fnmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+  }
+#endif
+  return c - a * b;
+}
+
 // 1 / x to 14 bits or better.
 template <class T>
 inline Vec<T> estimate_reciprocal(Vec<T> x) {
@@ -302,7 +323,7 @@ inline Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> p = exp_parts<T>(at_most<T>(C::kMaxReciprocal, at_least<T>(C::kMin, -x)), scale);
   const Vec<T> e = scale * p + scale;
   const Vec<T> y = estimate_reciprocal<T>(e + T(1));
-  return y * ((T(1) - y) - y * e) + y;
+  return multiply_add<T>(y, multiply_subtract<T>(y, e, T(1) - y), y);
 }
 
 // Through m = e^(-2|x|) - 1 as -m / (m + 2), which keeps small arguments exact to rounding; m in two parts, the
@@ -318,8 +339,8 @@ inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> rest = scale * p + ((scale - T(1)) - m);
   const Vec<T> inverse = estimate_reciprocal<T>(m + T(2));
   const Vec<T> y = m * inverse;
-  const Vec<T> left = ((m - T(2) * y) - y * m) + (rest - y * rest);
-  const IntVec<T> magnitude = bit_cast<IntVec<T>>(left * inverse + y) & ~sign_bit;
+  const Vec<T> left = multiply_subtract<T>(y, m, m - T(2) * y) + (rest - y * rest);
+  const IntVec<T> magnitude = bit_cast<IntVec<T>>(multiply_add<T>(left, inverse, y)) & ~sign_bit;
   return bit_cast<Vec<T>>(magnitude | (bit_cast<IntVec<T>>(x) & sign_bit));
 }
 

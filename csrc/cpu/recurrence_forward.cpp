@@ -192,22 +192,24 @@ class Forward {
     }
   }
 
+  V initial(int s, std::int64_t at, std::int64_t left) const {
+    if (p_.carried != nullptr) return load(static_cast<const T*>(p_.carried) + s * plane_ + at, left);
+    return p_.state0[s] == nullptr ? V{} : load(static_cast<const S*>(p_.state0[s]) + at, left);
+  }
+
   // All steps for the rows and groups of one thread, which meets `threads` others after each step.
   void loop(Share rows, Share groups, int thread, int threads) {
     const std::int64_t H = p_.hidden, T_ = p_.steps;
-    const S* state0 = static_cast<const S*>(p_.state0);
     S* states = static_cast<S*>(p_.states);
     const std::int64_t first = p_.reverse ? T_ : 0, last = p_.reverse ? 0 : T_;
     const std::int64_t unit_begin = groups.begin * units_ * n;
     const std::int64_t units = min_of(H, groups.end * units_ * n) - unit_begin;
 
-    const T* carried = static_cast<const T*>(p_.carried);
     for (std::int64_t b = rows.begin; b < rows.end; ++b) {
       for (std::int64_t u = 0; u < units; u += n) {
         const std::int64_t at = b * H + unit_begin + u, left = units - u;
         for (int s = 0; s < Cell::kStates; ++s) {
-          const V state =
-              carried == nullptr ? load(state0 + s * plane_ + at, left) : load(carried + s * plane_ + at, left);
+          const V state = initial(s, at, left);
           if (s == 0 || p_.save) store(states + (s * (T_ + 1) + first) * plane_ + at, state, left);
           if (kConvert && s == 0) store(hidden_.get() + at, state, left);
           if (s == 1) store(cells_.get() + at, state, left);
@@ -217,8 +219,7 @@ class Forward {
         for (std::int64_t u = 0; options_.masks() && u < units; u += n) {
           const std::int64_t at = b * H + unit_begin + u, left = units - u;
           const V mask = options_.template mask<false>(at, left);
-          const V state = carried == nullptr ? get<false>(state0 + at, left) : get<false>(carried + at, left);
-          put<false>(buffers_.operand.get() + at, state * mask, left);
+          put<false>(buffers_.operand.get() + at, initial(0, at, left) * mask, left);
           put<false>(buffers_.fresh_operand.get() + at, get<false>(fresh_.get() + unit_begin + u, left) * mask, left);
         }
       }
@@ -245,13 +246,12 @@ class Forward {
       }
     }
 
-    S* state_n = static_cast<S*>(p_.state_n);
     for (std::int64_t b = rows.begin; b < rows.end; ++b) {
-      std::memcpy(state_n + b * H + unit_begin, states + last * plane_ + b * H + unit_begin, units * sizeof(S));
+      const std::int64_t from = b * H + unit_begin;
+      std::memcpy(static_cast<S*>(p_.state_n[0]) + from, states + last * plane_ + from, units * sizeof(S));
       if constexpr (Cell::kStates == 2) {
         for (std::int64_t u = 0; u < units; u += n) {
-          const std::int64_t at = b * H + unit_begin + u;
-          store(state_n + plane_ + at, load(cells_.get() + at, units - u), units - u);
+          store(static_cast<S*>(p_.state_n[1]) + from + u, load(cells_.get() + from + u, units - u), units - u);
         }
       }
     }

@@ -124,10 +124,51 @@ void recurrence_forward(py::handle input, const py::tuple& weights, py::handle s
   }
   p.bias_ih = common.weights.bias_ih.data();
   p.bias_hh = common.weights.bias_hh.data();
-  p.state0 = state0.data();
+  const std::int64_t plane = p.batch * p.hidden * bytes_of(p.dtype);
+  for (int s = 0; s < shape.states; ++s) {
+    p.state0[s] = static_cast<const char*>(state0.data()) + s * plane;
+    p.state_n[s] = static_cast<char*>(state_n.data()) + s * plane;
+  }
   p.states = states.data();
-  p.state_n = state_n.data();
   (every == 0 ? p.reserve : p.checkpoints) = reserve.data();
+  const Kernels& table = kernels();
+  py::gil_scoped_release release;
+  table.recurrence_forward(p);
+}
+
+// The same as a layer has it: forward, without control, and with states of their own, each (1, B, H).
+void layer_forward(py::handle input, const py::tuple& weights, py::handle hidden0_, py::handle cells0_,
+                   const std::string& cell, py::handle states_, py::handle reserve_, py::handle hidden_n_,
+                   py::handle cells_n_, int threads) {
+  const Common common(input, weights, py::none(), cell);
+  Tensor hidden0(hidden0_, "hidden0", true), cells0(cells0_, "cells0", true);
+  const Tensor states(states_, "states"), reserve(reserve_, "reserve", true);
+  Tensor hidden_n(hidden_n_, "hidden_n"), cells_n(cells_n_, "cells_n", common.cell.states == 1);
+  RecurrenceForward p{};
+  common.fill(p, false, threads);
+  if (common.cell.states == 1) {
+    if (cells0) fail_argument("cells0", "None for " + cell, "a tensor");
+    if (cells_n) fail_argument("cells_n", "None for " + cell, "a tensor");
+  }
+  for (Tensor* x : {&hidden0, &cells0, &hidden_n, &cells_n}) {
+    x->flatten(2).expect({p.batch, p.hidden}).expect(p.dtype).expect_contiguous();
+  }
+  p.save = static_cast<bool>(reserve);
+  states.expect(p.dtype).expect_contiguous();
+  if (p.save) {
+    states.expect({common.cell.states, p.steps + 1, p.batch, p.hidden});
+  } else {
+    states.expect({p.steps + 1, p.batch, p.hidden});
+  }
+  reserve.expect({p.steps, p.batch, common.cell.reserve, p.hidden}).expect(compute_dtype(p.dtype)).expect_contiguous();
+  p.bias_ih = common.weights.bias_ih.data();
+  p.bias_hh = common.weights.bias_hh.data();
+  p.state0[0] = hidden0.data();
+  p.state0[1] = cells0.data();
+  p.states = states.data();
+  p.reserve = reserve.data();
+  p.state_n[0] = hidden_n.data();
+  p.state_n[1] = cells_n.data();
   const Kernels& table = kernels();
   py::gil_scoped_release release;
   table.recurrence_forward(p);
@@ -234,6 +275,11 @@ void bind_recurrence(py::module_& m) {
         py::arg("control"), py::arg("cell"), py::arg("reverse"), py::arg("states"), py::arg("state_n"),
         py::arg("reserve"), py::arg("every"), py::arg("threads"),
         "Run a recurrence into states, state_n and, unless None, reserve.");
+  m.def("layer_forward", &layer_forward, py::arg("input"), py::arg("weights"), py::arg("hidden0"), py::arg("cells0"),
+        py::arg("cell"), py::arg("states"), py::arg("reserve"), py::arg("hidden_n"), py::arg("cells_n"),
+        py::arg("threads"),
+        "Run a recurrence from hidden0 and cells0, None for zeros, into states, hidden_n, cells_n (LSTM, else None) "
+        "and, unless None, reserve.");
   m.def("recurrence_backward", &recurrence_backward, py::arg("grads"), py::arg("input"), py::arg("weights"),
         py::arg("states"), py::arg("reserve"), py::arg("made"), py::arg("control"), py::arg("cell"), py::arg("reverse"),
         py::arg("results"), py::arg("every"), py::arg("threads"),

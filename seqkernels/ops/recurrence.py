@@ -230,7 +230,7 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
             op = backward(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs, ctx.every)
             found = [x if need else None for x, need in zip(op, needs, strict=True)]
         except RuntimeError:
-            if not any(map(_batched, ordered)):
+            if not any(map(batched, ordered)):
                 raise
             # Many gradients at once, of `is_grads_batched` and ``vmap``, which tensor operations alone can take.
             from ..backends.reference.recurrence import gradients
@@ -240,7 +240,8 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
     return *found[:2], None, None, None, None, None, *found[2:]
 
 
-def _batched(x: Tensor | None) -> bool:
+def batched(x: Tensor | None) -> bool:
+    """Whether `x` is many tensors at once, of ``is_grads_batched`` or ``vmap``."""
     functorch = torch._C._functorch
     return x is not None and (functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x))
 

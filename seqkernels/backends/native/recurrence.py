@@ -13,7 +13,7 @@ from .extension import extension
 _C = extension()
 
 
-def _last_contiguous(x: Tensor | None) -> Tensor | None:
+def last_contiguous(x: Tensor | None) -> Tensor | None:
     """`x`, copied only where its last dimension is not contiguous."""
     return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
@@ -25,8 +25,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 def _ready(weights: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """`weights` in the layout of the compiled module."""
     return (
-        _last_contiguous(weights[0]),
-        _last_contiguous(weights[1]),
+        last_contiguous(weights[0]),
+        last_contiguous(weights[1]),
         *[x if x is None else x.contiguous() for x in weights[2:]],
     )
 
@@ -52,7 +52,7 @@ def recurrence_forward(
         shape = (-(-steps // every), num_states, batch, hidden)
     reserve = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
     _C.recurrence_forward(
-        _last_contiguous(input),
+        last_contiguous(input),
         _ready(weights),
         state0.contiguous(),
         control,
@@ -110,8 +110,8 @@ def recurrence_backward(
     # With a seed an element either is what the cell made, or has no gradient to give it.
     mixed = CELLS[cell].reserve == 0 and named.zoneout is not None and named.seed is None
     _C.recurrence_backward(
-        (_last_contiguous(grads[0]), _last_contiguous(grads[1]), _contiguous(grads[2]), _last_contiguous(grads[3])),
-        _last_contiguous(input),
+        (last_contiguous(grads[0]), last_contiguous(grads[1]), _contiguous(grads[2]), last_contiguous(grads[3])),
+        last_contiguous(input),
         _ready(weights),
         states.contiguous(),
         reserve.contiguous(),

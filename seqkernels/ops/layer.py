@@ -1,0 +1,146 @@
+"""A layer without options, where the way to the kernel takes as long as a small kernel.
+
+`recurrence` gives the same. Here the compiled module is called at once, for plain tensors in eager mode, and its own
+checks of the arguments are the only ones; ``docs/decisions/0006`` measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ._eager import eager
+from .recurrence import batched, recurrence
+
+_modules: dict[tuple[torch.dtype, str], ModuleType] = {}
+
+
+def _native(dtype: torch.dtype, cell: str) -> ModuleType | None:
+    """The compiled layer where the registry gives `cell` to the compiled module, else ``None``."""
+    chosen = backends.select(backends.Call("recurrence", "cpu", dtype, cell)).chosen
+    return backends.module(chosen, "layer") if chosen == "native" else None
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    hidden: Tensor | None,
+    cells: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> tuple[Tensor, ...] | None:
+    """The hidden states and the final ones, or ``None`` where the call has to go through `recurrence`.
+
+    It has to for tensors on other devices and subclasses, last dimensions that are not contiguous, other
+    implementations, under compilation, tracing, dispatch modes and functional transforms, and where an argument does
+    not fit, since `recurrence` says why. Autocast, forward-mode gradients and rows of one element are the caller's to
+    keep away.
+
+    Args:
+        cell: a key of `seqkernels.cells.CELLS`.
+        input: (T, B, I).
+        hidden: (1, B, H), or ``None`` for zeros.
+        cells: (1, B, H), LSTM only, or ``None`` for zeros.
+        weight_ih: (G*H, I).
+        weight_hh: (G*H, H).
+        bias_ih: (G*H,) or ``None``.
+        bias_hh: (G*H,) or ``None``.
+
+    Returns:
+        The hidden state after each step (T, B, H), the final hidden state (1, B, H), and of an LSTM the final cell
+        state (1, B, H).
+    """
+    if not eager(input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh):
+        return None
+    key = (input.dtype, cell)
+    module = _modules.get(key) if backends.unobserved() else _native(*key)
+    if module is None:
+        module = _native(*key)
+        if module is None:
+            return None
+        _modules[key] = module
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    try:
+        if torch.is_grad_enabled() and _records(input, hidden, cells, *weights):
+            results: tuple[Tensor, ...] = _Layer.apply(cell, module, input, hidden, cells, *weights)
+            return results
+        states, _, *finals = module.layer_forward(cell, input, hidden, cells, weights, False)
+        # Unsafe only in name: no view to autograd, so it may be modified and detached.
+        return (states.unsafe_split_with_sizes((1, states.shape[0] - 1))[1], *finals)
+    except (TypeError, ValueError):
+        # `recurrence` can run it, or knows what is wrong.
+        return None
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    for x in tensors:  # noqa: SIM110 - any() takes twice as long
+        if x is not None and x.requires_grad:
+            return True
+    return False
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: str,
+        module: ModuleType,
+        input: Tensor,
+        hidden: Tensor | None,
+        cells: Tensor | None,
+        *weights: Tensor | None,
+    ) -> Any:
+        states, reserve, *finals = module.layer_forward(cell, input, hidden, cells, weights, True)
+        ctx.save_for_backward(input, hidden, cells, *weights, states, reserve)
+        ctx.cell, ctx.module = cell, module
+        ctx.set_materialize_grads(False)
+        return (states.select(0, 0).narrow(0, 1, states.shape[1] - 1), *finals)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *tensors, states, reserve = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return None, None, *gradients(ctx.cell, grads, tensors, needs)
+        if any(map(batched, grads)):
+            found = gradients(ctx.cell, grads, tensors, needs)
+            return None, None, *[x if x is None else x.detach() for x in found]
+        input, _, _, *weights = tensors
+        return None, None, *ctx.module.layer_backward(ctx.cell, grads, input, weights, states, reserve, needs)
+
+
+def gradients(
+    cell: str, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of `layer` as a graph, for the second order, through `recurrence`.
+
+    Args:
+        cell: as in `layer`.
+        grads: of its results, or ``None``.
+        tensors: its other arguments.
+        needs: which of them need a gradient.
+    """
+    input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+    assert input is not None
+    assert weight_hh is not None
+    with torch.enable_grad():
+        zeros = input.new_zeros(1, input.shape[1], weight_hh.shape[1])
+        states = [zeros if x is None else x for x in ((hidden, cells) if cell == "lstm" else (hidden,))]
+        output, _, state_n = recurrence(
+            input, weight_hh, bias_hh, torch.cat(states), cell=cell, weight_ih=weight_ih, bias_ih=bias_ih
+        )
+        pairs = [(out, g) for out, g in zip((output, *state_n.split(1)), grads, strict=True) if g is not None]
+        wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )
+        )
+    return [next(found) if need and x is not None else None for x, need in zip(tensors, needs, strict=True)]
