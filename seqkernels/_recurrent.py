@@ -293,7 +293,8 @@ class _Stack(NamedTuple):
             extras["recurrent_mask"] = F.dropout(ones, options.recurrent_dropout)
         chances = zoneout_of(self.cell, options.zoneout, False)
         if any(chances):
-            extras["zoneout"] = torch.stack([torch.full((), p, device=x.device) for p in chances])
+            full = [torch.full((), p, dtype=torch.float32, device=x.device) for p in chances]
+            extras["zoneout"] = torch.stack(full)
             if self.train:
                 extras["seed"] = torch.randint(2**63 - 1, (), device=x.device)
         return extras

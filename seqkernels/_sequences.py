@@ -102,7 +102,7 @@ def packed(x: Tensor, batch_sizes: Tensor) -> Layout:
     steps, batch = batch_sizes.shape[0], int(batch_sizes[0])
     if int(batch_sizes[-1]) == batch:
         return Layout(steps, batch, packed=True)
-    valid = torch.arange(batch) < batch_sizes.unsqueeze(1)
+    valid = torch.arange(batch, device=batch_sizes.device) < batch_sizes.unsqueeze(1)
     rows = valid.flatten().nonzero().squeeze(1)
     rows, valid = rows.to(x.device, non_blocking=True), valid.to(x.device, non_blocking=True)
     return Layout(steps, batch, True, rows, valid.sum(0), valid.logical_not())

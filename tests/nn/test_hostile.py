@@ -186,3 +186,19 @@ def test_wrong_arguments_of_functions() -> None:
         functional.lstm(X, state, [], True, 0, *settings[2:])
     with pytest.raises(TypeError, match=r"^input: expected a Tensor, got list"):
         functional.lstm([1.0], state, weights, *settings)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_defaults_of_the_program_are_none_of_the_tensors(kind: str) -> None:
+    model = layer(kind, 3, 4, zoneout=0.5, recurrent_dropout=0.5, layer_norm=True)
+    sequences = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 3), [5, 3, 1])
+    found = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.float64, "meta")):
+        torch.manual_seed(1)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device), torch.no_grad():
+                found.append(model(sequences)[0].data)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*found)
