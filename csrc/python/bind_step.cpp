@@ -1,3 +1,4 @@
+#include <new>
 #include <string>
 
 #include "core/kernels.h"
@@ -6,6 +7,8 @@
 
 namespace seqkernels {
 namespace {
+
+constexpr std::int64_t kShort = 32768;  // weights of a gate; some microseconds
 
 // Types that are no more than tensors: others may mean something else by an operation.
 PyTypeObject* plain_types[2] = {};
@@ -30,6 +33,27 @@ Tensor matrix(py::handle object, const char* name, bool optional = false) {
   return result.flatten(2);
 }
 
+CellShape cell_named(py::handle name) {
+  const char* text = PyUnicode_Check(name.ptr()) ? PyUnicode_AsUTF8(name.ptr()) : nullptr;
+  if (text != nullptr) return cell_shape(text);
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  throw py::type_error("cell: expected a str, got " + py::cast<std::string>(py::str(py::type::of(name))));
+}
+
+int thread_count(py::handle object) {
+  const int threads = _PyLong_AsInt(object.ptr());
+  if (threads == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return threads;
+}
+
+// Runs `kernel` without the interpreter's lock where it reads enough of the weights to be worth the handover.
+template <class Kernel, class Params>
+void run(Kernel kernel, const Params& p) {
+  if (p.hidden * (p.inputs + p.hidden) < kShort) return kernel(p);
+  const py::gil_scoped_release release;
+  kernel(p);
+}
+
 // The arguments that both passes share.
 struct Common {
   CellShape cell;
@@ -37,8 +61,8 @@ struct Common {
   DType dtype;
 
   Common(py::handle input_, py::handle hidden_, py::handle cells_, py::handle weight_ih_, py::handle weight_hh_,
-         const std::string& name)
-      : cell(cell_shape(name)),
+         py::handle name)
+      : cell(cell_named(name)),
         input(input_, "input"),
         hidden(hidden_, "hidden", true),
         cells(cells_, "cells", true),
@@ -73,9 +97,11 @@ struct Common {
   }
 };
 
-void step_forward(py::handle input, py::handle hidden, py::handle cells, py::handle weight_ih, py::handle weight_hh,
-                  py::handle bias_ih_, py::handle bias_hh_, const std::string& cell, py::handle next_hidden_,
-                  py::handle next_cells_, py::handle reserve_, int threads) {
+void step_forward(PyObject* const* args) {
+  const py::handle input = args[0], hidden = args[1], cells = args[2], weight_ih = args[3], weight_hh = args[4];
+  const py::handle bias_ih_ = args[5], bias_hh_ = args[6], cell = args[7];
+  const py::handle next_hidden_ = args[8], next_cells_ = args[9], reserve_ = args[10];
+  const int threads = thread_count(args[11]);
   expect_plain({input, hidden, cells, weight_ih, weight_hh, bias_ih_, bias_hh_});
   const Common common(input, hidden, cells, weight_ih, weight_hh, cell);
   const Tensor bias_ih(bias_ih_, "bias_ih", true), bias_hh(bias_hh_, "bias_hh", true);
@@ -95,16 +121,17 @@ void step_forward(py::handle input, py::handle hidden, py::handle cells, py::han
   p.next[0] = next_hidden.data();
   p.next[1] = next_cells.data();
   p.reserve = reserve.data();
-  const Kernels& table = kernels();
-  py::gil_scoped_release release;
-  table.step_forward(p);
+  run(kernels().step_forward, p);
 }
 
-void step_backward(py::handle grad_hidden_, py::handle grad_cells_, py::handle input, py::handle hidden,
-                   py::handle cells, py::handle weight_ih, py::handle weight_hh, const std::string& cell,
-                   py::handle next_hidden_, py::handle next_cells_, py::handle reserve_, py::handle grad_input_,
-                   py::handle grad_hidden0_, py::handle grad_cells0_, py::handle grad_weight_ih_,
-                   py::handle grad_weight_hh_, py::handle grad_bias_ih_, py::handle grad_bias_hh_, int threads) {
+void step_backward(PyObject* const* args) {
+  const py::handle grad_hidden_ = args[0], grad_cells_ = args[1];
+  const py::handle input = args[2], hidden = args[3], cells = args[4], weight_ih = args[5], weight_hh = args[6];
+  const py::handle cell = args[7], next_hidden_ = args[8], next_cells_ = args[9], reserve_ = args[10];
+  const py::handle grad_input_ = args[11], grad_hidden0_ = args[12], grad_cells0_ = args[13];
+  const py::handle grad_weight_ih_ = args[14], grad_weight_hh_ = args[15];
+  const py::handle grad_bias_ih_ = args[16], grad_bias_hh_ = args[17];
+  const int threads = thread_count(args[18]);
   const Common common(input, hidden, cells, weight_ih, weight_hh, cell);
   const Tensor grad_hidden = matrix(grad_hidden_, "grad_hidden", true);
   const Tensor grad_cells = matrix(grad_cells_, "grad_cells", true);
@@ -143,9 +170,42 @@ void step_backward(py::handle grad_hidden_, py::handle grad_cells_, py::handle i
   p.grad_weight_hh = grad_weight_hh.data();
   p.grad_bias_ih = grad_bias_ih.data();
   p.grad_bias_hh = grad_bias_hh.data();
-  const Kernels& table = kernels();
-  py::gil_scoped_release release;
-  table.step_backward(p);
+  run(kernels().step_backward, p);
+}
+
+// A function of exactly `kCount` positional arguments, called without what a pybind11 function does for each of them,
+// which takes as long as the step.
+template <void (*function)(PyObject* const*), Py_ssize_t kCount>
+PyObject* positional(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != kCount) {
+    PyErr_Format(PyExc_TypeError, "expected %zd positional arguments, got %zd", kCount, count);
+    return nullptr;
+  }
+  try {
+    function(args);
+    Py_RETURN_NONE;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <void (*function)(PyObject* const*), Py_ssize_t kCount>
+void define(py::module_& m, const char* name, const char* doc) {
+  static PyMethodDef method = {
+      name,
+      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&positional<function, kCount>)),
+      METH_FASTCALL,
+      doc,
+  };
+  m.attr(name) =
+      py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, py::str("seqkernels._C").release().ptr()));
 }
 
 }  // namespace
@@ -153,16 +213,16 @@ void step_backward(py::handle grad_hidden_, py::handle grad_cells_, py::handle i
 void bind_step(py::module_& m) {
   m.def("set_plain_types", &set_plain_types, py::arg("first"), py::arg("second"),
         "The types of tensors that step_forward takes; it raises TypeError for others, subclasses too.");
-  m.def("step_forward", &step_forward, py::arg("input"), py::arg("hidden"), py::arg("cells"), py::arg("weight_ih"),
-        py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("cell"), py::arg("next_hidden"),
-        py::arg("next_cells"), py::arg("reserve"), py::arg("threads"),
-        "Run one step of a cell into next_hidden, next_cells (LSTM, else None) and, unless None, reserve.");
-  m.def("step_backward", &step_backward, py::arg("grad_hidden"), py::arg("grad_cells"), py::arg("input"),
-        py::arg("hidden"), py::arg("cells"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("cell"),
-        py::arg("next_hidden"), py::arg("next_cells"), py::arg("reserve"), py::arg("grad_input"),
-        py::arg("grad_hidden0"), py::arg("grad_cells0"), py::arg("grad_weight_ih"), py::arg("grad_weight_hh"),
-        py::arg("grad_bias_ih"), py::arg("grad_bias_hh"), py::arg("threads"),
-        "Back-propagate through one step of a cell into the gradients that are not None.");
+  define<&step_forward, 12>(m, "step_forward",
+                            "step_forward(input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh, cell, "
+                            "next_hidden, next_cells, reserve, threads)\n--\n\n"
+                            "Run one step of a cell into next_hidden, next_cells (LSTM, else None) and, unless None, "
+                            "reserve.");
+  define<&step_backward, 19>(m, "step_backward",
+                             "step_backward(grad_hidden, grad_cells, input, hidden, cells, weight_ih, weight_hh, "
+                             "cell, next_hidden, next_cells, reserve, grad_input, grad_hidden0, grad_cells0, "
+                             "grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, threads)\n--\n\n"
+                             "Back-propagate through one step of a cell into the gradients that are not None.");
 }
 
 }  // namespace seqkernels
