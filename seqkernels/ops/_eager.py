@@ -6,18 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_C = torch._C
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
 def undisturbed() -> bool:
     """Whether nothing listens to operations: no compilation, tracing, dispatch mode or functional transform."""
-    return not (
-        torch.compiler.is_compiling()
-        or _C._len_torch_dispatch_stack()
-        or _C._are_functorch_transforms_active()
-        or _C._get_tracing_state() is not None
-    )
+    return not (_is_compiling() or _dispatch_modes() or _transforms_active() or _tracing_state() is not None)
 
 
 def eager(*tensors: Tensor | None) -> bool:

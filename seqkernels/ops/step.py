@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from .. import backends
 from ._eager import undisturbed
@@ -20,6 +21,8 @@ from .recurrence import recurrence
 #: Rows up to which a step is quicker without packing.
 MAX_ROWS = 4
 
+_autocast = torch._C._is_any_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
 _modules: dict[tuple[torch.dtype, str], ModuleType] = {}
 
 
@@ -57,10 +60,9 @@ def step(
     """
     if not undisturbed() or type(input) is not Tensor or not input.is_cpu:
         return None
-    *one, rows, _ = input.shape if input.dim() in (2, 3) else (0, 0, 0)
-    if rows > MAX_ROWS or (one and one[0] != 1):
-        return None
-    if torch._C._is_any_autocast_enabled() or not (hidden is None or isinstance(hidden, Tensor)):
+    shape = input.shape
+    rows = shape[0] if len(shape) == 2 else shape[1] if len(shape) == 3 and shape[0] == 1 else MAX_ROWS + 1
+    if rows > MAX_ROWS or _autocast() or not (hidden is None or isinstance(hidden, Tensor)):
         return None
     key = (input.dtype, cell)
     module = _modules.get(key) if backends.unobserved() else _native(*key)
@@ -69,15 +71,23 @@ def step(
         if module is None:
             return None
         _modules[key] = module
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     try:
-        if torch.is_grad_enabled() and _records(input, hidden, cells, *weights):
-            results = _Step.apply(cell, module, input, hidden, cells, *weights)
+        if _grad_enabled() and _records(weight_ih, weight_hh, bias_ih, bias_hh, input, hidden, cells):
+            results = _apply(cell, module, input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh)
             return results if cell == "lstm" else (results, None)
-        return module.step_forward(input, hidden, cells, weights, cell, False)[:2]
+        weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+        next_hidden, next_cells, _ = module.step_forward(input, hidden, cells, weights, cell, False)
+        return next_hidden, next_cells
     except (TypeError, ValueError):
         # `recurrence` can run it, or knows what is wrong.
         return None
+    except RuntimeError:
+        # A tensor that outlived its functional transform has no memory, but holds a tensor that does.
+        given = (input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh)
+        held = unwrap_dead_wrappers(given)
+        if all(x is y for x, y in zip(given, held, strict=True)):
+            raise
+        return step(cell, *held)
 
 
 def _records(*tensors: Tensor | None) -> bool:
@@ -98,20 +108,24 @@ class _Step(torch.autograd.Function):
         cells: Tensor | None,
         *weights: Tensor | None,
     ) -> Any:
-        saved = module.step_forward(input, hidden, cells, weights, cell, True)
-        ctx.save_for_backward(input, hidden, cells, *weights, *saved)
+        next_hidden, next_cells, reserve = module.step_forward(input, hidden, cells, weights, cell, True)
+        ctx.save_for_backward(input, hidden, cells, *weights, next_hidden, next_cells, reserve)
         ctx.cell, ctx.module = cell, module
         ctx.set_materialize_grads(False)
-        return saved[:2] if cell == "lstm" else saved[0]
+        return (next_hidden, next_cells) if cell == "lstm" else next_hidden
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         input, hidden, cells, *rest = ctx.saved_tensors
         weights, saved, needs = rest[:4], rest[4:], ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if _grad_enabled():
             return None, None, *_gradients(ctx.cell, grads, (input, hidden, cells, *weights), needs)
-        both = (grads[0], grads[1] if len(grads) > 1 else None)
+        both = grads if len(grads) == 2 else (grads[0], None)
         return None, None, *ctx.module.step_backward(both, input, hidden, cells, weights, saved, ctx.cell, needs)
+
+
+# `Function.apply` without what it does for functional transforms, of which `step` has seen that there are none.
+_apply = super(torch.autograd.Function, _Step).apply
 
 
 def _gradients(

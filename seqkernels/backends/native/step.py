@@ -19,7 +19,12 @@ _threads = torch.get_num_threads
 
 def _rows_contiguous(x: Tensor | None) -> Tensor | None:
     """`x`, copied only where its last dimension is not contiguous."""
-    return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
+
+
+def _gradient(x: Tensor) -> Tensor:
+    """Memory for the gradient of `x`."""
+    return _empty_like(x) if x.is_contiguous() else _empty_like(x, memory_format=torch.contiguous_format)
 
 
 def step_forward(
@@ -52,7 +57,9 @@ def step_forward(
     reserve = None
     if save:
         shape = (input.shape[-2], CELLS[cell].reserve, weight_hh.shape[1])
-        reserve = input.new_empty(shape, dtype=accumulate_dtype(input.dtype))
+        dtype = input.dtype
+        wide = accumulate_dtype(dtype)
+        reserve = input.new_empty(*shape) if wide == dtype else input.new_empty(shape, dtype=wide)
     _C.step_forward(
         input,
         hidden,
@@ -84,22 +91,30 @@ def step_backward(
 
     Args:
         grads: of the next hidden and cell states, (B, H) or ``None``.
-        input, hidden, cells, weights, cell: as in `step_forward`.
+        input, hidden, cells, weights, cell: as `step_forward` took them.
         saved: what it returned.
         needs: for input, hidden, cells and the weights whether their gradient is wanted.
     """
-    of = (input, hidden, cells, *weights)
-    allocate = _empty_like if saved[0] is not None and saved[0].numel() else torch.zeros_like
+    next_hidden, next_cells, reserve = saved
+    weight_ih, weight_hh, _, _ = weights
     results = [
-        allocate(x, memory_format=torch.contiguous_format) if need and x is not None else None
-        for x, need in zip(of, needs, strict=True)
+        _gradient(x) if need and x is not None else None
+        for x, need in zip((input, hidden, cells, *weights), needs, strict=True)
     ]
+    if next_hidden is not None and not next_hidden.numel():
+        return [None if x is None else x.zero_() for x in results]
     _C.step_backward(
         _rows_contiguous(grads[0]),
         _rows_contiguous(grads[1]),
-        *map(_rows_contiguous, of[:5]),
+        input,
+        hidden,
+        cells,
+        weight_ih,
+        weight_hh,
         cell,
-        *saved,
+        next_hidden,
+        next_cells,
+        reserve,
         *results,
         _threads(),
     )
