@@ -23,15 +23,15 @@ inline std::uint8_t control_of(const RecurrenceBackward& p, std::int64_t t, std:
   return p.control == nullptr ? 0 : p.control[t * p.control_step + b * p.control_row];
 }
 
-// State s (H) that row b of step t began with; null for zero, and where the row is held.
+// State s (H) that row b of step t began with, of `states` (T+1, B, H); null for zero, and where the row is held.
 template <class S>
-inline const S* state_before(const RecurrenceBackward& p, int s, std::int64_t t, std::int64_t b) {
+inline const S* state_before(const RecurrenceBackward& p, int s, std::int64_t t, std::int64_t b, const S* states) {
   const std::uint8_t bits = control_of(p, t, b);
   if (bits & kHold) return nullptr;
   if (bits & kReset) {
     return p.reset_state == nullptr ? nullptr : static_cast<const S*>(p.reset_state) + s * p.hidden;
   }
-  return static_cast<const S*>(p.states) + ((s * (p.steps + 1) + t + p.reverse) * p.batch + b) * p.hidden;
+  return states + ((t + p.reverse) * p.batch + b) * p.hidden;
 }
 
 // O is the type of the operands of the products: of the buffer, then.
@@ -212,7 +212,7 @@ class GateGradients {
     if (p_.grad_weight_hh != nullptr) {
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t t = time(begin + (first + r) / p_.batch), b = (first + r) % p_.batch;
-        pointers[r] = state_before<S>(p_, 0, t, b);
+        pointers[r] = state_before(p_, 0, t, b, static_cast<const S*>(p_.states));
       }
       multiply(pointers, rows, p_.hidden, columns, at, true, add, panel, static_cast<T*>(p_.grad_weight_hh), first);
     }

@@ -44,33 +44,37 @@ class Norms {
     }
   }
 
-  // The chunk of steps [begin, end). All threads, which have done with the chunk before.
-  void make(std::int64_t begin, std::int64_t end, int thread, int threads, Barrier& barrier) {
+  // Of the products in steps [begin, end), a chunk. All threads, which have done with the chunk before.
+  void make_products(std::int64_t begin, std::int64_t end, int thread, int threads, Barrier& barrier) {
     const std::int64_t count = (end - begin) * p_.batch, H = p_.hidden;
     const Share rows = share(count, thread, threads);
-    if (p_.norm_c != nullptr) {
-      T* cells = cells_.get() + thread * H;
-      for (std::int64_t r = rows.begin; r < rows.end; ++r) {
-        make_cells(time_of(p_, begin + r / p_.batch), r % p_.batch, cells);
-        of_cell_.get()[r] = moments(cells, H);
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) enter(begin, r);
+    barrier.wait(threads);
+    const Share panels = share(panels_, thread, threads);
+    for (std::int64_t k = panels.begin; k < panels.end; ++k) {
+      product_to_norm(count, H, pointers_.get(), packed_.get() + k * H * kWidth, kMaxVectors,
+                      normal_.get() + k * kWidth, panels_ * kWidth);
+    }
+    barrier.wait(threads);
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+      T* row = normal_.get() + r * panels_ * kWidth;
+      const Moments<T> of_row = of_product_.get()[r] = moments(row, kGates * H);
+      for (std::int64_t u = 0; u < panels_ * kWidth; u += n) {
+        store_full(row + u, of_row.normal(load_full(row + u)));
       }
     }
-    if (p_.norm_h != nullptr) {
-      for (std::int64_t r = rows.begin; r < rows.end; ++r) enter(begin, r);
-      barrier.wait(threads);
-      const Share panels = share(panels_, thread, threads);
-      for (std::int64_t k = panels.begin; k < panels.end; ++k) {
-        product_to_norm(count, H, pointers_.get(), packed_.get() + k * H * kWidth, kMaxVectors,
-                        normal_.get() + k * kWidth, panels_ * kWidth);
-      }
-      barrier.wait(threads);
-      for (std::int64_t r = rows.begin; r < rows.end; ++r) {
-        T* row = normal_.get() + r * panels_ * kWidth;
-        const Moments<T> of_row = of_product_.get()[r] = moments(row, kGates * H);
-        for (std::int64_t u = 0; u < panels_ * kWidth; u += n) {
-          store_full(row + u, of_row.normal(load_full(row + u)));
-        }
-      }
+    barrier.wait(threads);
+  }
+
+  // Of the cell states in steps [begin, end) of one chunk: `cells` and `reserve` are theirs, as of time 0.
+  void make_cells(std::int64_t begin, std::int64_t end, const S* cells, const T* reserve, int thread, int threads,
+                  Barrier& barrier) {
+    const Share rows = share((end - begin) * p_.batch, thread, threads);
+    T* made = cells_.get() + thread * p_.hidden;
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+      const std::int64_t i = begin + r / p_.batch, b = r % p_.batch;
+      make_cells(time_of(p_, i), b, cells, reserve, made);
+      of_cell_.get()[row(i, b)] = moments(made, p_.hidden);
     }
     barrier.wait(threads);
   }
@@ -88,7 +92,7 @@ class Norms {
   // The hidden state that entered the product.
   void enter(std::int64_t begin, std::int64_t r) {
     const std::int64_t b = r % p_.batch, H = p_.hidden;
-    const S* before = state_before<S>(p_, 0, time_of(p_, begin + r / p_.batch), b);
+    const S* before = state_before(p_, 0, time_of(p_, begin + r / p_.batch), b, static_cast<const S*>(p_.states));
     const S* mask = static_cast<const S*>(p_.recurrent_mask);
     T* to = entering_.get() + r * H;
     for (std::int64_t u = 0; u < H; u += n) {
@@ -99,13 +103,13 @@ class Norms {
   }
 
   // c of an LSTM, before zoneout.
-  void make_cells(std::int64_t t, std::int64_t b, T* to) {
+  void make_cells(std::int64_t t, std::int64_t b, const S* cells, const T* reserve, T* to) {
     const std::int64_t H = p_.hidden;
-    const T* reserve = static_cast<const T*>(p_.reserve) + (t * p_.batch + b) * Lstm<T>::kReserve * H;
-    const S* before = state_before<S>(p_, 1, t, b);
+    const T* gates = reserve + (t * p_.batch + b) * Lstm<T>::kReserve * H;
+    const S* before = state_before(p_, 1, t, b, cells);
     for (std::int64_t u = 0; u < H; u += n) {
       Vec<T> gate[3];
-      for (int g = 0; g < 3; ++g) gate[g] = get<false>(reserve + g * H + u, H - u);
+      for (int g = 0; g < 3; ++g) gate[g] = get<false>(gates + g * H + u, H - u);
       const Vec<T> prev = before == nullptr ? Vec<T>{} : get<false>(before + u, H - u);
       put<false>(to + u, Lstm<T>::cell_state(gate[0], gate[1], gate[2], prev), H - u);
     }

@@ -64,6 +64,8 @@ class Backward {
  private:
   // Steps [begin, end) in the order of this pass, which goes on where the last call ended.
   void run(std::int64_t begin, std::int64_t end) {
+    const std::int64_t to_reset = p_.grad_reset_state == nullptr ? 0 : split_.threads * 2 * Cell::kStates * p_.hidden;
+    for (std::int64_t u = 0; begin == 0 && u < to_reset; ++u) to_reset_.get()[u] = T(0);
     run_team(split_.threads, [this, begin, end](int thread, int threads) {
       const Share groups = share(groups_, thread, threads);
       if (begin > 0) {
@@ -143,9 +145,6 @@ class Backward {
       }
     }
     T* to_reset = to_reset_.get() + thread * 2 * Cell::kStates * p_.hidden;
-    if (begin == 0 && p_.grad_reset_state != nullptr) {
-      for (std::int64_t u = 0; u < 2 * Cell::kStates * p_.hidden; ++u) to_reset[u] = T(0);
-    }
     std::int64_t* index = rows_.get() + thread * p_.batch;
     const O** pointers = pointers_.get() + thread * max_of(p_.batch, depth_);
     // Held rows have no gate gradients; those of detached rows, and of reset ones, stop here, or in reset_state.
@@ -164,9 +163,12 @@ class Backward {
         for (std::int64_t r = 0; r < step.active; ++r) pointers[r] = chunks_.of_product(i - 1, index[r]);
       }
       if constexpr (kOptions) {
-        const bool normed = options_.norms_product() || options_.norms_cell();
-        if (normed && !step.last && i % chunks_.steps() == 0) {
-          norms_.make(i, min_of(T_, i + chunks_.steps()), thread, threads, barrier_);
+        const std::int64_t in_chunk = i % chunks_.steps(), chunk_end = i - in_chunk + chunks_.steps();
+        if (options_.norms_product() && !step.last && in_chunk == 0) {
+          norms_.make_products(i, min_of(T_, chunk_end), thread, threads, barrier_);
+        }
+        if (options_.norms_cell() && !step.last && (in_chunk == 0 || i == begin)) {
+          norms_.make_cells(i, min_of(end, chunk_end), cells_, reserve_, thread, threads, barrier_);
         }
       }
       // There and back: the weights used last are still in the cache when the next step begins with them.
@@ -186,7 +188,7 @@ class Backward {
     const Share of_reset = share(Cell::kStates * p_.hidden, thread, threads);
     for (std::int64_t u = of_reset.begin; u < of_reset.end; ++u) {
       T sum = 0;
-      for (int k = 0; k < 2 * threads; ++k) sum += to_reset_.get()[k * Cell::kStates * p_.hidden + u];
+      for (int k = 0; k < 2 * split_.threads; ++k) sum += to_reset_.get()[k * Cell::kStates * p_.hidden + u];
       static_cast<T*>(p_.grad_reset_state)[u] = sum;
     }
   }

@@ -220,8 +220,6 @@ void recurrence_backward(const py::tuple& grads, py::handle input, const py::tup
   } else {
     reserve.expect({(T + every - 1) / every, S, B, H});
   }
-  if (every > 0 && (common.weights.norm_h || common.weights.norm_c))
-    fail_argument("every", "0 with a layer norm", "more");
   made.expect({T, B, H}).expect(p.dtype).expect_contiguous();
   grad_hidden.expect({T, B, H}).expect(p.dtype).expect_last_contiguous();
   grad_cells.expect({T, B, H}).expect(p.dtype).expect_last_contiguous();

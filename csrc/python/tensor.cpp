@@ -89,7 +89,6 @@ Tensor::Tensor(py::handle object, const char* name, bool optional) : name_(name)
   if (view.device.type != dlpack::kCpu) fail("a tensor on the CPU", "one on another device");
   if (view.ndim > 4) fail("at most 4 dimensions", std::to_string(view.ndim));
   present_ = true;
-  data_ = static_cast<char*>(view.data) + view.byte_offset;
   rank_ = view.ndim;
   dtype_ = view.dtype;
   std::int64_t contiguous = 1;
@@ -98,6 +97,11 @@ Tensor::Tensor(py::handle object, const char* name, bool optional) : name_(name)
     strides_[i] = view.strides == nullptr ? contiguous : view.strides[i];
     contiguous *= view.shape[i];
   }
+  if (view.data == nullptr) {
+    if (contiguous != 0) fail("a tensor with memory", "one without");
+    return;
+  }
+  data_ = static_cast<char*>(view.data) + view.byte_offset;
 }
 
 bool Tensor::is(DType dtype) const {

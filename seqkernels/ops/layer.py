@@ -111,7 +111,7 @@ class _Layer(torch.autograd.Function):
             return None, None, *gradients(ctx.cell, grads, tensors, needs)
         if any(map(batched, grads)):
             found = gradients(ctx.cell, grads, tensors, needs)
-            return None, None, *[x if x is None else x.detach() for x in found]
+            return None, None, *[x if x is None else x.clone() for x in found]
         input, _, _, *weights = tensors
         return None, None, *ctx.module.layer_backward(ctx.cell, grads, input, weights, states, reserve, needs)
 

@@ -14,7 +14,4 @@ def unavailable() -> str | None:
 
 def unsupported(call: Call) -> str | None:
     """``None`` where the compiled module serves `call`, else why it does not."""
-    if call.device != "cpu":
-        return f"runs on cpu only, not on {call.device}"
-    # What a layer norm saw of a chunk of steps is made again from stored states, of which a segment has too few.
-    return "has no checkpoint with norm" if {"checkpoint", "norm"} <= set(call.features) else None
+    return None if call.device == "cpu" else f"runs on cpu only, not on {call.device}"

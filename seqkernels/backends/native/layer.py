@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...cells import CELLS, Weights, accumulate_dtype
 from .extension import extension
-from .recurrence import last_contiguous
+from .recurrence import gradient
 
 _C = extension()
 _empty = torch.empty
@@ -47,11 +47,11 @@ def layer_forward(
     num_states, kept = _SIZES[cell]
     reserve = None
     if save:
-        reserve = _empty((steps, batch, kept, size), dtype=accumulate_dtype(dtype))
-        states = _empty((num_states, steps + 1, batch, size), dtype=dtype)
+        reserve = _empty((steps, batch, kept, size), dtype=accumulate_dtype(dtype), device="cpu")
+        states = _empty((num_states, steps + 1, batch, size), dtype=dtype, device="cpu")
     else:
-        states = _empty((steps + 1, batch, size), dtype=dtype)
-    hidden_n = _empty((1, batch, size), dtype=dtype)
+        states = _empty((steps + 1, batch, size), dtype=dtype, device="cpu")
+    hidden_n = _empty((1, batch, size), dtype=dtype, device="cpu")
     cells_n = _empty_like(hidden_n) if num_states == 2 else None
     _C.layer_forward(input, weights + _NO_OPTIONS, hidden, cells, cell, states, reserve, hidden_n, cells_n, _threads())
     return (states, reserve, hidden_n) if cells_n is None else (states, reserve, hidden_n, cells_n)
@@ -82,14 +82,14 @@ def layer_backward(
     if any(x is not None for x in finals):
         grad_state_n = torch.cat([input.new_zeros(1, batch, size) if x is None else x for x in finals])
     allocate = _empty if states.shape[1] > 1 and batch * size else torch.zeros
-    grad_input = allocate(input.shape, dtype=dtype) if needs[0] else None
-    grad_state0 = allocate((num_states, batch, size), dtype=acc)
+    grad_input = allocate(input.shape, dtype=dtype, device="cpu") if needs[0] else None
+    grad_state0 = allocate((num_states, batch, size), dtype=acc, device="cpu")
     grad_weights = [
-        None if w is None or not need else allocate(w.shape, dtype=acc)
+        None if w is None or not need else allocate(w.shape, dtype=acc, device="cpu")
         for w, need in zip(weights, needs[3:], strict=True)
     ]
     _C.recurrence_backward(
-        (last_contiguous(grad_hidden), None, grad_state_n, None),
+        (gradient(grad_hidden), None, grad_state_n, None),
         input,
         (*weights, *_NO_OPTIONS),
         states,

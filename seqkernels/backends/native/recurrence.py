@@ -18,6 +18,11 @@ def last_contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def gradient(x: Tensor | None) -> Tensor | None:
+    """`x` as `last_contiguous` gives it; ``None`` where it is zero and has no memory."""
+    return None if x is None or x._is_zerotensor() else last_contiguous(x)
+
+
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -110,7 +115,7 @@ def recurrence_backward(
     # With a seed an element either is what the cell made, or has no gradient to give it.
     mixed = CELLS[cell].reserve == 0 and named.zoneout is not None and named.seed is None
     _C.recurrence_backward(
-        (last_contiguous(grads[0]), last_contiguous(grads[1]), _contiguous(grads[2]), last_contiguous(grads[3])),
+        (gradient(grads[0]), gradient(grads[1]), _contiguous(gradient(grads[2])), gradient(grads[3])),
         last_contiguous(input),
         _ready(weights),
         states.contiguous(),
