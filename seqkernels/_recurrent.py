@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _sequences
 from ._options import LISTS, Options, Tensors, Trace, zoneout_of
@@ -83,9 +82,7 @@ def run(
         bias_ih, bias_hh = (params[2], params[3]) if has_biases else (None, None)
         h_0 = None if hx is None else hx[0]
         c_0 = None if hx is None or len(hx) == 1 else hx[1]
-        # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
-        quick = x.shape[2] > 1 and weight_hh.shape[1] > 1 and forward_ad._current_level < 0
-        if quick and x.shape[0] == 1:
+        if x.shape[0] == 1:
             next_states = quick_step(cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
             if next_states is not None:
                 h, c = next_states
@@ -94,7 +91,7 @@ def run(
                 if c is None:
                     return output, h.clone()
                 return output, h.clone(), c.clone() if c.requires_grad else c
-        results = layer(cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh) if quick else None
+        results = layer(cell, x, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
         if results is not None:
             return (results[0].transpose(0, 1), *results[1:]) if batch_first else results
         state0 = _zeros(cell, x, x.shape[1], weight_hh.shape[1]) if hx is None else _join(hx)

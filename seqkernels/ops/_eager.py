@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from .. import backends
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -14,8 +19,14 @@ _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
 def undisturbed() -> bool:
-    """Whether nothing listens to operations: no compilation, tracing, dispatch mode or functional transform."""
-    return not (_is_compiling() or _dispatch_modes() or _transforms_active() or _tracing_state() is not None)
+    """Whether nothing listens: no compilation, tracing, dispatch mode, functional transform, forward-mode gradient."""
+    return not (
+        _is_compiling()
+        or _dispatch_modes()
+        or _transforms_active()
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def eager(*tensors: Tensor | None) -> bool:
@@ -23,3 +34,32 @@ def eager(*tensors: Tensor | None) -> bool:
     first = tensors[0]
     assert first is not None
     return undisturbed() and first.is_cpu and _PLAIN.issuperset(map(type, tensors))
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether one of `tensors` wants a gradient."""
+    for x in tensors:  # noqa: SIM110 - any() takes twice as long
+        if x is not None and x.requires_grad:
+            return True
+    return False
+
+
+def batched(x: Tensor | None) -> bool:
+    """Whether `x` is many tensors at once, of ``is_grads_batched`` or ``vmap``."""
+    functorch = torch._C._functorch
+    return x is not None and (functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x))
+
+
+_modules: dict[tuple[torch.dtype, str, str], ModuleType] = {}
+
+
+def compiled(dtype: torch.dtype, cell: str, stem: str) -> ModuleType | None:
+    """Module `stem` of the native implementation where the registry gives `cell` to it, else ``None``."""
+    key = (dtype, cell, stem)
+    found = _modules.get(key) if backends.unobserved() else None
+    if found is None:
+        chosen = backends.select(backends.Call("recurrence", "cpu", dtype, cell)).chosen
+        if chosen != "native":
+            return None
+        found = _modules[key] = backends.module(chosen, stem)
+    return found

@@ -13,17 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
-from ._eager import eager
-from .recurrence import batched, recurrence
-
-_modules: dict[tuple[torch.dtype, str], ModuleType] = {}
-
-
-def _native(dtype: torch.dtype, cell: str) -> ModuleType | None:
-    """The compiled layer where the registry gives `cell` to the compiled module, else ``None``."""
-    chosen = backends.select(backends.Call("recurrence", "cpu", dtype, cell)).chosen
-    return backends.module(chosen, "layer") if chosen == "native" else None
+from ._eager import batched, compiled, eager, records
+from .recurrence import recurrence
 
 
 def layer(
@@ -39,9 +30,8 @@ def layer(
     """The hidden states and the final ones, or ``None`` where the call has to go through `recurrence`.
 
     It has to for tensors on other devices and subclasses, last dimensions that are not contiguous, other
-    implementations, under compilation, tracing, dispatch modes and functional transforms, and where an argument does
-    not fit, since `recurrence` says why. Autocast, forward-mode gradients and rows of one element are the caller's to
-    keep away.
+    implementations, sizes of 1, under compilation, tracing, dispatch modes, functional transforms and forward-mode
+    gradients, and where an argument does not fit, since `recurrence` says why. Autocast is the caller's to see to.
 
     Args:
         cell: a key of `seqkernels.cells.CELLS`.
@@ -59,17 +49,16 @@ def layer(
     """
     if not eager(input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh):
         return None
-    key = (input.dtype, cell)
-    module = _modules.get(key) if backends.unobserved() else _native(*key)
+    # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
+    if input.shape[-1] <= 1 or weight_hh.shape[-1] <= 1:
+        return None
+    module = compiled(input.dtype, cell, "layer")
     if module is None:
-        module = _native(*key)
-        if module is None:
-            return None
-        _modules[key] = module
+        return None
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     try:
-        if torch.is_grad_enabled() and _records(input, hidden, cells, *weights):
-            results: tuple[Tensor, ...] = _Layer.apply(cell, module, input, hidden, cells, *weights)
+        if torch.is_grad_enabled() and records(input, hidden, cells, *weights):
+            results: tuple[Tensor, ...] = _apply(cell, module, input, hidden, cells, *weights)
             return results
         states, _, *finals = module.layer_forward(cell, input, hidden, cells, weights, False)
         # Unsafe only in name: no view to autograd, so it may be modified and detached.
@@ -77,13 +66,6 @@ def layer(
     except (TypeError, ValueError):
         # `recurrence` can run it, or knows what is wrong.
         return None
-
-
-def _records(*tensors: Tensor | None) -> bool:
-    for x in tensors:  # noqa: SIM110 - any() takes twice as long
-        if x is not None and x.requires_grad:
-            return True
-    return False
 
 
 class _Layer(torch.autograd.Function):
@@ -114,6 +96,10 @@ class _Layer(torch.autograd.Function):
             return None, None, *[x if x is None else x.clone() for x in found]
         input, _, _, *weights = tensors
         return None, None, *ctx.module.layer_backward(ctx.cell, grads, input, weights, states, reserve, needs)
+
+
+# `Function.apply` without what it does for functional transforms, of which there are none.
+_apply = super(torch.autograd.Function, _Layer).apply
 
 
 def gradients(

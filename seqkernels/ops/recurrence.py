@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from .. import backends
 from ..cells import CELLS, CONSTANTS, DTYPES, Weights, accumulate_dtype
-from ._eager import eager
+from ._eager import batched, eager, records
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -240,12 +240,6 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
     return *found[:2], None, None, None, None, None, *found[2:]
 
 
-def batched(x: Tensor | None) -> bool:
-    """Whether `x` is many tensors at once, of ``is_grads_batched`` or ``vmap``."""
-    functorch = torch._C._functorch
-    return x is not None and (functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x))
-
-
 def refuse_tangents(**tensors: Tensor | None) -> None:
     """Raise the error that names the tensor which has a forward-mode gradient, of which no result would know.
 
@@ -378,13 +372,6 @@ class Options(TypedDict, total=False):
     seed: Tensor | None
 
 
-def _records(*tensors: Tensor | None) -> bool:
-    for x in tensors:  # noqa: SIM110 - any() takes twice as long
-        if x is not None and x.requires_grad:
-            return True
-    return False
-
-
 _Results = tuple[Tensor, Tensor | None, Tensor]
 _ResultsWithGates = tuple[Tensor, Tensor | None, Tensor, Tensor]
 
@@ -515,7 +502,7 @@ def recurrence(
     if forward_ad._current_level >= 0:
         refuse_tangents(input=input, state0=state0, **weights._asdict())
     stored = gates and CELLS[cell].reserve > 0
-    if torch.is_grad_enabled() and _records(input, state0, *weights):
+    if torch.is_grad_enabled() and records(input, state0, *weights):
         hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, every, *weights)
         of_steps = rest.pop() if stored else None
         state_n = rest.pop()

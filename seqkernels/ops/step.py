@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from .. import backends
-from ._eager import undisturbed
+from ._eager import batched, compiled, records, undisturbed
 from .recurrence import recurrence
 
 #: Rows up to which a step is quicker without packing.
@@ -23,13 +22,6 @@ MAX_ROWS = 4
 
 _autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
-_modules: dict[tuple[torch.dtype, str], ModuleType] = {}
-
-
-def _native(dtype: torch.dtype, cell: str) -> ModuleType | None:
-    """The compiled step where the registry gives `cell` to the compiled module, else ``None``."""
-    chosen = backends.select(backends.Call("recurrence", "cpu", dtype, cell)).chosen
-    return backends.module(chosen, "step") if chosen == "native" else None
 
 
 def step(
@@ -45,8 +37,8 @@ def step(
     """The next hidden and (LSTM) cell states, or ``None`` where the call has to go through `recurrence`.
 
     It has to for tensors on other devices, subclasses, rows that are not contiguous, more than `MAX_ROWS` rows, other
-    implementations, under autocast, compilation, tracing, dispatch modes and functional transforms, and where an
-    argument does not fit, since `recurrence` says why.
+    implementations, sizes of 1, under autocast, compilation, tracing, dispatch modes, functional transforms and
+    forward-mode gradients, and where an argument does not fit, since `recurrence` says why.
 
     Args:
         cell: a key of `seqkernels.cells.CELLS`.
@@ -64,15 +56,14 @@ def step(
     rows = shape[0] if len(shape) == 2 else shape[1] if len(shape) == 3 and shape[0] == 1 else MAX_ROWS + 1
     if rows > MAX_ROWS or _autocast() or not (hidden is None or isinstance(hidden, Tensor)):
         return None
-    key = (input.dtype, cell)
-    module = _modules.get(key) if backends.unobserved() else _native(*key)
+    # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
+    if shape[-1] <= 1 or weight_hh.shape[-1] <= 1:
+        return None
+    module = compiled(input.dtype, cell, "step")
     if module is None:
-        module = _native(*key)
-        if module is None:
-            return None
-        _modules[key] = module
+        return None
     try:
-        if _grad_enabled() and _records(weight_ih, weight_hh, bias_ih, bias_hh, input, hidden, cells):
+        if _grad_enabled() and records(weight_ih, weight_hh, bias_ih, bias_hh, input, hidden, cells):
             results = _apply(cell, module, input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh)
             return results if cell == "lstm" else (results, None)
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
@@ -88,13 +79,6 @@ def step(
         if all(x is y for x, y in zip(given, held, strict=True)):
             raise
         return step(cell, *held)
-
-
-def _records(*tensors: Tensor | None) -> bool:
-    for x in tensors:  # noqa: SIM110 - any() takes twice as long
-        if x is not None and x.requires_grad:
-            return True
-    return False
 
 
 class _Step(torch.autograd.Function):
@@ -120,6 +104,9 @@ class _Step(torch.autograd.Function):
         weights, saved, needs = rest[:4], rest[4:], ctx.needs_input_grad[2:]
         if _grad_enabled():
             return None, None, *_gradients(ctx.cell, grads, (input, hidden, cells, *weights), needs)
+        if any(map(batched, grads)):
+            found = _gradients(ctx.cell, grads, (input, hidden, cells, *weights), needs)
+            return None, None, *[x if x is None else x.clone() for x in found]  # without their graph
         both = grads if len(grads) == 2 else (grads[0], None)
         return None, None, *ctx.module.step_backward(both, input, hidden, cells, weights, saved, ctx.cell, needs)
 
