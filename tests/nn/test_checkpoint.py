@@ -171,7 +171,7 @@ def test_memory(storing: str, kind: str) -> None:
         for k in (1, 4, 7, 200):
             assert stored(layer, draw(steps, B, I), checkpoint_every=k) == (1 + -(-steps // k)) * state
         if kind != "RNN":
-            assert stored(layer, draw(steps, B, I)) > 4 * steps * B * H * 4
+            assert stored(layer, draw(steps, B, I)) >= 4 * steps * B * H * 4
 
 
 @pytest.mark.parametrize("kind", ["ReLU", "projected", "GRU"])

@@ -80,7 +80,7 @@ def test_same_bits(cell: str, dtype: torch.dtype, threads: int) -> None:
 
 @given(
     st.sampled_from(list(CELLS)),
-    st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(0, 18), st.integers(0, 18)),
+    st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(2, 18), st.integers(2, 18)),
     st.sets(st.sampled_from(["hidden", "cells", "bias_ih", "bias_hh"])),
     st.booleans(),
 )
@@ -114,6 +114,13 @@ def test_declines_what_does_not_fit(name: str, change: Any) -> None:
     arguments[name] = change(arguments[name])
     with torch.no_grad():
         assert quick("lstm", **arguments) is None
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_declines_small_rows(size: int) -> None:
+    """A row of one element is contiguous in a part of a complex tensor, which may be negated."""
+    assert quick("gru", **_arguments("gru", inputs=size)) is None
+    assert quick("gru", **_arguments("gru", hidden=size)) is None
 
 
 def test_declines_where_something_listens() -> None:
