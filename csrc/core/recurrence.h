@@ -45,15 +45,15 @@ struct Recurrence {
 };
 
 struct RecurrenceForward : Recurrence {
-  bool save;            // whether a backward pass may follow: all states and the reserve are stored
-  const void* bias_ih;  // (G*H) storage, or null
-  const void* bias_hh;  // (G*H) storage, or null
+  bool save;              // whether a backward pass may follow: all states and the reserve are stored
+  const void* bias_ih;    // (G*H) storage, or null
+  const void* bias_hh;    // (G*H) storage, or null
   const void* state0[2];  // each (B, H) storage, contiguous, or null for zeros
   const void* carried;    // (S, B, H) compute: in place of state0, or null
   void* states;           // (S, T+1, B, H) storage; (1, T+1, B, H) without `save`
   void* state_n[2];       // each (B, H) storage
-  void* reserve;        // (T, B, R, H) compute, with `save`
-  void* checkpoints;    // (ceil(T / every), S, B, H) compute: the states before each segment
+  void* reserve;          // (T, B, R, H) compute, with `save`
+  void* checkpoints;      // (ceil(T / every), S, B, H) compute: the states before each segment
 };
 
 struct RecurrenceBackward : Recurrence {

@@ -165,5 +165,22 @@ inline Vec<T> norm_backward(Vec<T> grad_times_gain, Vec<T> normal, T scale, cons
   return scale * (grad_times_gain - means.gradient - normal * means.product);
 }
 
+// What the forward pass needs besides, with options.
+template <class T>
+struct ForwardBuffers {
+  Scratch<T> operand;        // 2 of (B, H), of this step and the next: h * recurrent_mask
+  Scratch<T> fresh_operand;  // (B, H): of rows after a reset
+  Scratch<T> products;       // (B, G*H), for norm_h: the recurrent products of a step
+  Scratch<T> seen;           // 2 of (B, H), for norm_c: c before zoneout, and o
+  Scratch<Moments<T>> moments;
+
+  ForwardBuffers(const RecurrenceForward& p, int gates, int threads)
+      : operand(p.recurrent_mask == nullptr ? 0 : 2 * p.batch * p.hidden),
+        fresh_operand(p.recurrent_mask == nullptr ? 0 : p.batch * p.hidden),
+        products(p.norm_h == nullptr ? 0 : p.batch * gates * p.hidden),
+        seen(p.norm_c == nullptr ? 0 : 2 * p.batch * p.hidden),
+        moments(threads * p.batch) {}
+};
+
 }  // namespace
 }  // namespace seqkernels

@@ -284,8 +284,8 @@ inline Vec<T> exp(Vec<T> x) {
   return x > C::kMax ? splat(T(__builtin_inf())) : y;
 }
 
-// a * b + c, and c - a * b, rounded once where `estimate_reciprocal` is an estimate. Compilers contract the operators to
-// the same, but not at every level of optimisation, and the correction of an estimate is worth nothing without it.
+// a * b + c, and c - a * b, rounded once where `estimate_reciprocal` is an estimate. Compilers contract the operators
+// to the same, but not at every level of optimisation, and the correction of an estimate is worth nothing without it.
 template <class T>
 inline Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
 #if defined(__AVX512F__)

@@ -100,7 +100,8 @@ class Backward {
     f.bias_hh = p_.bias_hh;
     f.carried = static_cast<const T*>(p_.checkpoints) + k * Cell::kStates * plane_;
     f.states = segment_.get();
-    for (int s = 0; s < Cell::kStates; ++s) f.state_n[s] = segment_.get() + (Cell::kStates * (p_.every + 1) + s) * plane_;
+    for (int s = 0; s < Cell::kStates; ++s)
+      f.state_n[s] = segment_.get() + (Cell::kStates * (p_.every + 1) + s) * plane_;
     f.reserve = segment_reserve_.get();
     SEQKERNELS_ENTRY(recurrence_forward)(f);
     cells_ = segment_.get() + (steps + 1 - first) * plane_;

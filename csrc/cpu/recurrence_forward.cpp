@@ -14,26 +14,10 @@
 #include "core/recurrence_options.h"
 #include "core/recurrence_pack.h"
 #include "core/recurrence_team.h"
+#include "core/recurrence_thin.h"
 
 namespace seqkernels {
 namespace {
-
-// What the variant with options needs besides.
-template <class T>
-struct ForwardBuffers {
-  Scratch<T> operand;        // 2 of (B, H), of this step and the next: h * recurrent_mask
-  Scratch<T> fresh_operand;  // (B, H): of rows after a reset
-  Scratch<T> products;       // (B, G*H), for norm_h: the recurrent products of a step
-  Scratch<T> seen;           // 2 of (B, H), for norm_c: c before zoneout, and o
-  Scratch<Moments<T>> moments;
-
-  ForwardBuffers(const RecurrenceForward& p, int gates, int threads)
-      : operand(p.recurrent_mask == nullptr ? 0 : 2 * p.batch * p.hidden),
-        fresh_operand(p.recurrent_mask == nullptr ? 0 : p.batch * p.hidden),
-        products(p.norm_h == nullptr ? 0 : p.batch * gates * p.hidden),
-        seen(p.norm_c == nullptr ? 0 : 2 * p.batch * p.hidden),
-        moments(threads * p.batch) {}
-};
 
 // The forward pass for a cell, a storage type and the type O of the operands of the products.
 template <template <class> class CellOf, class S, bool kOptions, class O>
@@ -59,8 +43,11 @@ class Forward {
                         groups_ * width_ * (p.hidden + (p.project ? p.inputs : 0)) * std::int64_t{sizeof(O)})),
         plane_(p.batch * p.hidden),
         chunk_(chunk_of(p, split_)),
+        thin_(!kConvert && is_thin(p, Cell::kGates, sizeof(T))),
         packed_(groups_ * width_ * packed_depth<O>(p.hidden)),
-        packed_ih_(p.project ? groups_ * width_ * packed_depth<O>(p.inputs) : 0),
+        packed_ih_(thin_       ? ThinInput<T>::size(p)
+                   : p.project ? groups_ * width_ * packed_depth<O>(p.inputs)
+                               : 0),
         bias_(groups_ * (width_ + units_ * n)),
         gates_(chunk_ * p.batch * groups_ * width_),
         input_(kConvert && kWide && p.project ? split_.threads * chunk_rows() * p.inputs : 0),
@@ -86,6 +73,7 @@ class Forward {
     run_team(split_.threads, [this](int thread, int threads) {
       const Share groups = share(groups_, thread, threads);
       pack(groups);
+      if (thin_) thin_input().pack(thread, threads);
       if (split_.rows) {
         barrier_.wait(threads);
         loop(share(p_.batch, thread, threads), {0, groups_}, thread, 1);
@@ -112,7 +100,7 @@ class Forward {
       const std::int64_t unit = group * units_ * n;
       pack_group(static_cast<const S*>(p_.weight_hh), p_.weight_hh_row, p_.hidden, p_.hidden, Cell::kGates, unit,
                  units_, packed_.get() + group * width_ * packed_depth<O>(p_.hidden));
-      if (p_.project) {
+      if (p_.project && !thin_) {
         pack_group(static_cast<const S*>(p_.weight_ih), p_.weight_ih_row, p_.inputs, p_.hidden, Cell::kGates, unit,
                    units_, packed_ih_.get() + group * width_ * packed_depth<O>(p_.inputs));
       }
@@ -150,6 +138,7 @@ class Forward {
 
   // The input part of the gates of a chunk, biases included.
   void enter(const Part& part, T* scratch) {
+    if (thin_) return enter_thin(part);
     const std::int64_t count = part.rows.end - part.rows.begin, rows = part.steps * count;
     const S* input = static_cast<const S*>(p_.input);
     const auto row_of = [&](std::int64_t i, std::int64_t b) {
@@ -188,6 +177,18 @@ class Forward {
       if (p_.project) {
         product(rows, p_.inputs, part.pointers, packed_ih_.get() + group * width_ * packed_depth<O>(p_.inputs),
                 units_ * Cell::kGates, true, gates, width_);
+      }
+    }
+  }
+
+  ThinInput<T> thin_input() const { return {p_, reinterpret_cast<T*>(packed_ih_.get())}; }
+
+  void enter_thin(const Part& part) {
+    for (std::int64_t group = part.groups.begin; group < part.groups.end; ++group) {
+      for (int k = 0; k < Cell::kGates * units_; ++k) {
+        const std::int64_t unit = (group * units_ + k % units_) * n;
+        if (unit >= p_.hidden) continue;
+        thin_input().multiply(k / units_, unit, bias_of(group) + k * n, gates_of(part, group, 0) + k * n, width_);
       }
     }
   }
@@ -521,6 +522,7 @@ class Forward {
   const std::int64_t groups_, width_;
   const Split split_;
   const std::int64_t plane_, chunk_;
+  const bool thin_;
   Scratch<O> packed_, packed_ih_;
   Scratch<T> bias_, gates_, input_, hidden_, cells_, fresh_;
   Scratch<O> fresh16_;
