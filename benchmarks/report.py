@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .cases import ENGINES, Phase
-from .roofline import SIZE, Roofline, limit
+from .roofline import SIZE, Limit, Roofline, limit
 
 ORDER = ("torch", "native", *ENGINES, "numba", "reference")
 MODES = {"forward": "forward", "forward_backward": "forward+backward"}
@@ -119,9 +119,14 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logarithms) / len(logarithms))
 
 
-def summary(found: Sequence[Entry]) -> Table:
-    """Geometric mean and worst ratio of each group, mode and provider."""
+def summary(found: Sequence[Entry], machine: Roofline | None) -> Table:
+    """Geometric mean and worst ratio of each group, mode and provider; the mean if every call ran at its limit."""
     rows = []
+    bounds = {} if machine is None else limits(found, machine)
+
+    def at_limit(entry: Entry) -> float:
+        return _median(entry) * entry.seconds / bounds[entry.case, entry.mode, entry.provider].seconds
+
     for group in _unique(entry.group for entry in found):
         for mode, words in MODES.items():
             for provider in ORDER[1:]:
@@ -133,10 +138,11 @@ def summary(found: Sequence[Entry]) -> Table:
                 if chosen:
                     worst = min(chosen, key=_median)
                     mean = geometric_mean(_median(entry) for entry in chosen)
-                    numbers = (f"{mean:.2f}", f"{_median(worst):.2f}", str(len(chosen)))
+                    best = f"{geometric_mean(map(at_limit, chosen)):.2f}" if bounds else "-"
+                    numbers = (f"{mean:.2f}", f"{_median(worst):.2f}", best, str(len(chosen)))
                     rows.append((group, words, provider, *numbers, worst.case))
-    columns = ("group", "mode", "provider", "geomean", "worst", "cases", "worst case")
-    return Table("Speed over torch by group: torch's time over the provider's", columns, rows, frozenset({0, 1, 2, 6}))
+    columns = ("group", "mode", "provider", "geomean", "worst", "at the limits", "cases", "worst case")
+    return Table("Speed over torch by group: torch's time over the provider's", columns, rows, frozenset({0, 1, 2, 7}))
 
 
 def beside_engines(found: Sequence[Entry]) -> Table | None:
@@ -177,8 +183,8 @@ def rates(found: Sequence[Entry], machine: Roofline) -> Table:
     return Table("What the machine can do, measured in the same run", columns, rows, frozenset({0, 3}))
 
 
-def limits(found: Sequence[Entry], machine: Roofline) -> dict[tuple[str, str, str], str]:
-    """What bounds each entry, and the share of its time that this alone would take: by case, mode and provider.
+def limits(found: Sequence[Entry], machine: Roofline) -> dict[tuple[str, str, str], Limit]:
+    """What bounds each entry: by case, mode and provider.
 
     The arithmetic counts at the rate of ``torch.mm``, or at the largest rate that any case reached if that is more;
     the call itself as the shortest one of one step and row, if there is one of that kind in the run.
@@ -191,12 +197,11 @@ def limits(found: Sequence[Entry], machine: Roofline) -> dict[tuple[str, str, st
     for entry in filter(lambda entry: entry.overhead, found):
         key = (entry.kind, entry.mode, entry.provider)
         shortest[key] = min(entry.seconds, shortest.get(key, math.inf))
-    texts = {}
+    bounds = {}
     for entry in found:
         least = shortest.get((entry.kind, entry.mode, entry.provider), 0.0)
-        name, seconds = limit(entry.phases, least, peak[entry.dtype], machine)
-        texts[entry.case, entry.mode, entry.provider] = f"{name} {seconds / entry.seconds:.0%}"
-    return texts
+        bounds[entry.case, entry.mode, entry.provider] = limit(entry.phases, least, peak[entry.dtype], machine)
+    return bounds
 
 
 def per_case(found: Sequence[Entry], machine: Roofline | None) -> Table:
@@ -216,7 +221,9 @@ def per_case(found: Sequence[Entry], machine: Roofline | None) -> Table:
             row += ["-"] * 4
         else:
             row += [f"{_gflops(first):.1f}", f"{first.bytes / first.seconds / 1e9:.2f}"]
-            row += [bounds.get((case, mode, lead), "-"), f"{first.error:.2f}"]
+            bound = bounds.get((case, mode, lead))
+            row.append(f"{bound.name} {bound.seconds / first.seconds:.0%}" if bound else "-")
+            row.append(f"{first.error:.2f}")
         rows.append(row)
     columns = ("case", "mode", "torch ms", *present, f"{lead} GFLOP/s", "GB/s", "limit", "error/torch's")
     return Table("Each case: torch's time, speed over torch (quartiles)", columns, rows, frozenset({0, 1}))
@@ -350,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.file}: no benchmark in it")
     where = machine(data)
     measured = Roofline.from_json(data["roofline"]) if data.get("roofline") else None
-    tables = [per_case(found, measured), summary(found), beside_engines(found)]
+    tables = [per_case(found, measured), summary(found, measured), beside_engines(found)]
     tables.append(None if measured is None else rates(found, measured))
     parts = [render(table, options.markdown) for table in tables if table is not None]
     print("\n\n".join((*parts, where)))
