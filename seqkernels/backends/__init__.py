@@ -141,6 +141,11 @@ def unobserved() -> bool:
     return _forced.get() is None and _recorder.get() is None
 
 
+def explained() -> bool:
+    """Whether `explain` is at work, which wants to see each operation once."""
+    return _recorder.get() is not None
+
+
 def implementation(call: Call) -> ModuleType:
     """The module that implements ``call.op`` in the implementation chosen for `call`."""
     return module(select(call).chosen, call.op)

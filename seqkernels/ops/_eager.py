@@ -54,10 +54,15 @@ _modules: dict[tuple[torch.dtype, str, str], ModuleType] = {}
 
 
 def compiled(dtype: torch.dtype, cell: str, stem: str) -> ModuleType | None:
-    """Module `stem` of the native implementation where the registry gives `cell` to it, else ``None``."""
+    """Module `stem` of the native implementation where the registry gives `cell` to it, else ``None``.
+
+    ``None`` too while `explain` looks on: a call that turns out not to fit would be seen twice.
+    """
     key = (dtype, cell, stem)
     found = _modules.get(key) if backends.unobserved() else None
     if found is None:
+        if backends.explained():
+            return None
         chosen = backends.select(backends.Call("recurrence", "cpu", dtype, cell)).chosen
         if chosen != "native":
             return None

@@ -38,7 +38,7 @@ def layer_forward(
         save: whether a backward pass may follow.
 
     Raises:
-        ValueError, TypeError: a tensor does not fit, or its last dimension is not contiguous.
+        ValueError, TypeError: a tensor does not fit, or the last dimension of input or weights is not contiguous.
     """
     steps, batch, _ = input.shape
     weight_hh = weights[1]
@@ -53,6 +53,10 @@ def layer_forward(
         states = _empty((steps + 1, batch, size), dtype=dtype, device="cpu")
     hidden_n = _empty((1, batch, size), dtype=dtype, device="cpu")
     cells_n = _empty_like(hidden_n) if num_states == 2 else None
+    if hidden is not None and not hidden.is_contiguous():
+        hidden = hidden.contiguous()
+    if cells is not None and not cells.is_contiguous():
+        cells = cells.contiguous()
     _C.layer_forward(input, weights + _NO_OPTIONS, hidden, cells, cell, states, reserve, hidden_n, cells_n, _threads())
     return (states, reserve, hidden_n) if cells_n is None else (states, reserve, hidden_n, cells_n)
 
