@@ -12,6 +12,8 @@ from seqkernels.functional import scaled_dot_product_attention
 from seqkernels.nn import BilinearAttention
 from seqkernels.testing import assert_within_budget
 
+from ..twins import applies, judge
+
 ATTENTIONS = [scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention]
 
 
@@ -54,12 +56,14 @@ def test_formula_and_gradients(attention: Callable[..., Tensor], batch: tuple[in
 
 
 def test_weights_are_the_alignment() -> None:
-    y, h, mask = (x.double() if x.is_floating_point() else x for x in draw(2))
-    module = layer(dtype=torch.float64)
-    alignment = module.weights(y, h, mask)
-    assert not alignment[~mask].any()
-    torch.testing.assert_close(alignment @ h, module(y, h, mask))
-    torch.testing.assert_close(module.weights(y, h) @ h, module(y, h))
+    y, h, mask = draw(2)
+    for dtype in (torch.float32, torch.float64):
+        module, queries, keys = layer(dtype=dtype), y.to(dtype), h.to(dtype)
+        for keep in (mask, None):
+            alignment = module.weights(queries, keys, keep)
+            assert keep is None or not alignment[~keep].any()
+            for found in (alignment @ keys, module(queries, keys, keep)):
+                judge(found, applies(formula, module.weight, y, h, keep))
 
 
 def test_nan_behind_the_mask_has_no_influence() -> None:

@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import seqkernels
 from seqkernels.testing import assert_within_budget
 
+from ..twins import applies, judge
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
     pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning"),
@@ -194,14 +196,13 @@ def test_every_implementation(kind: str, form: str, plain_runner: Any) -> None:
 @pytest.mark.parametrize("options", [Options("LSTM", "padded", batch_first=b) for b in (False, True)], ids=str)
 def test_strided_and_expanded_input(options: Options, transposed: bool) -> None:
     x, _ = draw(options)
-    layer = build(options, seqkernels.nn)
-    expected, _ = layer(x)
+    layer, twin = build(options, seqkernels.nn), build(options, torch.nn)
     wide = torch.full((*x.shape[:2], 2 * I), torch.nan)
     wide[..., ::2] = x
     same = x.transpose(0, 1).contiguous().transpose(0, 1) if transposed else wide[..., ::2]
-    torch.testing.assert_close(layer(same)[0], expected)
+    judge(layer(same), applies(twin, x))
     row = x[:1, :1].expand_as(x)
-    torch.testing.assert_close(layer(row)[0], layer(row.contiguous())[0])
+    judge(layer(row), applies(twin, row.contiguous()))
 
 
 def test_batch_first_output_is_laid_out_as_that_of_torch() -> None:
@@ -213,28 +214,32 @@ def test_batch_first_output_is_laid_out_as_that_of_torch() -> None:
 
 @pytest.mark.parametrize("enforce_sorted", [False, True])
 def test_packed_order(enforce_sorted: bool) -> None:
+    torch.manual_seed(0)
     sequences = [torch.randn(n, I) for n in ((9, 4, 4, 1) if enforce_sorted else LENGTHS)]
     packed = pack_sequence(sequences, enforce_sorted)
     options = Options("LSTM", "packed", 2, bidirectional=True)
-    output, (h_n, c_n) = build(options, seqkernels.nn)(packed)
-    expected, (expected_h, expected_c) = build(options, torch.nn)(packed)
+    layer, twin = build(options, seqkernels.nn), build(options, torch.nn)
+    output, (h_n, c_n) = layer(packed)
     for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
         assert getattr(output, name) is getattr(packed, name)
-    torch.testing.assert_close((output.data, h_n, c_n), (expected.data, expected_h, expected_c))
-    alone = build(options, seqkernels.nn)(sequences[0])
-    torch.testing.assert_close(h_n[:, 0], alone[1][0])
+    judge((output, h_n, c_n), applies(twin, packed))
+    alone = applies(twin, sequences[0])
+    judge((h_n[:, 0], c_n[:, 0]), lambda dtype: alone(dtype)[1])
 
 
 @pytest.mark.parametrize("options", [o for o in PRODUCT if o.num_layers == 2 and o.given][3::9], ids=str)
 def test_dropout_has_the_masks_of_torch(options: Options) -> None:
     x, hx = draw(options)
-    found = []
-    for package in (torch.nn, seqkernels.nn):
-        layer = build(options, package, torch.float64, dropout=0.4)
+
+    def run(package: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        layer = build(options, package, dtype, dropout=0.4)
         torch.manual_seed(11)
-        found.append(results(layer, x, hx, torch.float64))
-    for name, expected in found[0].items():
-        torch.testing.assert_close(found[1][name], expected, msg=lambda text, name=name: f"{name}: {text}")
+        return results(layer, x, hx, dtype)
+
+    found, exact, own = run(seqkernels.nn, torch.float64), run(torch.nn, torch.float64), run(torch.nn, torch.float32)
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in exact.items()}
+    for what in ("", "grad of "):
+        assert_within_budget(*(together(what, exact, each) for each in (found, exact, own)), what)
 
 
 def test_dropout_stays_out_of_eval_mode_and_gradients_flow_there() -> None:
@@ -265,10 +270,11 @@ def test_second_order(kind: str, form: str) -> None:
 
 
 def test_gradient_penalty_reaches_the_weights() -> None:
-    found = []
-    for package in (torch.nn, seqkernels.nn):
-        layer = build(Options("GRU", "padded"), package, torch.float64)
-        x = torch.linspace(-1, 1, T * B * I, dtype=torch.float64).view(T, B, I).requires_grad_()
+    def run(package: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        layer = build(Options("GRU", "padded"), package, dtype)
+        x = torch.linspace(-1, 1, T * B * I).to(dtype).view(T, B, I).requires_grad_()
         (slope,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(slope.square().sum(), list(layer.parameters())))
-    torch.testing.assert_close(found[1], found[0])
+        return torch.autograd.grad(slope.square().sum(), list(layer.parameters()))
+
+    for dtype in (torch.float32, torch.float64):
+        judge(run(seqkernels.nn, dtype), lambda to: run(torch.nn, to), str(dtype))
