@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pack_sequence
 import seqkernels
 from seqkernels import functional
 
+from .twins import applies, judge, same
+
 TWINS: dict[str, tuple[Callable[..., Any], Callable[..., Any], torch.nn.RNNBase]] = {
     "lstm": (functional.lstm, torch.lstm, torch.nn.LSTM(3, 4, 2, bidirectional=True)),
     "gru": (functional.gru, torch.gru, torch.nn.GRU(3, 4, 2, bidirectional=True)),
@@ -36,24 +38,28 @@ def state(kind: str, batch: int) -> Any:
 @pytest.mark.parametrize("kind", TWINS)
 def test_padded(kind: str, batch_first: bool) -> None:
     ours, theirs, layer = TWINS[kind]
+    torch.manual_seed(0)
+    layer.reset_parameters()
     x, hx, params = torch.randn(2, 2, 3), state(kind, 2), layer._flat_weights
-    expected = theirs(x, hx, params, *SETTINGS, batch_first)
     named = dict(zip(NAMES, SETTINGS, strict=True), batch_first=batch_first)
-    torch.testing.assert_close(ours(x, hx, params, *SETTINGS, batch_first), expected)
-    torch.testing.assert_close(ours(x, hx, params, **named), expected)
-    torch.testing.assert_close(ours(input=x, hx=hx, params=params, **named), expected)
+    found = ours(x, hx, params, *SETTINGS, batch_first)
+    judge(found, applies(theirs, x, hx, params, *SETTINGS, batch_first))
+    assert same(ours(x, hx, params, **named), found)
+    assert same(ours(input=x, hx=hx, params=params, **named), found)
 
 
 @pytest.mark.parametrize("kind", TWINS)
 def test_packed(kind: str) -> None:
     ours, theirs, layer = TWINS[kind]
+    torch.manual_seed(0)
+    layer.reset_parameters()
     data, batch_sizes, _, _ = pack_sequence([torch.randn(n, 3) for n in (4, 2, 2)])
     hx, params = state(kind, 3), tuple(layer._flat_weights)
-    expected = theirs(data, batch_sizes, hx, params, *SETTINGS)
     named = dict(zip(NAMES, SETTINGS, strict=True))
-    torch.testing.assert_close(ours(data, batch_sizes, hx, params, *SETTINGS), expected)
-    torch.testing.assert_close(ours(data, batch_sizes, hx, params=params, **named), expected)
-    torch.testing.assert_close(ours(data=data, batch_sizes=batch_sizes, hx=hx, params=params, **named), expected)
+    found = ours(data, batch_sizes, hx, params, *SETTINGS)
+    judge(found, applies(theirs, data, batch_sizes, hx, params, *SETTINGS))
+    assert same(ours(data, batch_sizes, hx, params=params, **named), found)
+    assert same(ours(data=data, batch_sizes=batch_sizes, hx=hx, params=params, **named), found)
 
 
 @pytest.mark.parametrize("kind", TWINS)
@@ -64,7 +70,7 @@ def test_absent_state_is_zero(kind: str) -> None:
     hx = (zeros, zeros) if kind == "lstm" else zeros
     given = ours(x, hx, layer._flat_weights, *SETTINGS, False)
     absent = ours(x, None, layer._flat_weights, *SETTINGS, False)
-    torch.testing.assert_close(absent, given, rtol=0, atol=0)
+    assert same(absent, given)
 
 
 def lstm(**changed: Any) -> Any:
@@ -127,6 +133,7 @@ def test_unknown_nonlinearity() -> None:
 
 
 def test_cell_functions() -> None:
+    torch.manual_seed(0)
     x, h = torch.randn(2, 3), torch.randn(2, 4)
     for ours, theirs, cell, hx in (
         (functional.lstm_cell, torch.lstm_cell, torch.nn.LSTMCell(3, 4), (h, h)),
@@ -134,8 +141,8 @@ def test_cell_functions() -> None:
         (functional.rnn_cell, torch.rnn_tanh_cell, torch.nn.RNNCell(3, 4), h),
     ):
         weights = tuple(cell.parameters())
-        torch.testing.assert_close(ours(x, hx, *weights), theirs(x, hx, *weights))
-        torch.testing.assert_close(ours(x, hx, *weights[:2]), theirs(x, hx, *weights[:2]))
+        for given in (weights, weights[:2]):
+            judge(ours(x, hx, *given), applies(theirs, x, hx, *given))
     with pytest.raises(RuntimeError, match="lstm_cell expects two hidden states"):
         functional.lstm_cell(x, (h,), *weights)
 
@@ -150,14 +157,15 @@ def test_nan_in_padding_does_not_exist() -> None:
 
 
 def test_one_sequence_in_a_pack_is_that_sequence() -> None:
+    torch.manual_seed(0)
+    twin = torch.nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2)
     layer = seqkernels.nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2)
+    layer.load_state_dict(twin.state_dict())
     sequences: list[Tensor] = [torch.randn(n, 3, dtype=torch.float32) for n in (5, 2, 4)]
-    packed, (h_n, _) = layer(pack_sequence(sequences, enforce_sorted=False))
+    packed, (h_n, c_n) = layer(pack_sequence(sequences, enforce_sorted=False))
     padded, lengths = torch.nn.utils.rnn.pad_packed_sequence(packed)
     for k, sequence in enumerate(sequences):
-        output, (h, _) = layer(sequence)
-        torch.testing.assert_close(padded[: lengths[k], k], output)
-        torch.testing.assert_close(h_n[:, k], h)
+        judge((padded[: lengths[k], k], h_n[:, k], c_n[:, k]), applies(twin, sequence))
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -174,18 +182,19 @@ def test_what_torch_has_not(kind: str, batch_first: bool) -> None:
     options: dict[str, Any] = {"reset": torch.rand(5, 5) < 0.3, "lengths": torch.tensor([5, 1, 0, 3, 2]), "tbptt": 2}
     output, *finals, traces = ours(x, *arguments, **options, return_states=True)
     expected, hidden, expected_traces = twin(x, hx, **options, return_states=True)
-    torch.testing.assert_close((output, finals), (expected, list(hidden) if kind == "lstm" else [hidden]))
-    for trace, value in zip(traces, expected_traces, strict=True):
-        torch.testing.assert_close(trace.hidden, value.hidden)
+    assert same((output, finals), (expected, hidden if kind == "lstm" else [hidden]))
+    assert same([trace.hidden for trace in traces], [trace.hidden for trace in expected_traces])
     cu_seqlens = torch.tensor([0, 3, 3, 5, 9, 10])
     output, *finals = ours(x[0].repeat(2, 1), *arguments, cu_seqlens=cu_seqlens, max_seqlen=4)
     expected, hidden = twin(x[0].repeat(2, 1), hx, cu_seqlens=cu_seqlens)
-    torch.testing.assert_close((output, finals), (expected, list(hidden) if kind == "lstm" else [hidden]))
+    assert same((output, finals), (expected, hidden if kind == "lstm" else [hidden]))
 
 
 @pytest.mark.parametrize("kind", TWINS)
 def test_reset_states_are_given_by_layer_and_direction(kind: str) -> None:
-    ours, _, layer = TWINS[kind]
+    ours, theirs, layer = TWINS[kind]
+    torch.manual_seed(0)
+    layer.reset_parameters()
     x, begin = torch.randn(5, 2, 3), torch.zeros(5, 2, dtype=torch.bool)
     begin[0] = True
     states = [torch.randn(2 if kind == "lstm" else 1, 4) for _ in range(4)]
@@ -194,6 +203,5 @@ def test_reset_states_are_given_by_layer_and_direction(kind: str) -> None:
     # The flags of the first step are for the forward directions; the reverse ones begin with zeros here.
     initial = [torch.where((torch.arange(4) % 2 == 0).view(-1, 1, 1), rows, 0) for rows in initial]
     zeros = torch.zeros(4, 2, 4)
-    output, *_ = ours(x, (zeros, zeros) if kind == "lstm" else zeros, *arguments, reset=begin, reset_state=states)
-    expected, *_ = ours(x, tuple(initial) if kind == "lstm" else initial[0], *arguments)
-    torch.testing.assert_close(output, expected)
+    found = ours(x, (zeros, zeros) if kind == "lstm" else zeros, *arguments, reset=begin, reset_state=states)
+    judge(found, applies(theirs, x, tuple(initial) if kind == "lstm" else initial[0], *arguments))

@@ -46,6 +46,11 @@ def applies(function: Callable[..., Any], *args: Any) -> Callable[[torch.dtype],
     return lambda dtype: turn(function, dtype)(*(turn(arg, dtype) for arg in args))
 
 
+def same(found: Any, expected: Any) -> bool:
+    """Whether two results are equal, element by element."""
+    return all(torch.equal(*pair) for pair in zip(leaves(found), leaves(expected), strict=True))
+
+
 def judge(found: Any, theirs: Callable[[torch.dtype], Any], name: str = "result") -> None:
     """Assert that `found` has the shapes of torch's result and, as one vector, is within the budget.
 
