@@ -154,7 +154,8 @@ def test_alignment_is_what_the_attention_weighs_with(layers: ModuleType) -> None
     model = make(layers, torch.float64).eval()
     alignment = model.align(source, lengths, target)
     assert alignment.shape == (5, 6, 9)
-    torch.testing.assert_close(alignment.sum(-1), torch.ones(5, 6, dtype=torch.float64))
+    own = make(torch.nn).eval().align(source, lengths, target)
+    assert_within_budget(alignment.sum(-1), torch.ones(5, 6, dtype=torch.float64), own.sum(-1))
     assert not alignment[(torch.arange(9) >= lengths[:, None])[:, None].expand(-1, 6, -1)].any()
     assert (alignment[2, :, 0] == 1).all()
 
