@@ -10,16 +10,12 @@ from torch import Tensor
 
 from ...cells import CELLS, accumulate_dtype
 from .extension import extension
+from .recurrence import gradient
 
 _C = extension()
 _C.set_plain_types(Tensor, torch.nn.Parameter)
 _empty_like = torch.empty_like
 _threads = torch.get_num_threads
-
-
-def _rows_contiguous(x: Tensor | None) -> Tensor | None:
-    """`x`, copied only where its last dimension is not contiguous."""
-    return x if x is None or x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def _gradient(x: Tensor) -> Tensor:
@@ -104,8 +100,8 @@ def step_backward(
     if next_hidden is not None and not next_hidden.numel():
         return [None if x is None else x.zero_() for x in results]
     _C.step_backward(
-        _rows_contiguous(grads[0]),
-        _rows_contiguous(grads[1]),
+        gradient(grads[0]),
+        gradient(grads[1]),
         input,
         hidden,
         cells,
