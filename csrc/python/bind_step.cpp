@@ -41,9 +41,9 @@ CellShape cell_named(py::handle name) {
 }
 
 int thread_count(py::handle object) {
-  const int threads = _PyLong_AsInt(object.ptr());
+  const long threads = PyLong_AsLong(object.ptr());
   if (threads == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return threads;
+  return static_cast<int>(threads > 1 << 30 ? 1 << 30 : threads);
 }
 
 // Runs `kernel` without the interpreter's lock where it reads enough of the weights to be worth the handover.

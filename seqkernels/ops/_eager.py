@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -48,6 +49,30 @@ def batched(x: Tensor | None) -> bool:
     """Whether `x` is many tensors at once, of ``is_grads_batched`` or ``vmap``."""
     functorch = torch._C._functorch
     return x is not None and (functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x))
+
+
+def gradients(
+    outs: Sequence[Tensor], grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of `outs` as a graph, if gradients are recorded, else as values: ``None`` where `needs` says so.
+
+    Args:
+        outs: made of `tensors` with a graph.
+        grads: of `outs`, or ``None``.
+        tensors: whose gradients are asked for.
+        needs: of which of them.
+    """
+    pairs = [(out, grad) for out, grad in zip(outs, grads, strict=True) if grad is not None]
+    wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
+    keep = torch.is_grad_enabled()
+    # With a graph in either case: gradients that are many at once go through operations alone then.
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
+        )
+    )
+    made = [next(found) if need and x is not None else None for x, need in zip(tensors, needs, strict=True)]
+    return made if keep else [x if x is None else x.clone() for x in made]
 
 
 _modules: dict[tuple[torch.dtype, str, str], ModuleType] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._eager import batched, compiled, eager, records
+from ._eager import batched, compiled, eager, gradients, records
 from .recurrence import recurrence
 
 
@@ -89,11 +89,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *tensors, states, reserve = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
-            return None, None, *gradients(ctx.cell, grads, tensors, needs)
-        if any(map(batched, grads)):
-            found = gradients(ctx.cell, grads, tensors, needs)
-            return None, None, *[x if x is None else x.clone() for x in found]
+        if torch.is_grad_enabled() or any(map(batched, grads)):
+            return None, None, *_gradients(ctx.cell, grads, tensors, needs)
         input, _, _, *weights = tensors
         return None, None, *ctx.module.layer_backward(ctx.cell, grads, input, weights, states, reserve, needs)
 
@@ -102,17 +99,10 @@ class _Layer(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Layer).apply
 
 
-def gradients(
+def _gradients(
     cell: str, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of `layer` as a graph, for the second order, through `recurrence`.
-
-    Args:
-        cell: as in `layer`.
-        grads: of its results, or ``None``.
-        tensors: its other arguments.
-        needs: which of them need a gradient.
-    """
+    """Gradients by operations, for the second order and for many at once, through `recurrence`."""
     input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh = tensors
     assert input is not None
     assert weight_hh is not None
@@ -122,11 +112,5 @@ def gradients(
         output, _, state_n = recurrence(
             input, weight_hh, bias_hh, torch.cat(states), cell=cell, weight_ih=weight_ih, bias_ih=bias_ih
         )
-        pairs = [(out, g) for out, g in zip((output, *state_n.split(1)), grads, strict=True) if g is not None]
-        wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
-        found = iter(
-            torch.autograd.grad(
-                [out for out, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if need and x is not None else None for x, need in zip(tensors, needs, strict=True)]
+        outs = (output, *state_n.split(1))
+    return gradients(outs, grads, tensors, needs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from ._eager import batched, compiled, records, undisturbed
+from ._eager import batched, compiled, gradients, records, undisturbed
 from .recurrence import recurrence
 
 #: Rows up to which a step is quicker without packing.
@@ -102,11 +102,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         input, hidden, cells, *rest = ctx.saved_tensors
         weights, saved, needs = rest[:4], rest[4:], ctx.needs_input_grad[2:]
-        if _grad_enabled():
+        if _grad_enabled() or any(map(batched, grads)):
             return None, None, *_gradients(ctx.cell, grads, (input, hidden, cells, *weights), needs)
-        if any(map(batched, grads)):
-            found = _gradients(ctx.cell, grads, (input, hidden, cells, *weights), needs)
-            return None, None, *[x if x is None else x.clone() for x in found]  # without their graph
         both = grads if len(grads) == 2 else (grads[0], None)
         return None, None, *ctx.module.step_backward(both, input, hidden, cells, weights, saved, ctx.cell, needs)
 
@@ -118,7 +115,7 @@ _apply = super(torch.autograd.Function, _Step).apply
 def _gradients(
     cell: str, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients as a graph, for the second order, through `recurrence`."""
+    """Gradients by operations, for the second order and for many at once, through `recurrence`."""
     input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh = tensors
     assert input is not None
     assert weight_hh is not None
@@ -136,11 +133,4 @@ def _gradients(
             bias_ih=bias_ih,
         )
         outs = state_n.split(1) if layer else state_n.unbind()
-        pairs = [(out, grad) for out, grad in zip(outs, grads, strict=True) if grad is not None]
-        wanted = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
-        found = iter(
-            torch.autograd.grad(
-                [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if need and x is not None else None for x, need in zip(tensors, needs, strict=True)]
+    return gradients(outs, grads, tensors, needs)
