@@ -22,6 +22,7 @@ needs_sources = pytest.mark.skipif(not CSRC, reason="the C++ sources are not bes
 LAYERS = {
     "_version": 0,
     "cells": 0,
+    "scores": 0,
     "_sequences": 1,
     "backends": 1,
     "_options": 2,
@@ -102,7 +103,9 @@ def test_backends_know_only_the_registry_and_the_cells(path):
         elif imported == ("seqkernels", "_C"):
             assert name == ("backends", "native", "extension")
         else:
-            assert inside in (("cells",), ("backends",), ("backends", name[1])), f"imports {'.'.join(imported)}"
+            assert inside in (("cells",), ("scores",), ("backends",), ("backends", name[1])), (
+                f"imports {'.'.join(imported)}"
+            )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_ids(MODULES))

@@ -36,10 +36,11 @@ class Call(NamedTuple):
         device: the device type, ``"cpu"`` for example.
         dtype: dtype of the main input.
         kind: the cell of a recurrence; empty for attention.
-        features: what the call uses beyond the plain contract, sorted; of attention ``"bias"``, ``"causal"``,
-            ``"grouped"``, ``"mask"``; of the recurrence ``"checkpoint"`` (recomputation in the backward pass),
-            ``"control"``, ``"gates"`` (in the backward pass, where the gates have a gradient), ``"norm"``,
-            ``"peephole"``, ``"recurrent_mask"``, ``"reset_state"``, ``"zoneout"``.
+        features: what the call uses beyond the plain contract, sorted; of attention those of
+            `seqkernels.scores.Scores.features`, and ``"weights"`` where they are asked for; of the recurrence
+            ``"checkpoint"`` (recomputation in the backward pass), ``"control"``, ``"gates"`` (in the backward pass,
+            where the gates have a gradient), ``"norm"``, ``"peephole"``, ``"recurrent_mask"``, ``"reset_state"``,
+            ``"zoneout"``.
     """
 
     op: str

@@ -1,8 +1,8 @@
 """The attention contract.
 
-``out = softmax(scale q k^T + bias) v`` over the keys that the mask and causality allow, together with the
-log-sum-exp of each row's scores. Tiled implementations never store the (M, N) matrix. The mathematics is in
-``docs/attention.md``.
+``out = softmax(scores) v`` over the keys that each query may read, together with the log-sum-exp of each row's scores;
+`seqkernels.scores.Scores` says what the scores are made of. Tiled implementations never store the (M, N) matrix. The
+mathematics is in ``docs/attention.md``.
 
 B batch, Hq query heads, Hk key/value heads (Hq a multiple of Hk), M queries, N keys, D head size, Dv value size.
 """
@@ -16,54 +16,66 @@ from torch import Tensor
 
 from .. import backends
 from ..cells import DTYPES, accumulate_dtype
+from ..scores import UNBOUNDED, Scores
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
+_PACKED = "Tensor?[] tensors, float[] numbers, int[] settings"
+_library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_PACKED}) -> (Tensor out, Tensor lse)")
 _library.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, float scale, bool is_causal)"
-    " -> (Tensor out, Tensor lse)"
+    f"attention_backward(Tensor?[] grads, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PACKED},"
+    " bool[] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)"
 )
-_library.define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor lse,"
-    " Tensor delta, float scale, bool is_causal, bool bias_grad)"
-    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)"
-)
+_library.define(f"attention_weights(Tensor q, Tensor k, Tensor lse, {_PACKED}, bool average) -> Tensor")
+
+_Tensors = list[Tensor | None]
 
 
-def _call(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, is_causal: bool) -> backends.Call:
-    features = []
-    if bias is not None:
-        features.append("bias")
-    if is_causal:
-        features.append("causal")
-    if q.shape[1] != k.shape[1]:
-        features.append("grouped")
-    if mask is not None:
-        features.append("mask")
-    return backends.Call("attention", q.device.type, q.dtype, "", tuple(features))
+def _implementation(q: Tensor, k: Tensor, scores: Scores, *more: str) -> Any:
+    features = scores.features(q, k)
+    if more:
+        features = tuple(sorted((*features, *more)))
+    return backends.implementation(backends.Call("attention", q.device.type, q.dtype, "", features))
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, is_causal: bool
+    q: Tensor, k: Tensor, v: Tensor, tensors: _Tensors, numbers: list[float], settings: list[int]
 ) -> tuple[Tensor, Tensor]:
-    module = backends.implementation(_call(q, k, mask, bias, is_causal))
-    return module.attention_forward(q, k, v, mask, bias, scale, is_causal)
+    scores = Scores.unpack(tensors, numbers, settings)
+    found: tuple[Tensor, Tensor] = _implementation(q, k, scores).attention_forward(q, k, v, scores)
+    return found
 
 
 def _backward(
-    grad_out: Tensor,
+    grads: _Tensors,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
-    scale: float,
-    is_causal: bool,
-    bias_grad: bool,
+    tensors: _Tensors,
+    numbers: list[float],
+    settings: list[int],
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = backends.implementation(_call(q, k, mask, bias, is_causal))
-    return module.attention_backward(grad_out, q, k, v, mask, bias, lse, delta, scale, is_causal, bias_grad)
+    scores = Scores.unpack(tensors, numbers, settings)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(q, k, scores).attention_backward(
+        *grads, q, k, v, out, lse, scores, needs
+    )
+    return found
+
+
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    tensors: _Tensors,
+    numbers: list[float],
+    settings: list[int],
+    average: bool,
+) -> Tensor:
+    scores = Scores.unpack(tensors, numbers, settings)
+    found: Tensor = _implementation(q, k, scores, "weights").attention_weights(q, k, lse, scores, average)
+    return found
 
 
 def rows_of_heads(x: Tensor, size: int) -> Tensor:
@@ -73,88 +85,113 @@ def rows_of_heads(x: Tensor, size: int) -> Tensor:
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, is_causal: bool
+    q: Tensor, k: Tensor, v: Tensor, tensors: _Tensors, numbers: list[float], settings: list[int]
 ) -> tuple[Tensor, Tensor]:
     return rows_of_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
 def _backward_fake(
-    grad_out: Tensor,
+    grads: _Tensors,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
-    scale: float,
-    is_causal: bool,
-    bias_grad: bool,
+    tensors: _Tensors,
+    numbers: list[float],
+    settings: list[int],
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        rows_of_heads(q, q.shape[3]),
-        rows_of_heads(k, k.shape[3]),
-        rows_of_heads(v, v.shape[3]),
-        q.new_empty(bias.shape if bias is not None and bias_grad else (0,)),
+    bias = Scores.unpack(tensors, numbers, settings).bias
+    grad_q, grad_k, grad_v = (
+        rows_of_heads(x, x.shape[3]) if need else x.new_empty(0) for x, need in zip((q, k, v), needs, strict=False)
     )
+    grad_bias = q.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape)
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+def _weights_fake(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    tensors: _Tensors,
+    numbers: list[float],
+    settings: list[int],
+    average: bool,
+) -> Tensor:
+    batch, heads, queries, keys = Scores.unpack(tensors, numbers, settings).shape(q, k)
+    return lse.new_empty((batch, queries, keys) if average else (batch, heads, queries, keys))
 
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_weights", _weights, "CompositeExplicitAutograd")
 torch.library.register_fake("seqkernels::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake("seqkernels::attention_backward", _backward_fake, lib=_library)
+torch.library.register_fake("seqkernels::attention_weights", _weights_fake, lib=_library)
 
 forward_op = torch.ops.seqkernels.attention_forward.default
 backward_op = torch.ops.seqkernels.attention_backward.default
+weights_op = torch.ops.seqkernels.attention_weights.default
+
+
+#: Places of the bias and the sink among the packed tensors, which are arguments 3 and on of the Function.
+_BIAS, _SINK = 1, 6
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        scale: float,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = forward_op(q, k, v, mask, bias, scale, is_causal)
-        ctx.save_for_backward(q, k, v, mask, bias, out, lse)
-        ctx.scale, ctx.is_causal = scale, is_causal
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, numbers, settings = args
+        out, lse = forward_op(q, k, v, tensors, numbers, settings)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.numbers, ctx.settings = numbers, settings
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, bias, out, lse = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if grad_out is None and grad_lse is None:
+            return tuple(grads)
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        places = (0, 1, 2, 3 + _BIAS, 3 + _SINK)
+        needs = [ctx.needs_input_grad[place] for place in places]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad_q, grad_k, grad_v, grad_bias = _differentiable_backward(ctx, grad_out, grad_lse)
-            return grad_q, grad_k, grad_v, None, grad_bias, None, None
-        bias_grad = ctx.needs_input_grad[4]
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-            delta = torch.zeros_like(lse)
+            found = _differentiable_backward(ctx, needs, grad_out, grad_lse)
         else:
-            delta = (grad_out.to(lse.dtype) * out).sum(-1)
-        if grad_lse is not None:
-            delta = delta - grad_lse
-        grad_q, grad_k, grad_v, grad_bias = backward_op(
-            grad_out, q, k, v, mask, bias, lse, delta, ctx.scale, ctx.is_causal, bias_grad
-        )
-        return grad_q, grad_k, grad_v, None, grad_bias if bias_grad else None, None, None
+            found = (None,) * 4
+            if any(needs[:4]):
+                both = [grad_out, grad_lse]
+                found = backward_op(both, q, k, v, out, lse, tensors, ctx.numbers, ctx.settings, needs[:4])
+            sink = tensors[_SINK]
+            found = (*found, _sink_gradient(sink, grad_out, grad_lse, out, lse) if needs[4] else None)
+        for place, need, grad in zip(places, needs, found, strict=True):
+            grads[place] = grad if need else None
+        return tuple(grads)
 
 
-def _differentiable_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _sink_gradient(sink: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """The sink's weight in each row, times what its rise takes from the row."""
+    loss = torch.zeros_like(lse) if grad_lse is None else -grad_lse
+    if grad_out is not None:
+        loss = loss + (grad_out.to(lse.dtype) * out).sum(-1)
+    # Rows of no document have no log-sum-exp.
+    weight = torch.where(lse == -torch.inf, 0, (sink.view(-1, 1) - lse).exp())
+    return -(weight * loss).sum((0, 2))
+
+
+def _differentiable_backward(
+    ctx: Any, needs: list[bool], grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Gradients as a graph, for the second order: the dense reference, recomputed from the saved inputs."""
     from ..backends.reference.attention import attention as reference
 
-    q, k, v, mask, bias, _, _ = ctx.saved_tensors
-    inputs = (q, k, v, bias)
-    needs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
+    q, k, v, _, _, *tensors = ctx.saved_tensors
+    scores = Scores.unpack(tensors, ctx.numbers, ctx.settings)
+    inputs = (q, k, v, scores.bias, scores.sink)
     with torch.enable_grad():
-        outputs = reference(q, k, v, mask, bias, ctx.scale, ctx.is_causal)
+        outputs = reference(q, k, v, scores)
         pairs = [(out, grad) for out, grad in zip(outputs, (grad_out, grad_lse), strict=True) if grad is not None]
         wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
         found = iter(
@@ -165,8 +202,7 @@ def _differentiable_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor
     return tuple(next(found) if needed else None for needed in needs)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
-    """Raise the error that names the argument which breaks the contract of `attention`."""
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -178,8 +214,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | N
             raise TypeError(f"{name}: expected {q.dtype} as q, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected on {q.device} as q, got {tensor.device}")
-    batch, heads, queries, size = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
+    batch, heads, _, size = q.shape
+    kv_heads = k.shape[1]
     if k.shape[0] != batch or k.shape[3] != size or kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(
             f"k: expected shape ({batch}, Hk, N, {size}) with Hk a divisor of {heads} to match q"
@@ -189,19 +225,72 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | N
         raise ValueError(f"v: expected shape {(*k.shape[:3], 'Dv')} to match k, got {tuple(v.shape)}")
     if not 1 <= size <= 512 or not 1 <= v.shape[3] <= 512:
         raise ValueError(f"q, v: head sizes from 1 to 512 are allowed, got {size} and {v.shape[3]}")
-    full = (batch, heads, queries, keys)
-    extras: tuple[tuple[str, Tensor | None, torch.dtype], ...] = (("mask", mask, torch.bool), ("bias", bias, q.dtype))
-    for name, extra, dtype in extras:
+
+
+def _check_tensor(
+    name: str, x: Any, dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...], q: Tensor
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected on {q.device} as q, got {x.device}")
+    if tuple(x.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> None:
+    """Raise the error that names the argument which breaks the contract of `attention`."""
+    _check_inputs(q, k, v)
+    if scores.cu_seqlens_q is not None or scores.cu_seqlens_k is not None:
+        _check_documents(q, scores)
+    full = scores.shape(q, k)
+    acc = accumulate_dtype(q.dtype)
+    for name, extra, dtypes in (("mask", scores.mask, (torch.bool,)), ("bias", scores.bias, (q.dtype, acc))):
         if extra is None:
             continue
-        if not isinstance(extra, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(extra).__name__}")
-        if extra.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}, got {extra.dtype}")
-        if extra.device != q.device:
-            raise ValueError(f"{name}: expected on {q.device} as q, got {extra.device}")
+        _check_tensor(name, extra, tuple(dict.fromkeys(dtypes)), (tuple(getattr(extra, "shape", ())),), q)
         if extra.dim() != 4 or any(have != 1 and have != want for have, want in zip(extra.shape, full, strict=True)):
             raise ValueError(f"{name}: expected 4 dimensions, each 1 or as in {full}, got {tuple(extra.shape)}")
+    for name, bound in (("left", scores.left), ("right", scores.right)):
+        if bound < UNBOUNDED:
+            raise ValueError(f"{name}: expected at least 0, or {UNBOUNDED} for no bound, got {bound}")
+    batch, heads = full[:2]
+    if scores.key_lengths is not None:
+        _check_tensor("key_lengths", scores.key_lengths, (torch.int32,), ((batch,),), q)
+    if scores.alibi_slopes is not None:
+        _check_tensor("alibi_slopes", scores.alibi_slopes, (torch.float32,), ((heads,), (batch, heads)), q)
+        if scores.alibi_slopes.requires_grad:
+            raise ValueError("alibi_slopes: has no gradient; a bias has one")
+    if scores.sink is not None:
+        _check_tensor("sink", scores.sink, (acc,), ((heads,),), q)
+    if not 0.0 <= scores.softcap < float("inf"):
+        raise ValueError(f"softcap: expected a positive number, or 0 for none, got {scores.softcap}")
+    if not 0.0 <= scores.dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {scores.dropout_p}")
+    if scores.dropout_p > 0.0:
+        if scores.seed is None:
+            raise ValueError("seed: expected a Tensor, as dropout_p is not 0, got None")
+        _check_tensor("seed", scores.seed, (torch.int64,), ((),), q)
+
+
+def _check_documents(q: Tensor, scores: Scores) -> None:
+    if scores.cu_seqlens_q is None or scores.cu_seqlens_k is None:
+        raise ValueError("cu_seqlens_q, cu_seqlens_k: expected both or neither")
+    if q.shape[0] != 1:
+        raise ValueError(f"q: expected one batch entry, with cu_seqlens_q, got {tuple(q.shape)}")
+    for name, x in (("cu_seqlens_q", scores.cu_seqlens_q), ("cu_seqlens_k", scores.cu_seqlens_k)):
+        shape = tuple(getattr(x, "shape", ()))
+        _check_tensor(name, x, (torch.int32,), (shape,), q)
+        if len(shape) != 1 or shape[0] == 0 or shape != tuple(scores.cu_seqlens_q.shape):
+            raise ValueError(
+                f"{name}: expected one dimension, the number of documents plus 1,"
+                f" {tuple(scores.cu_seqlens_q.shape)} as cu_seqlens_q, got {shape}"
+            )
+    for name, most in (("max_seqlen_q", scores.max_seqlen_q), ("max_seqlen_k", scores.max_seqlen_k)):
+        if most < 0:
+            raise ValueError(f"{name}: expected at least 0, got {most}")
 
 
 def attention(
@@ -213,6 +302,7 @@ def attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Scaled dot-product attention with its log-sum-exp.
 
@@ -220,27 +310,42 @@ def attention(
         q: (B, Hq, M, D), float32, float64, bfloat16 or float16, D from 1 to 512; any strides.
         k: (B, Hk, N, D), Hq a multiple of Hk: query head h reads key head ``h // (Hq // Hk)``.
         v: (B, Hk, N, Dv).
-        mask: bool, four dimensions, each 1 or as in (B, Hq, M, N); ``True`` keeps a key.
-        bias: like `mask` but of the dtype of `q`; added to the scaled scores; has a gradient.
+        mask: see `seqkernels.scores.Scores`, as all others.
+        bias: likewise.
         scale: factor on ``q k^T``; 1/sqrt(D) by default.
-        is_causal: query i sees keys 0..i (aligned top-left, as in torch).
+        is_causal: short for ``right=0``: query i sees keys 0..i.
+        **options: the other fields of `seqkernels.scores.Scores`.
 
     Returns:
         ``out`` (B, Hq, M, Dv), laid out in memory as (B, M, Hq, Dv), and ``lse`` (B, Hq, M) in float32 (float64
-        for float64 inputs). A row whose keys are all masked gives 0 and -inf and zero gradients; NaN in masked
-        keys and values has no influence.
+        for float64 inputs), with the sink in it. A row whose keys are all masked gives 0 and -inf and zero gradients;
+        NaN in masked keys and values has no influence. So do rows of `q` that belong to no document.
 
     Raises:
         ValueError, TypeError: the message names the argument, what it was and what is allowed.
     """
-    check(q, k, v, mask, bias)
-    if scale is None:
-        scale = q.shape[3] ** -0.5
+    if is_causal:
+        options["right"] = 0
+    scores = Scores(q.shape[-1] ** -0.5 if scale is None else scale, mask, bias, **options)
+    check(q, k, v, scores)
+    return attend(q, k, v, scores)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """`attention` of arguments that are known to be right."""
+    if scores.bottom_right and scores.cu_seqlens_q is None and scores.key_lengths is None and q.shape[2] == k.shape[2]:
+        scores = scores._replace(bottom_right=False)
+    bias, sink = scores.bias, scores.sink
     if torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sink is not None and sink.requires_grad)
     ):
         if torch.compiler.is_compiling():
             # Dynamo takes no tensor twice as an argument of a Function.
             k, v = k.view_as(k), v.view_as(v)
-        return _Attention.apply(q, k, v, mask, bias, scale, is_causal)
-    return forward_op(q, k, v, mask, bias, scale, is_causal)
+        tensors, numbers, settings = scores.pack()
+        return _Attention.apply(q, k, v, *tensors, numbers, settings)
+    return forward_op(q, k, v, *scores.pack())

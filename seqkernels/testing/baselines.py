@@ -13,6 +13,7 @@ from ..backends.reference.attention import attention as reference_attention
 from ..backends.reference.recurrence import recurrence as reference_recurrence
 from ..backends.reference.recurrence_step import States, recurrent_part, step, zone_out
 from ..cells import CELLS, DETACH, HOLD, RESET, Weights, accumulate_dtype
+from ..scores import Scores
 from .inputs import OPTIONS, recurrence_weights
 
 Recurrence = Callable[..., tuple[Tensor | None, ...]]
@@ -123,9 +124,13 @@ def attention_oracle(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`seqkernels.ops.attention.attention` by the differentiable reference, without ops or a registry between."""
-    return reference_attention(q, k, v, mask, bias, q.shape[3] ** -0.5 if scale is None else scale, is_causal)
+    if is_causal:
+        options["right"] = 0
+    scores = Scores(q.shape[3] ** -0.5 if scale is None else scale, mask, bias, **options)
+    return reference_attention(q, k, v, scores)
 
 
 def torch_attention(

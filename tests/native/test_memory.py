@@ -17,6 +17,7 @@ from seqkernels import testing
 from seqkernels.backends import native
 from seqkernels.cells import CELLS, DTYPES
 from seqkernels.ops import attention, recurrence
+from seqkernels.scores import UNBOUNDED, Scores
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -177,7 +178,9 @@ def test_attention(heads: tuple[int, int], dtype: torch.dtype) -> None:
             requires_grad=False,
         )
         for _ in settings():
-            out, lse = attention.forward_op(*inputs, 0.3, is_causal)
+            packed = Scores(0.3, inputs.mask, inputs.bias, right=0 if is_causal else UNBOUNDED).pack()
+            out, lse = attention.forward_op(*inputs[:3], *packed)
             finite(out)
             assert not lse.isnan().any()
-            finite(*attention.backward_op(out, *inputs, lse, torch.zeros_like(lse), 0.3, is_causal, bias is not None))
+            needs = [True] * 3 + [bias is not None]
+            finite(*attention.backward_op([out, None], *inputs[:3], out, lse, *packed, needs))

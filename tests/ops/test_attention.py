@@ -14,6 +14,7 @@ import seqkernels
 from seqkernels import testing
 from seqkernels.cells import DTYPES
 from seqkernels.ops.attention import attention, backward_op, forward_op
+from seqkernels.scores import Scores
 
 from .judging import judge
 
@@ -282,15 +283,13 @@ def test_scores_of_any_size(runner):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_what_one_saves_another_reads(plain_runner, other_backend, dtype):
     inputs = testing.attention_inputs(1, 4, 6, 9, 12, dtype, kv_heads=2, mask="B1MN", bias="1HMN", requires_grad=False)
-    options = (inputs.q.shape[3] ** -0.5, True)
-    out, lse = forward_op(*inputs, *options)
+    scores = Scores(inputs.q.shape[3] ** -0.5, inputs.mask, inputs.bias, right=0)
+    out, lse = forward_op(*inputs[:3], *scores.pack())
     grad = out.flip(-1)
-    delta = (grad.to(lse.dtype) * out).sum(-1)
-    call = (grad, *inputs, lse, delta, *options, True)
     with seqkernels.use_backend(other_backend):
-        found = backward_op(*call)
+        found = backward_op([grad, None], *inputs[:3], out, lse, *scores.pack(), [True] * 4)
     names = ("grad_q", "grad_k", "grad_v", "grad_bias")
-    judge(dict(zip(names, found, strict=True)), inputs, {"out": grad}, scale=options[0], is_causal=options[1])
+    judge(dict(zip(names, found, strict=True)), inputs, {"out": grad}, scale=scores.scale, is_causal=True)
 
 
 def test_runs_are_reproducible(runner):

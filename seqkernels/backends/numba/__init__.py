@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from .. import Call
 
-#: Features of recurrences that it leaves to others.
-_DECLINED = ("checkpoint", "gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout")
+#: Features that it leaves to others.
+_DECLINED = {
+    "recurrence": ("checkpoint", "gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout"),
+    "attention": (
+        "alibi",
+        "bias32",
+        "bottom_right",
+        "dropout",
+        "key_lengths",
+        "sink",
+        "softcap",
+        "varlen",
+        "weights",
+        "window",
+    ),
+}
 
 
 def unavailable() -> str | None:
@@ -18,8 +32,8 @@ def unavailable() -> str | None:
 
 
 def unsupported(call: Call) -> str | None:
-    """``None`` for every call on the CPU without options of the cell, else why it cannot run."""
+    """``None`` for plain calls on the CPU, else why it cannot run."""
     if call.device != "cpu":
         return f"runs on cpu only, not on {call.device}"
-    declined = [name for name in call.features if name in _DECLINED]
+    declined = [name for name in call.features if name in _DECLINED[call.op]]
     return f"has no {', '.join(declined)}" if declined else None

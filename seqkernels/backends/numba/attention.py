@@ -8,6 +8,7 @@ backward pass by heads. Mathematics: ``docs/attention.md``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...cells import accumulate_dtype
+from ...scores import Scores
 from .simd import PANEL_BYTES, Array, add_product, exp, exp_minus, flat, kernel, panels, strided
 from .team import run, team_size
 
@@ -314,14 +316,13 @@ def _inputs(
     )
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """``seqkernels::attention_forward``; the arguments are those of `seqkernels.ops.attention.attention`.
 
     Returns:
         ``out`` (B, Hq, M, Dv), laid out in memory as (B, M, Hq, Dv), and ``lse`` (B, Hq, M).
     """
+    mask, bias, scale, is_causal = scores.mask, scores.bias, scores.scale, scores.right == 0
     acc = accumulate_dtype(q.dtype)
     batch, heads, num_queries, size = q.shape
     num_keys, value_size = v.shape[2:]
@@ -349,36 +350,34 @@ def attention_forward(
 
 
 def attention_backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
-    scale: float,
-    is_causal: bool,
-    bias_grad: bool,
+    scores: Scores,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``seqkernels::attention_backward``.
 
     Args:
-        grad_out: (B, Hq, M, Dv).
-        q: (B, Hq, M, D), and the following as in the forward pass.
-        k: (B, Hk, N, D).
-        v: (B, Hk, N, Dv).
-        mask: bool, broadcasts to (B, Hq, M, N), or ``None``.
-        bias: likewise, of the dtype of q.
-        lse: (B, Hq, M), from the forward pass of any implementation.
-        delta: (B, Hq, M), the row sums of ``grad_out * out``, less the gradient of lse.
-        scale: as in the forward pass.
-        is_causal: as in the forward pass.
-        bias_grad: whether the gradient of `bias` is wanted.
+        grad_out: (B, Hq, M, Dv), or ``None`` for zeros.
+        grad_lse: (B, Hq, M), or ``None`` for zeros.
+        q, k, v, scores: as in the forward pass.
+        out, lse: of the forward pass.
+        needs: which gradients are wanted.
 
     Returns:
-        Gradients of q, k, v, laid out in memory as (B, L, H, D), and of bias (empty unless wanted).
+        Gradients of q, k, v, laid out in memory as (B, L, H, D), and of bias; empty where they are not wanted.
     """
+    mask, bias, scale, is_causal = scores.mask, scores.bias, scores.scale, scores.right == 0
+    bias_grad = needs[3]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    delta = (grad_out.to(lse.dtype) * out).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
     acc = accumulate_dtype(q.dtype)
     batch, heads, num_queries, size = q.shape
     kv_heads, num_keys, value_size = v.shape[1:]
@@ -418,9 +417,9 @@ def attention_backward(
     grad_q.mul_(scale)
     grad_k.mul_(scale)
     return (
-        _result(grad_q, heads, size, q.dtype),
-        _result(grad_k, kv_heads, size, q.dtype),
-        _result(grad_v, kv_heads, value_size, q.dtype),
+        _result(grad_q, heads, size, q.dtype) if needs[0] else q.new_empty(0),
+        _result(grad_k, kv_heads, size, q.dtype) if needs[1] else q.new_empty(0),
+        _result(grad_v, kv_heads, value_size, q.dtype) if needs[2] else q.new_empty(0),
         grad_bias.sum(0).to(q.dtype),
     )
 

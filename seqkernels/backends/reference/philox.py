@@ -1,4 +1,4 @@
-"""Philox4x32-10, the counter-based generator of the random zoneout, in tensor arithmetic.
+"""Philox4x32-10, the counter-based generator of zoneout and dropout, in tensor arithmetic.
 
 Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words of 32 bits lie in int64, and
 products are taken in halves of 16 bits, so nothing overflows.
@@ -45,6 +45,20 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
+def words(seed: Tensor, index: Tensor) -> Words:
+    """Four random words for each index.
+
+    Args:
+        seed: () int64; its low and high 32 bits are the key.
+        index: any shape, int64, not negative; its low and high 32 bits are the first two words of the counter.
+
+    Returns:
+        Four int64 tensors of the shape of `index`, with words of 32 bits.
+    """
+    zero = torch.zeros_like(index)
+    return philox((index & _WORD, index >> 32, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
+
+
 def uniform(seed: Tensor, index: Tensor) -> Tensor:
     """Random numbers in [0, 1), multiples of 2^-24, each a function of `seed` and of its index alone.
 
@@ -55,6 +69,4 @@ def uniform(seed: Tensor, index: Tensor) -> Tensor:
     Returns:
         float32 of the shape of `index`.
     """
-    zero = torch.zeros_like(index)
-    words = philox((index & _WORD, index >> 32, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
-    return (words[0] >> 8).to(torch.float32) * 2.0**-24
+    return (words(seed, index)[0] >> 8).to(torch.float32) * 2.0**-24
