@@ -346,6 +346,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Ten
         if torch.compiler.is_compiling():
             # Dynamo takes no tensor twice as an argument of a Function.
             k, v = k.view_as(k), v.view_as(v)
+            if scores.cu_seqlens_k is not None:
+                scores = scores._replace(cu_seqlens_k=scores.cu_seqlens_k.view_as(scores.cu_seqlens_k))
         tensors, numbers, settings = scores.pack()
         return _Attention.apply(q, k, v, *tensors, numbers, settings)
     return forward_op(q, k, v, *scores.pack())
