@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._attend import attention as attention
+from ._attend import merge as merge
 from ._attention import scaled_dot_product_attention as scaled_dot_product_attention
 from ._options import Options, check
 from ._options import Trace as Trace

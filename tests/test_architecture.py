@@ -27,6 +27,7 @@ LAYERS = {
     "backends": 1,
     "_options": 2,
     "ops": 2,
+    "_attend": 3,
     "_attention": 3,
     "_recurrent": 3,
     "functional": 4,
