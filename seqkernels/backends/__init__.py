@@ -124,9 +124,11 @@ def select(call: Call) -> Decision:
     if decision is None:
         decision = _decisions[forced, call] = _decide(forced, call)
     recorder = _recorder.get()
+    # Weights of attention fill (M, N) elements whoever computes them.
+    slow = decision.chosen == "reference" and "weights" not in call.features
     if recorder is not None:
         recorder.append(decision)
-    elif decision.chosen == "reference" and forced is None and call not in _warned:
+    elif slow and forced is None and call not in _warned:
         _warned.add(call)
         others = "; ".join(f"{name}: {why}" for name, why in decision.reasons.items() if why)
         warnings.warn(
@@ -135,6 +137,12 @@ def select(call: Call) -> Decision:
             stacklevel=2,
         )
     return decision
+
+
+def choice(call: Call) -> str | None:
+    """Name of the implementation that `select` would choose, ``None`` for none; neither warned of nor recorded."""
+    forced = _forced.get()
+    return next((name for name in (order(call) if forced is None else (forced,)) if why_not(name, call) is None), None)
 
 
 def unobserved() -> bool:
