@@ -1,0 +1,315 @@
+"""The weights of attention, for who asks to see them, and what each key receives of them.
+
+`weights` has its own op, whose gradient is computed head by head by the dense reference. `column_sums` needs no kernel
+of its own: the sums ``c_j = sum_i p_ij`` are the gradient of values of size 1, ``c = dL/dg`` with
+``L = sum_i (sum_j p_ij g_j)``, and their gradient for a cotangent g is that of L, attention with g as the values.
+
+B batch, Hq query heads, Hk key/value heads, M queries, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cells import accumulate_dtype
+from ..scores import Scores, dropout_threshold
+from .attention import _BIAS, _PACKED, _SINK, _library, _sink_gradient, _Tensors, attend, forward_op, weights_op
+from .attention import backward_op as attention_backward_op
+
+_library.define(
+    f"attention_weights_backward(Tensor grad, Tensor q, Tensor k, {_PACKED}, bool average, bool[] needs)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_bias, Tensor grad_sink)"
+)
+
+#: Places of q, k, the bias and the sink among the arguments of the Functions.
+_PLACES = (0, 1, 3 + _BIAS, 3 + _SINK)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """`seqkernels.ops.attention.attend` as plain operations with the (M, N) matrix in memory: for any head size."""
+    from ..backends.reference.attention import attention
+
+    return attention(q, k, v, scores)
+
+
+def _dense_weights(q: Tensor, k: Tensor, scores: Scores) -> Tensor:
+    """(B, Hq, M, N) weights after dropout, differentiable any number of times."""
+    from ..backends.reference.attention import attention, attention_weights
+
+    _, lse = attention(q, k, k[..., :1], scores)
+    return attention_weights(q, k, lse, scores, False)
+
+
+def of_heads(scores: Scores, heads: slice) -> Scores:
+    """What `scores` says of some of the heads, as views. Not for dropout, which counts all heads."""
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == 1 else x[:, heads]
+
+    slopes, sink = scores.alibi_slopes, scores.sink
+    return scores._replace(
+        mask=cut(scores.mask),
+        bias=cut(scores.bias),
+        alibi_slopes=None if slopes is None else slopes[..., heads].contiguous(),
+        sink=None if sink is None else sink[heads],
+    )
+
+
+def _dropped_of_head(scores: Scores, shape: tuple[int, int, int, int], head: int) -> Tensor:
+    """(B, 1, M, N) of `seqkernels.backends.reference.attention.dropped`, without the other heads."""
+    from ..backends.reference.attention import DROPOUT_BLOCK
+    from ..backends.reference.philox import words
+
+    assert scores.seed is not None
+    batch, heads, queries, keys = shape
+    device = scores.seed.device
+    blocks, counters = -(-keys // DROPOUT_BLOCK), DROPOUT_BLOCK // 4
+    first = (torch.arange(batch, device=device) * heads + head) * queries
+    rows = first.view(-1, 1, 1, 1) + torch.arange(queries, device=device).view(-1, 1, 1)
+    place = torch.arange(blocks * counters, device=device).view(blocks, 1, counters)
+    found = torch.cat(words(scores.seed, rows.unsqueeze(-1) * (blocks * counters) + place), -2)
+    return found.view(batch, 1, queries, blocks * DROPOUT_BLOCK)[..., :keys] < dropout_threshold(scores.dropout_p)
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, scores: Scores, average: bool, needs: list[bool], create_graph: bool
+) -> list[Tensor | None]:
+    """Gradients of q, k, bias and sink, with the (M, N) matrices of one head at a time unless a graph is wanted."""
+    acc = accumulate_dtype(q.dtype)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    group = heads // max(kv_heads, 1)
+    given = (q, k, scores.bias, scores.sink)
+    parts: list[list[Tensor]] = [[], [], [], []]
+    for head in range(heads):
+        one = slice(head, head + 1)
+        with torch.enable_grad():
+            part = of_heads(scores, one)._replace(dropout_p=0.0, seed=None)
+            inputs = (
+                q[:, one].to(acc),
+                k[:, head // group : head // group + 1].to(acc),
+                None if part.bias is None else part.bias.to(acc),
+                part.sink,
+            )
+            weights = _dense_weights(inputs[0], inputs[1], part._replace(bias=inputs[2], sink=inputs[3]))
+        cotangent = grad.unsqueeze(1) / heads if average else grad[:, one]
+        if scores.dropout_p > 0.0:
+            drop = _dropped_of_head(scores, scores.shape(q, k), head)
+            cotangent = torch.where(drop, 0, cotangent / max(1.0 - scores.dropout_p, 2.0**-60))
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+        found = iter(torch.autograd.grad(weights, wanted, cotangent, create_graph=create_graph, materialize_grads=True))
+        for column, x, need in zip(parts, inputs, needs, strict=True):
+            if need and x is not None:
+                column.append(next(found))
+    return [
+        _join(columns, x) if need and x is not None else None
+        for columns, x, need in zip(parts, given, needs, strict=True)
+    ]
+
+
+def _join(parts: list[Tensor], x: Tensor) -> Tensor:
+    """Gradients by query head as one of `x`, whose heads (dimension 1, of a sink 0) each had as many of them."""
+    if not parts:
+        return torch.zeros_like(x)
+    dim = min(1, x.dim() - 1)
+    group = len(parts) // x.shape[dim]
+    sums = [sum(parts[first + 1 : first + group], parts[first]) for first in range(0, len(parts), group)]
+    return torch.cat(sums, dim).to(x.dtype)
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    tensors: _Tensors,
+    numbers: list[float],
+    settings: list[int],
+    average: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores = Scores.unpack(tensors, numbers, settings)
+    leaves = [
+        None if x is None else x.detach().requires_grad_(need)
+        for x, need in zip((q, k, scores.bias, scores.sink), needs, strict=True)
+    ]
+    assert leaves[0] is not None
+    assert leaves[1] is not None
+    scores = scores._replace(bias=leaves[2], sink=leaves[3])
+    found = _gradients(grad, leaves[0], leaves[1], scores, average, needs, create_graph=False)
+    a, b, c, d = (q.new_empty(0) if x is None else x.contiguous() for x in found)
+    return a, b, c, d
+
+
+def _backward_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    tensors: _Tensors,
+    numbers: list[float],
+    settings: list[int],
+    average: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = (q, k, tensors[_BIAS], tensors[_SINK])
+    a, b, c, d = (
+        x.new_empty(x.shape) if need and x is not None else q.new_empty(0) for x, need in zip(given, needs, strict=True)
+    )
+    return a, b, c, d
+
+
+_library.impl("attention_weights_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("seqkernels::attention_weights_backward", _backward_fake, lib=_library)
+
+backward_op = torch.ops.seqkernels.attention_weights_backward.default
+
+
+def _needs(ctx: Any) -> list[bool]:
+    return [ctx.needs_input_grad[place] for place in _PLACES]
+
+
+def _placed(ctx: Any, needs: list[bool], found: Any) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for place, need, grad in zip(_PLACES, needs, found, strict=True):
+        grads[place] = grad if need else None
+    return tuple(grads)
+
+
+class _Weights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
+        *tensors, numbers, settings, average = args
+        ctx.save_for_backward(q, k, *tensors)
+        ctx.numbers, ctx.settings, ctx.average = numbers, settings, average
+        found: Tensor = weights_op(q, k, lse, tensors, numbers, settings, average)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, *tensors = ctx.saved_tensors
+        needs = _needs(ctx)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            scores = Scores.unpack(tensors, ctx.numbers, ctx.settings)
+            return _placed(ctx, needs, _gradients(grad, q, k, scores, ctx.average, needs, create_graph=True))
+        found = backward_op(grad, q, k, tensors, ctx.numbers, ctx.settings, ctx.average, needs)
+        return _placed(ctx, needs, found)
+
+
+class _ColumnSums(torch.autograd.Function):
+    """One key head for each query head, inputs in the accumulation dtype, no dropout."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
+        *tensors, numbers, settings = args
+        ctx.save_for_backward(q, k, *tensors)
+        ctx.numbers, ctx.settings = numbers, settings
+        one = q.new_ones(())
+        rows, values = one.expand(*q.shape[:3], 1), one.expand(*k.shape[:3], 1)
+        needs = [False, False, True, False]
+        found = attention_backward_op([rows, None], q, k, values, rows, lse, tensors, numbers, settings, needs)
+        sums: Tensor = found[2].squeeze(3)
+        return sums.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, *tensors = ctx.saved_tensors
+        needs = _needs(ctx)
+        values = grad.unsqueeze(3)
+        rows = q.new_ones(()).expand(*q.shape[:3], 1)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            scores = Scores.unpack(tensors, ctx.numbers, ctx.settings)
+            out, _ = attend(q, k, values, scores)
+            given = (q, k, scores.bias, scores.sink)
+            wanted = [x for x, need in zip(given, needs, strict=True) if need and x is not None]
+            every = iter(torch.autograd.grad(out, wanted, rows, create_graph=True, materialize_grads=True))
+            return _placed(ctx, needs, [next(every) if need else None for need in needs])
+        out, lse = forward_op(q, k, values, tensors, ctx.numbers, ctx.settings)
+        some = [needs[0], needs[1], False, needs[2]]
+        found = attention_backward_op([rows, None], q, k, values, out, lse, tensors, ctx.numbers, ctx.settings, some)
+        sink = _sink_gradient(tensors[_SINK], rows, None, out, lse) if needs[3] else None
+        return _placed(ctx, needs, (found[0], found[1], found[3], sink))
+
+
+def _differentiated(q: Tensor, k: Tensor, scores: Scores) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, scores.bias, scores.sink))
+
+
+def _plain(q: Tensor, k: Tensor, scores: Scores) -> Scores:
+    """`scores` without an alignment that says nothing, as `attend` has it."""
+    square = scores.cu_seqlens_q is None and scores.key_lengths is None and q.shape[2] == k.shape[2]
+    return scores._replace(bottom_right=False) if square else scores
+
+
+def weights(q: Tensor, k: Tensor, lse: Tensor, scores: Scores, average: bool = False) -> Tensor:
+    """The weights that attention gave its values.
+
+    They are stored only as they are returned: averaged ones by one head at a time where the implementation can, and so
+    are their gradients.
+
+    Args:
+        q: (B, Hq, M, D), as in the call of `seqkernels.ops.attention.attention`.
+        k: (B, Hk, N, D), likewise.
+        lse: (B, Hq, M), which that call returned. A function of the others here: what it requires of a gradient goes
+            to `q`, `k`, the bias and the sink.
+        scores: of that call. With its dropout the weights are those after it.
+        average: over the heads.
+
+    Returns:
+        (B, Hq, M, N), or with `average` (B, M, N), in the accumulation dtype (float32; float64 for float64); of
+        documents (`Scores.cu_seqlens_q`), with B documents, M `max_seqlen_q` and N `max_seqlen_k`. Rows whose keys are
+        all masked are 0. Differentiable in `q`, `k`, the bias and the sink, any number of times.
+    """
+    scores = _plain(q, k, scores)
+    if not 1 <= q.shape[3] <= 512 or k.shape[1] == 0:
+        every = _dense_weights(q, k, scores)
+        return every.mean(1) if average else every
+    if not _differentiated(q, k, scores):
+        found: Tensor = weights_op(q, k, lse, *scores.pack(), average)
+        return found
+    if torch.compiler.is_compiling():
+        # Dynamo takes no tensor twice as an argument of a Function.
+        k = k.view_as(k)
+    tensors, numbers, settings = scores.pack()
+    return _Weights.apply(q, k, lse.detach(), *tensors, numbers, settings, average)
+
+
+def column_sums(q: Tensor, k: Tensor, lse: Tensor, scores: Scores) -> Tensor:
+    """The attention that each key receives: the sum of its weights over the queries, before dropout.
+
+    Memory is O(N), in the backward pass too. This is what token eviction ("heavy hitters", Zhang et al., "H2O", 2023)
+    ranks keys by.
+
+    Args:
+        q: (B, Hq, M, D), as in the call of `seqkernels.ops.attention.attention`; D from 1 to 512.
+        k: (B, Hk, N, D), likewise.
+        lse: (B, Hq, M), which that call returned. A function of the others here: what it requires of a gradient goes
+            to `q`, `k`, the bias and the sink.
+        scores: of that call.
+
+    Returns:
+        (B, Hq, N), of each query head, in the accumulation dtype (float32; float64 for float64); of documents
+        (`Scores.cu_seqlens_q`) (1, Hq, all keys). Keys that no query reads have 0. Differentiable in `q`, `k`, the
+        bias and the sink, any number of times.
+    """
+    acc = accumulate_dtype(q.dtype)
+    bias = None if scores.bias is None else scores.bias.to(acc)
+    scores = _plain(q, k, scores)._replace(bias=bias, dropout_p=0.0, seed=None)
+    q, k, lse = q.to(acc), k.to(acc), lse.detach()
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads == kv_heads:
+        return _column_sums(q, k, lse, scores)
+    group = heads // kv_heads
+    found = []
+    for head in range(kv_heads):
+        part = slice(head * group, (head + 1) * group)
+        key = k[:, head : head + 1].expand(-1, group, -1, -1)
+        found.append(_column_sums(q[:, part], key, lse[:, part], of_heads(scores, part)))
+    return torch.cat(found, 1)
+
+
+def _column_sums(q: Tensor, k: Tensor, lse: Tensor, scores: Scores) -> Tensor:
+    if torch.compiler.is_compiling():
+        k = k.view_as(k)
+    tensors, numbers, settings = scores.pack()
+    return _ColumnSums.apply(q, k, lse, *tensors, numbers, settings)
