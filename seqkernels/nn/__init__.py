@@ -6,6 +6,21 @@ from ..functional import Trace
 from .alignment import BilinearAttention
 from .attention import MultiheadAttention
 from .cells import GRUCell, LSTMCell, RNNCell
+from .positional import ALiBi, LearnedEncoding, RotaryEmbedding, SinusoidalEncoding
 from .rnn import GRU, LSTM, RNN
 
-__all__ = ["GRU", "LSTM", "RNN", "BilinearAttention", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell", "Trace"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "ALiBi",
+    "BilinearAttention",
+    "GRUCell",
+    "LSTMCell",
+    "LearnedEncoding",
+    "MultiheadAttention",
+    "RNNCell",
+    "RotaryEmbedding",
+    "SinusoidalEncoding",
+    "Trace",
+]
