@@ -12,6 +12,13 @@ from torch import Tensor
 from ._attend import attention as attention
 from ._attend import merge as merge
 from ._attention import scaled_dot_product_attention as scaled_dot_product_attention
+from ._flash import flash_attn_func as flash_attn_func
+from ._flash import flash_attn_kvpacked_func as flash_attn_kvpacked_func
+from ._flash import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func
+from ._flash import flash_attn_varlen_func as flash_attn_varlen_func
+from ._flash import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
+from ._flash import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
+from ._flash import flash_attn_with_kvcache as flash_attn_with_kvcache
 from ._options import Options, check
 from ._options import Trace as Trace
 from ._recurrent import run, step

@@ -29,6 +29,7 @@ LAYERS = {
     "ops": 2,
     "_attend": 3,
     "_attention": 3,
+    "_flash": 3,
     "_recurrent": 3,
     "functional": 4,
     "nn": 5,
