@@ -326,9 +326,9 @@ def attention(
     """
     if is_causal:
         options["right"] = 0
-    scores = Scores(q.shape[-1] ** -0.5 if scale is None else scale, mask, bias, **options)
+    scores = Scores(1.0 if scale is None else scale, mask, bias, **options)
     check(q, k, v, scores)
-    return attend(q, k, v, scores)
+    return attend(q, k, v, scores._replace(scale=q.shape[3] ** -0.5) if scale is None else scores)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
