@@ -14,11 +14,13 @@ from __future__ import annotations
 from .baselines import attention_oracle, recurrence_oracle, torch_attention, torch_recurrence, torch_tiled_attention
 from .budget import assert_within_budget, check_attention, check_recurrence, evaluate, random_grads
 from .inputs import (
+    ATTENTION_OPTIONS,
     LAYOUTS,
     OPTIONS,
     AttentionInputs,
     RecurrenceInputs,
     attention_inputs,
+    attention_options,
     cast,
     lay_out,
     recurrence_inputs,
@@ -28,12 +30,14 @@ from .inputs import (
 from .switches import force_isa, poisoned_empty, threads
 
 __all__ = [
+    "ATTENTION_OPTIONS",
     "LAYOUTS",
     "OPTIONS",
     "AttentionInputs",
     "RecurrenceInputs",
     "assert_within_budget",
     "attention_inputs",
+    "attention_options",
     "attention_oracle",
     "cast",
     "check_attention",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.reference.attention import attention as reference_attention
+from ..backends.reference.attention import dropped
 from ..backends.reference.recurrence import recurrence as reference_recurrence
 from ..backends.reference.recurrence_step import States, recurrent_part, step, zone_out
 from ..cells import CELLS, DETACH, HOLD, RESET, Weights, accumulate_dtype
-from ..scores import Scores
+from ..scores import UNBOUNDED, Scores
 from .inputs import OPTIONS, recurrence_weights
 
 Recurrence = Callable[..., tuple[Tensor | None, ...]]
@@ -142,21 +144,14 @@ def torch_attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`seqkernels.ops.attention.attention` by ``F.scaled_dot_product_attention``.
+    """`seqkernels.ops.attention.attention` by ``F.scaled_dot_product_attention``, document by document.
 
-    The log-sum-exp, which that function does not return, is a dense computation in the accumulation dtype.
+    Caps, sinks and dropout, which that function lacks or draws otherwise, are operations as in it: scores and softmax
+    in the accumulation dtype, weights rounded to that of v. So is the log-sum-exp, which it does not return.
     """
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    keep = _keep(q, k, mask, is_causal)
-    additive = keep
-    if bias is not None:
-        additive = bias if keep is None else bias.masked_fill(~keep, -torch.inf)
-    alone = is_causal and mask is None and bias is None
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, None if alone else additive, 0.0, alone, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out, _scores(q, k, keep, bias, scale).logsumexp(-1)
+    return _attention(_fused, q, k, v, mask, bias, scale=scale, is_causal=is_causal, **options)
 
 
 def torch_tiled_attention(
@@ -168,37 +163,180 @@ def torch_tiled_attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`seqkernels.ops.attention.attention` by dense torch operations that round as tiled kernels do.
 
-    Tiled kernels take the gradient of a score as ``p (dp - delta)`` with ``delta`` from the rows of ``out`` and its
-    gradient, as torch's own fused kernels; the dense softmax does not, and its rounding errors cancel where few keys
-    dominate. The last term of the output is zero and has the gradient ``-delta`` for the log-sum-exp.
+    Tiled kernels take the gradient of a score as ``p (dp - delta)`` with ``delta`` from the rounded rows of ``out``
+    and their gradient, as torch's own fused kernels; the dense softmax does not, and its rounding errors cancel where
+    few keys dominate.
     """
-    acc = accumulate_dtype(q.dtype)
-    keep = _keep(q, k, mask, is_causal)
-    scores = _scores(q, k, keep, bias, q.shape[3] ** -0.5 if scale is None else scale)
-    lse = scores.logsumexp(-1)
+    return _attention(_tiled, q, k, v, mask, bias, scale=scale, is_causal=is_causal, **options)
+
+
+class _Dense(NamedTuple):
+    """What is done to the scores of queries and keys of one length each, whatever their places mean.
+
+    All but the last three can be broadcast to (B, Hq, M, N).
+    """
+
+    keep: Tensor | None
+    bias: Tensor | None
+    distance: Tensor | None  # subtracted, in the accumulation dtype
+    dropped: Tensor | None
+    sink: Tensor | None
+    scores: Scores  # for its numbers
+    causal: bool  # whether `keep` is ``is_causal`` of torch
+
+    def flip(self) -> _Dense:
+        """The same for keys in reverse order."""
+        keep, bias, distance, drop = (None if x is None else x.flip(3) for x in self[:4])
+        return _Dense(keep, bias, distance, drop, self.sink, self.scores, False)
+
+
+_Core = Callable[[Tensor, Tensor, Tensor, _Dense], tuple[Tensor, Tensor]]
+
+
+def _attention(
+    core: _Core,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The contract by a computation that knows no places and no documents."""
+    if is_causal:
+        options["right"] = 0
+    scores = Scores(q.shape[3] ** -0.5 if scale is None else scale, mask, bias, **options)
+    drop = None
+    if scores.dropout_p > 0.0 and scores.seed is not None:
+        drop = dropped(scores.seed, scores.shape(q, k), scores.dropout_p)
+    if scores.cu_seqlens_q is None or scores.cu_seqlens_k is None:
+        return core(q, k, v, _dense(q, k, scores, drop))
+    starts_q, starts_k = scores.cu_seqlens_q.tolist(), scores.cu_seqlens_k.tolist()
+    parts = [_unread(q[:, :, : starts_q[0]], v)]
+    for b, (first, end, first_k, end_k) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)):
+        rows, keys, values = q[:, :, first:end], k[:, :, first_k:end_k], v[:, :, first_k:end_k]
+        one = (_of_document(x, b, end - first, end_k - first_k) for x in (scores.mask, scores.bias, drop))
+        mask, bias, drop_of_one = one
+        slopes = scores.alibi_slopes
+        of_document = scores._replace(
+            mask=mask,
+            bias=bias,
+            key_lengths=None if scores.key_lengths is None else scores.key_lengths[b : b + 1],
+            alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b],
+        )
+        parts.append(core(rows, keys, values, _dense(rows, keys, of_document, drop_of_one)))
+    parts.append(_unread(q[:, :, starts_q[-1] :], v))
+    out, lse = (torch.cat(column, 2) for column in zip(*parts, strict=True))
+    return out, lse
+
+
+def _unread(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The results of rows of no document."""
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype))
+    return q.new_zeros((*q.shape[:3], v.shape[3])), lse
+
+
+def _of_document(x: Tensor | None, b: int, queries: int, keys: int) -> Tensor | None:
+    return None if x is None else (x if x.shape[0] == 1 else x[b : b + 1])[:, :, :queries, :keys]
+
+
+def _dense(q: Tensor, k: Tensor, scores: Scores, drop: Tensor | None) -> _Dense:
+    queries, keys = q.shape[2], k.shape[2]
+    there: Tensor | int = keys
+    tests: list[Tensor] = []
+    j = torch.arange(keys)
+    if scores.key_lengths is not None:
+        there = scores.key_lengths.clamp(max=keys).view(-1, 1, 1, 1)
+        tests.append(j < there)
+    behind = (j - torch.arange(queries).unsqueeze(1)).view(1, 1, queries, keys)
+    if scores.bottom_right:
+        behind = behind - (there - queries)
+    if scores.left != UNBOUNDED:
+        tests.append(behind >= -scores.left)
+    if scores.right != UNBOUNDED:
+        tests.append(behind <= scores.right)
+    if scores.mask is not None:
+        tests.append(scores.mask)
+    keep = functools.reduce(torch.logical_and, tests) if tests else None
+    distance = None
+    if scores.alibi_slopes is not None:
+        slopes = scores.alibi_slopes.to(accumulate_dtype(q.dtype))
+        distance = slopes.view(-1, q.shape[1], 1, 1) * behind.abs()
+    causal = len(tests) == 1 and scores.right == 0 and (not scores.bottom_right or queries == keys)
+    return _Dense(keep, scores.bias, distance, drop, scores.sink, scores, causal)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, dense: _Dense) -> tuple[Tensor, Tensor]:
+    """By ``F.scaled_dot_product_attention`` if that can."""
+    scores, keep, bias = dense.scores, dense.keep, dense.bias
+    if scores.softcap != 0.0 or dense.sink is not None or dense.dropped is not None:
+        return _composite(q, k, v, dense)
+    if dense.distance is not None:
+        bias = -dense.distance if bias is None else bias - dense.distance
+    additive = keep
+    if bias is not None:
+        additive = bias if keep is None else bias.masked_fill(~keep, -torch.inf)
+    alone = dense.causal and bias is None
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q, k, v, None if alone else additive, 0.0, alone, scale=scores.scale, enable_gqa=grouped
+    )
+    return out, _columns(q, k, dense).logsumexp(-1)
+
+
+def _composite(q: Tensor, k: Tensor, v: Tensor, dense: _Dense) -> tuple[Tensor, Tensor]:
+    columns = _columns(q, k, dense)
+    dead = (columns == -torch.inf).all(-1, keepdim=True)
+    weights = columns.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0)[..., : k.shape[2]]
+    weights = _drop(weights, dense).to(q.dtype)
+    return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), columns.logsumexp(-1)
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor, dense: _Dense) -> tuple[Tensor, Tensor]:
+    """The last term of the output is zero and has the gradient ``-delta`` for the log-sum-exp, of rounded rows."""
+    columns = _columns(q, k, dense)
+    lse = columns.logsumexp(-1)
     level = torch.where(lse.isfinite(), lse, 0).unsqueeze(-1)
-    values = v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(acc)
-    out = (scores - level.detach()).exp() @ values
-    return (out - out.detach() * (level - level.detach())).to(q.dtype), lse
+    values = v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(columns.dtype)
+    out = _drop((columns[..., : k.shape[2]] - level.detach()).exp(), dense) @ values
+    return (out - out.detach().to(q.dtype) * (level - level.detach())).to(q.dtype), lse
 
 
-def _keep(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    if not is_causal:
-        return mask
-    causal = torch.ones((1, 1, q.shape[2], k.shape[2]), dtype=torch.bool).tril()
-    return causal if mask is None else mask & causal
+def _drop(weights: Tensor, dense: _Dense) -> Tensor:
+    if dense.dropped is None:
+        return weights
+    return weights.masked_fill(dense.dropped, 0) / max(1.0 - dense.scores.dropout_p, 2.0**-60)
 
 
-def _scores(q: Tensor, k: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+def _columns(q: Tensor, k: Tensor, dense: _Dense) -> Tensor:
+    """Scores in the accumulation dtype, (B, Hq, M, N), or N + 1 with the sink."""
     acc = accumulate_dtype(q.dtype)
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = q.to(acc) @ keys.to(acc).transpose(2, 3) * scale
-    if bias is not None:
-        scores = scores + bias.to(acc)
-    return scores if keep is None else scores.masked_fill(~keep, -torch.inf)
+    scores = q.to(acc) @ keys.to(acc).transpose(2, 3) * dense.scores.scale
+    if dense.scores.softcap != 0.0:
+        scores = dense.scores.softcap * (scores / dense.scores.softcap).tanh()
+    if dense.bias is not None:
+        masked = dense.bias == -torch.inf
+        scores = (scores + dense.bias.masked_fill(masked, 0).to(acc)).masked_fill(masked, -torch.inf)
+    if dense.distance is not None:
+        scores = scores - dense.distance
+    if dense.keep is not None:
+        scores = scores.masked_fill(~dense.keep, -torch.inf)
+    if dense.sink is None:
+        return scores
+    return torch.cat((scores, dense.sink.to(acc).view(-1, 1, 1).expand(*scores.shape[:3], 1)), 3)
+
+
+def _reversed(core: _Core) -> _Core:
+    """`core` with the keys and the elements of q and k in reverse order: the same, with other rounding errors."""
+    return lambda q, k, v, dense: core(q.flip(3), k.flip(2, 3), v.flip(2), dense.flip())
 
 
 def reversed_recurrence(fn: Recurrence) -> Recurrence:
@@ -240,37 +378,11 @@ def reversed_recurrence(fn: Recurrence) -> Recurrence:
     return run
 
 
-def reversed_attention(fn: Attention) -> Attention:
-    """`fn` with the keys and the elements of q and k in reverse order: the same attention, other rounding errors."""
-
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        is_causal: bool = False,
-    ) -> tuple[Tensor | None, ...]:
-        keep = _keep(q, k, mask, is_causal)
-        return fn(
-            q.flip(3),
-            k.flip(2, 3),
-            v.flip(2),
-            None if keep is None else keep.flip(3),
-            None if bias is None else bias.flip(3),
-            scale=scale,
-        )
-
-    return run
-
-
 #: Equally good computations by torch, whose worst error counts: one alone is often right by luck where results are few.
 RECURRENCES = (torch_recurrence, reversed_recurrence(torch_recurrence))
 ATTENTIONS = (
     torch_attention,
     torch_tiled_attention,
-    reversed_attention(torch_attention),
-    reversed_attention(torch_tiled_attention),
+    functools.partial(_attention, _reversed(_fused)),
+    functools.partial(_attention, _reversed(_tiled)),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,6 +150,7 @@ def check_attention(
     scale: float | None = None,
     is_causal: bool = False,
     grads: Mapping[str, Tensor] | None = None,
+    **options: Any,
 ) -> Results:
     """Assert that `seqkernels.ops.attention.attention` is within the error budget.
 
@@ -157,6 +159,7 @@ def check_attention(
         scale: as in the contract.
         is_causal: as in the contract.
         grads: gradients of the outputs; random ones for every output by default.
+        options: other keyword arguments of the contract, as `attention_options` draws them.
 
     Returns:
         What was computed, see `evaluate`; of several draws, stacked.
@@ -164,8 +167,8 @@ def check_attention(
     Raises:
         AssertionError: an output or a gradient is beyond the budget.
     """
-    options = {"scale": scale, "is_causal": is_causal}
-    return _check(attention_op.attention, attention_oracle, ATTENTIONS, draws, grads, options)
+    every = {"scale": scale, "is_causal": is_causal, **options}
+    return _check(attention_op.attention, attention_oracle, ATTENTIONS, draws, grads, every)
 
 
 def _check(
@@ -192,14 +195,21 @@ def _check(
             own = [_run(baseline, to, draws, grads, options) for baseline in baselines for to in dtypes]
             _known[key] = _run(oracle, torch.float64, draws, grads, options), own
     expected, own = _known[key]
+    given = draws[0]._asdict() | dict(options)
     for name, value in actual.items():
-        wanted = torch.promote_types(dtype, torch.float32) if name == "lse" else dtype
+        if name == "lse":
+            wanted = accumulate_dtype(dtype)
+        else:
+            wanted = given[name.removeprefix("grad_")].dtype if name.startswith("grad_") else dtype
         assert value.dtype == wanted, f"{name}: expected {wanted}, got {value.dtype}"
         assert_within_budget(value, expected[name], [results[name] for results in own], name)
     missing = (expected.keys() & own[0].keys()) - actual.keys() - {"cells"}
     assert not missing, f"no {', '.join(sorted(missing))}"
     return actual
 
+
+#: Options in float32 whatever the dtype of the call.
+_FIXED = ("zoneout", "alibi_slopes")
 
 # What the reference and torch make of the inputs seen last: the same inputs go to every implementation.
 _known: dict[str, tuple[Results, list[Results]]] = {}
@@ -211,7 +221,9 @@ def _digest(tensors: Sequence[Tensor | None], rest: object) -> str:
     for x in tensors:
         digest.update(repr(None if x is None else (x.dtype, x.shape, x.requires_grad)).encode())
         if x is not None:
-            digest.update(x.detach().double().numpy().tobytes())
+            # NumPy has no bfloat16; a seed does not fit into a double.
+            values = x.detach().double() if x.is_floating_point() else x
+            digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -222,11 +234,15 @@ def _run(
     grads: Mapping[str, Tensor],
     options: Mapping[str, object],
 ) -> Results:
-    """`evaluate` on copies in `dtype`."""
-    acc = accumulate_dtype(dtype)
+    """`evaluate` on copies in `dtype`, or the one it is accumulated in where that is the dtype of a tensor."""
+    acc, given = accumulate_dtype(dtype), draws[0][0].dtype
     cotangents = {n: x.detach().to(acc if n == "lse" else dtype) for n, x in grads.items()}
-    copies = (type(inputs)._make(cast(x, dtype) for x in inputs) for inputs in draws)
-    others = {n: cast(x, dtype) if isinstance(x, Tensor) and n != "zoneout" else x for n, x in options.items()}
+
+    def copy(x: Any) -> Any:
+        return cast(x, dtype if x.dtype == given else acc) if isinstance(x, Tensor) else x
+
+    copies = (type(inputs)._make(map(copy, inputs)) for inputs in draws)
+    others = {n: x if n in _FIXED else copy(x) for n, x in options.items()}
     return _stack([evaluate(fn, inputs, cotangents, **others) for inputs in copies])
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cells import CELLS, CONSTANTS, DETACH, DTYPES, HOLD, RESET, Weights
+from ..cells import CELLS, CONSTANTS, DETACH, DTYPES, HOLD, RESET, Weights, accumulate_dtype
 
 #: Layouts of `lay_out`.
 LAYOUTS = ("contiguous", "strided", "swapped", "transposed", "sliced", "expanded", "scalar")
@@ -17,6 +17,19 @@ LAYOUTS = ("contiguous", "strided", "swapped", "transposed", "sliced", "expanded
 OPTIONS = (
     *(n for n in Weights._fields if n not in ("weight_hh", "bias_hh", "peephole", "norm_c")),
     *("peephole", "norm_c"),
+)
+
+#: Options of attention beside its mask and bias, as `seqkernels.scores.Scores.features` names them.
+ATTENTION_OPTIONS = (
+    "alibi",
+    "bottom_right",
+    "causal",
+    "dropout",
+    "key_lengths",
+    "sink",
+    "softcap",
+    "varlen",
+    "window",
 )
 
 
@@ -244,6 +257,75 @@ def attention_inputs(
         None if bias is None else draw(_broadcast("bias", bias, full), generator, dtype),
     )
     return AttentionInputs._make(_finish(drawn, layout, requires_grad))
+
+
+def attention_options(
+    names: Sequence[str],
+    batch: int = 2,
+    heads: int = 2,
+    queries: int = 5,
+    keys: int = 7,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layout: str = "contiguous",
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random values of options of attention, by the names of its keyword arguments.
+
+    Args:
+        names: of `ATTENTION_OPTIONS`.
+        batch: B, with ``"varlen"`` the number of documents; their bounds are drawn among the rows of q and k, so that
+            documents may be empty and the first and last rows may belong to none.
+        heads: Hq.
+        queries: M, with ``"varlen"`` all rows of q.
+        keys: N, with ``"varlen"`` all rows of k.
+        dtype: of q, k and v.
+        layout: of every tensor, see `lay_out`.
+        requires_grad: of the sink.
+        seed: of the generator.
+
+    Raises:
+        ValueError, TypeError: `dtype`, `names` or `layout` is not one of those allowed.
+    """
+    _check_dtype(dtype)
+    for name in names:
+        if name not in ATTENTION_OPTIONS:
+            raise ValueError(f"names: {name!r} is not one of {', '.join(map(repr, ATTENTION_OPTIONS))}")
+    generator = torch.Generator().manual_seed(seed + 2)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    found: dict[str, Any] = {}
+    if "varlen" in names:
+        for letter, total in (("q", queries), ("k", keys)):
+            starts = lay_out(integers(0, total + 1, batch + 1).sort()[0].to(torch.int32), layout)
+            found[f"cu_seqlens_{letter}"] = starts
+            longest = int(starts.diff().max()) if batch else 0
+            found[f"max_seqlen_{letter}"] = longest + int(integers(0, 3))
+        keys = found["max_seqlen_k"]
+    if "window" in names:
+        found["left"] = int(integers(0, keys // 2 + 1))
+        found["right"] = int(integers(1, keys // 2 + 2))
+    if "causal" in names:
+        found["right"] = 0
+    if "bottom_right" in names:
+        found["bottom_right"] = True
+    if "key_lengths" in names:
+        found["key_lengths"] = lay_out(integers(0, keys + 1, batch).to(torch.int32), layout)
+    if "alibi" in names:
+        shape = (batch, heads) if int(integers(0, 2)) else (heads,)
+        found["alibi_slopes"] = lay_out(draw(shape, generator, torch.float32, 0.25), layout)
+    if "softcap" in names:
+        found["softcap"] = 1.25
+    if "sink" in names:
+        sink = draw((heads,), generator, dtype).to(accumulate_dtype(dtype))
+        found["sink"] = lay_out(sink, layout).requires_grad_(requires_grad)
+    if "dropout" in names:
+        found["dropout_p"] = 0.375
+        found["seed"] = integers(-(2**62), 2**62)
+    return found
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
