@@ -1,8 +1,9 @@
 """The weights of attention, for who asks to see them, and what each key receives of them.
 
-`weights` has its own op, whose gradient is computed head by head by the dense reference. `column_sums` needs no kernel
-of its own: the sums ``c_j = sum_i p_ij`` are the gradient of values of size 1, ``c = dL/dg`` with
-``L = sum_i (sum_j p_ij g_j)``, and their gradient for a cotangent g is that of L, attention with g as the values.
+`weights` has its own op, whose gradient, ``dS = p (dP - sum_j p dP)``, is computed head by head in plain operations.
+`column_sums` needs no kernel of its own: the sums ``c_j = sum_i p_ij`` are the gradient of values of size 1,
+``c = dL/dg`` with ``L = sum_i (sum_j p_ij g_j)``, and their gradient for a cotangent g is that of L, attention with g
+as the values.
 
 B batch, Hq query heads, Hk key/value heads, M queries, N keys, D head size.
 """
@@ -20,8 +21,8 @@ from .attention import _BIAS, _PACKED, _SINK, _library, _sink_gradient, _Tensors
 from .attention import backward_op as attention_backward_op
 
 _library.define(
-    f"attention_weights_backward(Tensor grad, Tensor q, Tensor k, {_PACKED}, bool average, bool[] needs)"
-    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_bias, Tensor grad_sink)"
+    f"attention_weights_backward(Tensor grad, Tensor q, Tensor k, Tensor lse, {_PACKED}, bool average,"
+    " bool[] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_bias, Tensor grad_sink)"
 )
 
 #: Places of q, k, the bias and the sink among the arguments of the Functions.
@@ -75,37 +76,52 @@ def _dropped_of_head(scores: Scores, shape: tuple[int, int, int, int], head: int
 
 
 def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, scores: Scores, average: bool, needs: list[bool], create_graph: bool
+    grad: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, scores: Scores, average: bool, needs: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients of q, k, bias and sink, with the (M, N) matrices of one head at a time unless a graph is wanted."""
+    """Gradients of q, k, bias and sink by the matrices (M, N) of one head at a time.
+
+    Differentiable where no `lse` is given, which then is computed from the others.
+    """
+    from ..backends.reference.attention import attention, attention_weights, pad, unpad
+
     acc = accumulate_dtype(q.dtype)
-    heads, kv_heads = q.shape[1], k.shape[1]
-    group = heads // max(kv_heads, 1)
-    given = (q, k, scores.bias, scores.sink)
+    group = q.shape[1] // max(k.shape[1], 1)
     parts: list[list[Tensor]] = [[], [], [], []]
-    for head in range(heads):
+    for head in range(q.shape[1]):
         one = slice(head, head + 1)
-        with torch.enable_grad():
-            part = of_heads(scores, one)._replace(dropout_p=0.0, seed=None)
-            inputs = (
-                q[:, one].to(acc),
-                k[:, head // group : head // group + 1].to(acc),
-                None if part.bias is None else part.bias.to(acc),
-                part.sink,
-            )
-            weights = _dense_weights(inputs[0], inputs[1], part._replace(bias=inputs[2], sink=inputs[3]))
-        cotangent = grad.unsqueeze(1) / heads if average else grad[:, one]
+        query, key = q[:, one].to(acc), k[:, head // group : head // group + 1].to(acc)
+        part = of_heads(scores, one)._replace(dropout_p=0.0, seed=None)
+        level = attention(query, key, key[..., :1], part)[1] if lse is None else lse[:, one]
+        weights = attention_weights(query, key, level, part, False)
+        cotangent = grad.unsqueeze(1) / q.shape[1] if average else grad[:, one]
         if scores.dropout_p > 0.0:
             drop = _dropped_of_head(scores, scores.shape(q, k), head)
             cotangent = torch.where(drop, 0, cotangent / max(1.0 - scores.dropout_p, 2.0**-60))
-        wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
-        found = iter(torch.autograd.grad(weights, wanted, cotangent, create_graph=create_graph, materialize_grads=True))
-        for column, x, need in zip(parts, inputs, needs, strict=True):
-            if need and x is not None:
-                column.append(next(found))
+        weighed = torch.where(weights != 0, weights * cotangent, 0)
+        sums = weighed.sum(-1)
+        grad_scores = weighed - weights * sums.unsqueeze(-1)
+        if needs[2] and part.bias is not None:
+            parts[2].append(grad_scores.sum_to_size(part.bias.shape))
+        rows, keys = part.cu_seqlens_q, part.cu_seqlens_k
+        if needs[3] and part.sink is not None:
+            sums = sums if rows is None else unpad(sums, rows, q.shape[2])
+            alone = torch.where(level == -torch.inf, -torch.inf, part.sink.view(-1, 1) - level).exp()
+            parts[3].append(-(alone * sums).sum((0, 2)))
+        if rows is not None and keys is not None:
+            query, key = pad(query, rows, part.max_seqlen_q), pad(key, keys, part.max_seqlen_k)
+        key = torch.where(key.isfinite(), key, 0)
+        if part.softcap != 0.0:
+            slope = 1 - (query @ key.transpose(2, 3) * (part.scale / part.softcap)).tanh().square()
+            grad_scores = torch.where(weights != 0, grad_scores * slope, 0)
+        if needs[0]:
+            found = grad_scores @ key * part.scale
+            parts[0].append(found if rows is None else unpad(found, rows, q.shape[2]))
+        if needs[1]:
+            found = grad_scores.transpose(2, 3) @ query * part.scale
+            parts[1].append(found if keys is None else unpad(found, keys, k.shape[2]))
     return [
-        _join(columns, x) if need and x is not None else None
-        for columns, x, need in zip(parts, given, needs, strict=True)
+        _join(column, x) if need and x is not None else None
+        for column, x, need in zip(parts, (q, k, scores.bias, scores.sink), needs, strict=True)
     ]
 
 
@@ -123,6 +139,7 @@ def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
+    lse: Tensor,
     tensors: _Tensors,
     numbers: list[float],
     settings: list[int],
@@ -130,14 +147,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores = Scores.unpack(tensors, numbers, settings)
-    leaves = [
-        None if x is None else x.detach().requires_grad_(need)
-        for x, need in zip((q, k, scores.bias, scores.sink), needs, strict=True)
-    ]
-    assert leaves[0] is not None
-    assert leaves[1] is not None
-    scores = scores._replace(bias=leaves[2], sink=leaves[3])
-    found = _gradients(grad, leaves[0], leaves[1], scores, average, needs, create_graph=False)
+    found = _gradients(grad, q, k, lse, scores, average, needs)
     a, b, c, d = (q.new_empty(0) if x is None else x.contiguous() for x in found)
     return a, b, c, d
 
@@ -146,6 +156,7 @@ def _backward_fake(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
+    lse: Tensor,
     tensors: _Tensors,
     numbers: list[float],
     settings: list[int],
@@ -180,19 +191,19 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
         *tensors, numbers, settings, average = args
-        ctx.save_for_backward(q, k, *tensors)
+        ctx.save_for_backward(q, k, lse, *tensors)
         ctx.numbers, ctx.settings, ctx.average = numbers, settings, average
         found: Tensor = weights_op(q, k, lse, tensors, numbers, settings, average)
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, *tensors = ctx.saved_tensors
+        q, k, lse, *tensors = ctx.saved_tensors
         needs = _needs(ctx)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             scores = Scores.unpack(tensors, ctx.numbers, ctx.settings)
-            return _placed(ctx, needs, _gradients(grad, q, k, scores, ctx.average, needs, create_graph=True))
-        found = backward_op(grad, q, k, tensors, ctx.numbers, ctx.settings, ctx.average, needs)
+            return _placed(ctx, needs, _gradients(grad, q, k, None, scores, ctx.average, needs))
+        found = backward_op(grad, q, k, lse, tensors, ctx.numbers, ctx.settings, ctx.average, needs)
         return _placed(ctx, needs, found)
 
 
