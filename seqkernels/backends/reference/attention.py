@@ -75,7 +75,7 @@ def pad(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     if x.shape[2] == 0:
         return x.new_zeros((places.shape[0], x.shape[1], longest, *x.shape[3:]))
     padded = x[0][:, places].transpose(0, 1)
-    return torch.where(real.view(-1, 1, longest, *[1] * (x.dim() - 3)), padded, 0)
+    return torch.where(real.view(real.shape[0], 1, longest, *[1] * (x.dim() - 3)), padded, 0)
 
 
 def unpad(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
