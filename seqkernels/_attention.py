@@ -6,6 +6,7 @@ The public function is `seqkernels.functional.scaled_dot_product_attention`; the
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from . import backends
 from .cells import DTYPES, accumulate_dtype
-from .ops.attention import attention
+from .ops.attention import attend as fused_attention
+from .ops.attention import check
+from .ops.weights import dense_attention, weights
+from .scores import UNBOUNDED, Scores
 
 
 def scaled_dot_product_attention(
@@ -35,9 +39,13 @@ def scaled_dot_product_attention(
     have fewer than two dimensions. The matrix of scores is not stored, masks and grouped heads are not expanded;
     only with more than two batch dimensions may a mask have to be copied.
 
-    Dropout, head sizes over 512 and empty heads run as plain tensor operations, which `seqkernels.explain` tells;
-    under the same seed dropout drops what torch's own composite implementation drops. Nested tensors are passed on
-    to torch.
+    Dropout is part of the kernels: what it drops is a function of a seed, drawn from torch's default generator of the
+    CPU in each call, and of the place of a weight. So ``torch.manual_seed`` makes it reproducible, and one seed drops
+    the same weights on every implementation, device and number of threads, and when the backward pass or
+    ``torch.utils.checkpoint`` computes them again; they are other ones than torch's own functions drop.
+
+    Head sizes over 512 and empty heads run as plain tensor operations, which `seqkernels.explain` tells. Nested
+    tensors are passed on to torch.
 
     Args:
         query: (..., Hq, L, E), float32, float64, bfloat16 or float16; any number of batch dimensions, none included;
@@ -45,7 +53,8 @@ def scaled_dot_product_attention(
         key: (..., H, S, E).
         value: (..., H, S, Ev).
         attn_mask: broadcastable to (..., Hq, L, S). Boolean: ``True`` takes part. Floating point, of the dtype of
-            `query` or float32: added to the scores; has a gradient. Also a ``torch.nn.attention.bias.CausalBias``.
+            `query` or float32: added to the scores; has a gradient. Also a ``torch.nn.attention.bias.CausalBias``,
+            of which no matrix is made.
         dropout_p: probability to drop a weight; applied whenever it is positive.
         is_causal: query i sees keys 0..i, aligned top-left.
         scale: factor on ``query key^T``; 1/sqrt(E) by default.
@@ -70,8 +79,10 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    bottom_right = False
     if attn_mask is not None and type(attn_mask) not in (Tensor, torch.nn.Parameter):
-        attn_mask, is_causal = _causal_bias(attn_mask, is_causal, query.device)
+        lengths = query.shape[-2:-1] + key.shape[-2:-1]
+        attn_mask, is_causal, bottom_right = _causal_bias(attn_mask, is_causal, lengths)
     query, key, value, attn_mask = _lower(query, key, value, attn_mask)
     _check_inputs(query, key, value, attn_mask)
     q, k, v = query, key, value
@@ -89,8 +100,38 @@ def scaled_dot_product_attention(
         q, k, v = (_fold(x, split) for x in (q, k, v))
         attn_mask = None if attn_mask is None else _fold(_expand_mixed(attn_mask, batch, split), split)
     mask, bias = (attn_mask, None) if attn_mask is None or attn_mask.dtype == torch.bool else (None, attn_mask)
-    out, _ = attend(q, k, v, mask, bias, scale=scale, is_causal=is_causal, dropout_p=dropout_p)
+    out, _ = attend(
+        q, k, v, mask, bias, scale=scale, is_causal=is_causal, bottom_right=bottom_right, dropout_p=dropout_p
+    )
     return out if len(batch) == 2 else out.reshape(*batch, *out.shape[2:])
+
+
+class LazyWeights(NamedTuple):
+    """The weights of one call of attention, computed when asked for, from the queries and keys.
+
+    It holds the queries and keys and the log-sum-exp of their scores, (B, H, L) numbers, and no weights.
+    """
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    scores: Scores
+    dtype: torch.dtype
+    is_batched: bool = True
+
+    def compute(self, average: bool = True) -> Tensor:
+        """The weights after dropout, of the dtype of the query; differentiable.
+
+        Args:
+            average: over the heads, without storing those of all heads where the implementation can.
+
+        Returns:
+            (B, L, S), or (B, H, L, S) for ``average=False``; without B where the layer's input had none. Rows whose
+            keys are all masked are 0.
+        """
+        with torch.autocast(_autocast_device(self.q), enabled=False):
+            found = weights(self.q, self.k, self.lse, self.scores, average).to(self.dtype)
+        return found if self.is_batched else found.squeeze(0)
 
 
 def attend(
@@ -102,9 +143,9 @@ def attend(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    bottom_right: bool = False,
     dropout_p: float = 0.0,
-    need_weights: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, LazyWeights]:
     """Attention of heads by the fused op where it serves the call, else as tensor operations, with a note.
 
     Args:
@@ -113,14 +154,14 @@ def attend(
         v: (B, Hk, N, Dv).
         mask: bool, four dimensions, each 1 or as in (B, Hq, M, N); ``True`` keeps a key.
         bias: like `mask`, of the dtype of `q` or float32; added to the scores. float32 with 16-bit `q` makes the
-            whole computation one in float32, as it is inside torch's kernels.
+            whole computation one in float32 where no kernel reads it as it is.
         scale: factor on ``q k^T``; 1/sqrt(D) by default.
         is_causal: query i sees keys 0..i.
-        dropout_p: probability to drop a weight.
-        need_weights: return the weights too.
+        bottom_right: with `is_causal`, query i sees keys 0..i + N - M instead.
+        dropout_p: probability to drop a weight; the seed is drawn from torch's generator of the CPU.
 
     Returns:
-        ``out`` (B, Hq, M, Dv) and, if wanted, the weights (B, Hq, M, N) after dropout, of the dtype of `q`.
+        ``out`` (B, Hq, M, Dv), and what computes the weights when asked.
 
     Raises:
         RuntimeError: `dropout_p` is not in 0..1.
@@ -137,88 +178,57 @@ def attend(
                 bias,
                 scale=scale,
                 is_causal=is_causal,
+                bottom_right=bottom_right,
                 dropout_p=dropout_p,
-                need_weights=need_weights,
             )
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"dropout_p: dropout probability has to be between 0 and 1, but got {dropout_p}")
     dtype = q.dtype
-    if bias is not None and bias.dtype != dtype:
-        acc = accumulate_dtype(dtype)
-        q, k, v, bias = q.to(acc), k.to(acc), v.to(acc), bias.to(acc)
     if scale is None:
         scale = q.shape[3] ** -0.5 if q.shape[3] > 0 else 1.0
-    reason = _why_dense(q, k, v, dropout_p, need_weights)
+    scores = Scores(
+        float(scale),
+        mask,
+        bias,
+        right=0 if is_causal else UNBOUNDED,
+        bottom_right=is_causal and bottom_right,
+        dropout_p=dropout_p,
+        seed=_draw_seed(q.device) if dropout_p > 0.0 else None,
+    )
+    if bias is not None and bias.dtype != dtype and not _is_fused(kind, str(dtype), scores.features(q, k)):
+        acc = accumulate_dtype(dtype)
+        q, k, v, scores = q.to(acc), k.to(acc), v.to(acc), scores._replace(bias=bias.to(acc))
+    reason = _why_dense(q, k, v)
     if reason is None:
-        out, _ = attention(q, k, v, mask, bias, scale=float(scale), is_causal=is_causal)
-        return out if out.dtype == dtype else out.to(dtype), None
-    backends.note(f"attention with its (M, N) weights in memory: {reason}")
-    out, weights = _dense(q, k, v, mask, bias, scale, is_causal, dropout_p)
-    return out.to(dtype), weights.to(dtype) if need_weights else None
+        check(q, k, v, scores)
+        out, lse = fused_attention(q, k, v, scores)
+    else:
+        backends.note(f"attention with its (M, N) weights in memory: {reason}")
+        out, lse = dense_attention(q, k, v, scores)
+    return out if out.dtype == dtype else out.to(dtype), LazyWeights(q, k, lse, scores, dtype)
 
 
-def _why_dense(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, need_weights: bool) -> str | None:
+def _draw_seed(device: torch.device) -> Tensor:
+    """() int64 for the dropout, on `device`: from one generator, so that it is the same on every device."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu").to(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_fused(device: str, dtype: str, features: tuple[str, ...]) -> bool:
+    """Whether a call goes to another implementation than the reference."""
+    call = backends.Call("attention", device, getattr(torch, dtype.removeprefix("torch.")), "", features)
+    return backends.choice(call) not in (None, "reference")
+
+
+def _autocast_device(x: Tensor) -> str:
+    return "cpu" if x.device.type == "meta" else x.device.type
+
+
+def _why_dense(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """``None`` where the op can run, else why not."""
-    if need_weights:
-        return "need_weights=True asks for them, need_weights=False runs a fused kernel"
-    if dropout_p > 0.0:
-        return "the kernels have no dropout"
     if not (1 <= q.shape[3] <= 512 and 1 <= v.shape[3] <= 512):
         return f"the kernels have head sizes 1 to 512, not {q.shape[3]} and {v.shape[3]}"
     return "there are no heads" if k.shape[1] == 0 else None
-
-
-def _dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention and its weights, computed in float32 for 16-bit inputs, differentiable any number of times.
-
-    Without a mask these are torch's own operations. With one, rows whose keys are all masked get 0, and what is in
-    masked keys and values has no influence.
-    """
-    acc = accumulate_dtype(q.dtype)
-    heads = q.shape[1]
-    q, k, v = q.to(acc) * scale, _repeat_heads(k, heads).to(acc), _repeat_heads(v, heads).to(acc)
-    keep = _kept_keys(q, k, mask, bias, is_causal)
-    if keep is None:
-        weights = (q @ k.transpose(2, 3)).softmax(-1)
-        weights = F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
-        return weights @ v, weights
-    k_bad, v_bad = (~x.isfinite().all(-1, keepdim=True) for x in (k, v))
-    scores = q @ k.masked_fill(k_bad, 0).transpose(2, 3)
-    scores = scores.masked_fill(k_bad.transpose(2, 3), torch.nan)
-    if bias is not None:
-        scores = scores + bias
-    alive = keep.any(-1, keepdim=True)
-    scores = scores.masked_fill(~keep, -torch.inf).masked_fill(~alive, 0)
-    weights = scores.softmax(-1).masked_fill(~alive, 0)
-    weights = F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
-    leaks = (keep & v_bad.transpose(2, 3)).any(-1, keepdim=True)
-    poison = torch.zeros_like(leaks, dtype=acc).masked_fill(leaks, torch.nan)
-    return weights @ v.masked_fill(v_bad, 0) + poison, weights
-
-
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _kept_keys(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, is_causal: bool) -> Tensor | None:
-    """Bool, broadcastable to (B, Hq, M, N): the keys each query may read; ``None`` for all of them."""
-    keep = mask
-    if bias is not None:
-        present = bias != -torch.inf
-        keep = present if keep is None else keep & present
-    if is_causal:
-        causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        keep = causal if keep is None else keep & causal
-    return keep
 
 
 def _lower(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -276,19 +286,21 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor |
             raise RuntimeError(f"attn_mask: expected on {query.device} as query, got {attn_mask.device}")
 
 
-def _causal_bias(attn_mask: Tensor, is_causal: bool, device: torch.device) -> tuple[Tensor | None, bool]:
-    """A ``CausalBias``, which holds no values, as a mask or the causal flag; other tensors as they are."""
+def _causal_bias(attn_mask: Tensor, is_causal: bool, lengths: tuple[int, ...]) -> tuple[Tensor | None, bool, bool]:
+    """A ``CausalBias``, which holds no values, as no mask and the causal flags; other tensors as they are."""
     # Importing this module at the top would cost seconds.
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
     if not isinstance(attn_mask, CausalBias):
-        return attn_mask, is_causal
+        return attn_mask, is_causal, False
     if is_causal:
         raise ValueError("CausalBias should not be used with causal=True")
-    queries, keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
-    if queries == keys or attn_mask.variant == CausalVariant.UPPER_LEFT:
-        return None, True
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries), False
+    sizes = attn_mask.seq_len_q, attn_mask.seq_len_kv
+    if sizes[0] == sizes[1] or attn_mask.variant == CausalVariant.UPPER_LEFT:
+        return None, True, False
+    if sizes != lengths:
+        raise RuntimeError(f"attn_mask: expected a CausalBias of {tuple(lengths)} queries and keys, got {sizes}")
+    return None, True, True
 
 
 def _batch_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> torch.Size:

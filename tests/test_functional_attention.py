@@ -13,8 +13,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import seqkernels
+from seqkernels import backends
 from seqkernels.functional import scaled_dot_product_attention
-from seqkernels.testing import LAYOUTS, assert_within_budget, cast, lay_out, torch_tiled_attention
+from seqkernels.scores import Scores
+from seqkernels.testing import LAYOUTS, assert_within_budget, cast, lay_out, poisoned_empty, torch_tiled_attention
+
+
+def able(*features: str) -> list[str]:
+    """Names of the implementations that say they have all of these."""
+    call = backends.Call("attention", "cpu", torch.float64, "", features)
+    return [name for name in backends.NAMES if backends.why_not(name, call) is None]
+
+
+#: Probability of dropout, and an implementation that has it.
+DROPOUTS = [*((0.0, name) for name in able()), *((0.5, name) for name in able("dropout"))]
 
 
 class Shapes(NamedTuple):
@@ -222,32 +234,11 @@ def test_any_shape(
         check(draw(shapes, masked, torch.float64), is_causal=is_causal)
 
 
-@pytest.mark.parametrize("masked", ["none", "bool", "float"])
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("shapes", [SHAPES[0], SHAPES[2], SHAPES[8], SHAPES[13], SHAPES[20]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_dropout_drops_what_torch_drops(dtype: torch.dtype, shapes: Shapes, is_causal: bool, masked: str) -> None:
-    inputs = draw(shapes, masked, dtype)
-
-    def seeded(fn: Any, to: torch.dtype) -> dict[str, Tensor]:
-        torch.manual_seed(7)
-        copies = {name: cast(x, to) for name, x in inputs.items()}
-        return run(fn, copies, is_causal=is_causal, dropout_p=0.4, enable_gqa=shapes.gqa)
-
-    lower = torch.float32 if dtype == torch.float64 else dtype
-    exact, own = seeded(torch_math, torch.float64), seeded(torch_math, lower)
-    assert_together_within_budget(seeded(scaled_dot_product_attention, dtype), exact, [own])
-
-
-def test_dropout_of_everything_is_zero() -> None:
-    assert not scaled_dot_product_attention(*torch.randn(3, 2, 2, 5, 4), dropout_p=1.0).any()
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize(("dropout_p", "name"), DROPOUTS)
 @pytest.mark.parametrize("masked", ["bool", "float", "causal"])
-def test_masked_rows_and_nan_behind_masks(masked: str, dropout_p: float, plain_runner: object) -> None:
+def test_masked_rows_and_nan_behind_masks(masked: str, dropout_p: float, name: str) -> None:
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 2, 6, 4, dtype=torch.float64)
+    query, keys, value = torch.randn(3, 2, 2, 6, 4, dtype=torch.float64)
     keep = torch.rand(2, 1, 6, 6) < 0.7
     keep[..., 4:] = False
     keep[:, :, 2] = False
@@ -260,9 +251,10 @@ def test_masked_rows_and_nan_behind_masks(masked: str, dropout_p: float, plain_r
 
     def results(fill: float) -> dict[str, Tensor]:
         torch.manual_seed(1)
-        inputs = {"query": query, "key": key.clone(), "value": value.clone(), "attn_mask": mask}
+        inputs = {"query": query, "key": keys.clone(), "value": value.clone(), "attn_mask": mask}
         inputs["key"][:, :, 4:], inputs["value"][:, :, 4:] = fill, -fill
-        return run(scaled_dot_product_attention, inputs, **options)
+        with seqkernels.use_backend(name), poisoned_empty():
+            return run(scaled_dot_product_attention, inputs, **options)
 
     clean = results(0.0)
     dead = ~keep.any(-1).expand(2, 2, -1)
@@ -271,8 +263,8 @@ def test_masked_rows_and_nan_behind_masks(masked: str, dropout_p: float, plain_r
     assert not clean["grad_query"][dead].any()
     assert not clean["grad_key"][:, :, 4:].any()
     for fill in (torch.nan, torch.inf):
-        for name, x in results(fill).items():
-            assert x.equal(clean[name]), name
+        for key, x in results(fill).items():
+            assert x.equal(clean[key]), key
 
 
 def test_nan_in_keys_that_are_read_shows() -> None:
@@ -287,9 +279,9 @@ def test_nan_in_keys_that_are_read_shows() -> None:
         bad[0, 0, 2] = 0
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize(("dropout_p", "name"), DROPOUTS)
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_second_derivative(is_causal: bool, dropout_p: float, plain_runner: object) -> None:
+def test_second_derivative(is_causal: bool, dropout_p: float, name: str) -> None:
     inputs = draw(Shapes((1, 2, 2, 2), (1, 1, 3, 2), (1, 1, 3, 2), (2, 3)), "float", torch.float64)
     leaves = [x.requires_grad_() for x in inputs.values()]
 
@@ -297,8 +289,9 @@ def test_second_derivative(is_causal: bool, dropout_p: float, plain_runner: obje
         torch.manual_seed(3)
         return scaled_dot_product_attention(*tensors, dropout_p, is_causal)
 
-    torch.autograd.gradcheck(fn, leaves)
-    torch.autograd.gradgradcheck(fn, leaves)
+    with seqkernels.use_backend(name):
+        torch.autograd.gradcheck(fn, leaves)
+        torch.autograd.gradgradcheck(fn, leaves)
 
 
 def test_only_the_mask_needs_a_gradient(plain_runner: object) -> None:
@@ -357,16 +350,22 @@ def test_causal_bias(variant: str, sizes: tuple[int, int]) -> None:
         assert actual.equal(scaled_dot_product_attention(query, key, value, mask))
         with pytest.raises(ValueError, match="CausalBias"):
             scaled_dot_product_attention(query, key, value, causal, is_causal=True)
+        (entry,) = seqkernels.explain(scaled_dot_product_attention, query, key, value, causal).entries
+        aligned = ("bottom_right",) if variant == "lower_right" and sizes[0] != sizes[1] else ()
+        assert entry.call.features == (*aligned, "causal")
+        if aligned:
+            with pytest.raises(RuntimeError, match=r"attn_mask: .* CausalBias of \(.*\) queries and keys, got"):
+                scaled_dot_product_attention(query, key[:, 1:], value[:, 1:], causal)
 
 
 def test_masks_and_heads_are_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor | None] = []
 
-    def spy(*tensors: Tensor | None, **options: object) -> tuple[Tensor, Tensor]:
-        seen[:] = tensors
+    def spy(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        seen[:] = q, k, v, scores.mask, scores.bias
         return torch.empty(0), torch.empty(0)
 
-    monkeypatch.setattr("seqkernels._attention.attention", spy)
+    monkeypatch.setattr("seqkernels._attention.fused_attention", spy)
     query, key, value = torch.randn(4, 8, 3, 16), torch.randn(4, 2, 5, 16), torch.randn(4, 2, 5, 16)
     mask = torch.ones(4, 1, 1, 5, dtype=torch.bool)
     scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
@@ -380,14 +379,37 @@ def test_masks_and_heads_are_not_expanded(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen[4].shape == (1, 1, 3, 5)
 
 
+@pytest.mark.parametrize("chosen", ["native", "reference"])
+def test_float32_mask_of_16_bit_inputs_goes_to_a_kernel_as_it_is(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, seen = [], []
+
+    def choice(call: backends.Call) -> str:
+        calls.append(call)
+        return chosen
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        seen[:] = q, k, v, scores.bias
+        return q, q
+
+    monkeypatch.setattr("seqkernels.backends.choice", choice)
+    monkeypatch.setattr("seqkernels._attention.fused_attention", spy)
+    inputs = torch.randn(3, 1, 2, 4, 8).to(torch.bfloat16)
+    mask = torch.randn(4, 4)
+    assert scaled_dot_product_attention(*inputs, mask).dtype == torch.bfloat16
+    assert calls[0].dtype == torch.bfloat16
+    assert calls[0].features == ("bias32",)
+    assert seen[3].data_ptr() == mask.data_ptr()
+    assert {x.dtype for x in seen[:3]} == {torch.bfloat16 if chosen == "native" else torch.float32}
+
+
 def test_explain_tells_what_is_not_fused() -> None:
     query, key, value = torch.randn(3, 2, 2, 3, 4)
     with seqkernels.use_backend("reference"):
         fused = seqkernels.explain(scaled_dot_product_attention, query, key, value)
+        dropping = seqkernels.explain(scaled_dot_product_attention, query, key, value, dropout_p=0.5)
     assert fused.entries[0].call.op == "attention"
-    assert "the kernels have no dropout" in str(
-        seqkernels.explain(scaled_dot_product_attention, query, key, value, dropout_p=0.5)
-    )
+    assert "with dropout -> reference" in str(dropping)
+    assert "not fused" not in str(dropping)
     wide = torch.randn(1, 1, 2, 600)
     assert "600" in str(seqkernels.explain(scaled_dot_product_attention, wide, wide, wide))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,14 @@ from .._attention import attend, check_float_mask
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` on fused kernels: same constructor, parameters, arguments, results and errors.
 
-    A ``state_dict`` moves both ways unchanged. With ``need_weights=False`` the (L, S) weights are never stored, and
-    the masks are not expanded to batch and heads. With ``need_weights=True``, torch's default, and with dropout in
-    training, plain tensor operations compute the weights; `seqkernels.explain` tells which one it was.
+    A ``state_dict`` moves both ways unchanged. The output comes from a fused kernel, dropout included, that never
+    stores the (L, S) weights, and masks are not expanded to batch and heads. With ``need_weights=True``, torch's
+    default, the weights are then computed from the queries and keys, averaged ones without storing those of each head
+    where the implementation can; with ``need_weights="lazy"`` only when somebody asks for them.
+
+    Dropout draws a seed from torch's default generator of the CPU in each call, so ``torch.manual_seed`` makes it
+    reproducible; the weights that a seed drops are the same on every implementation and device, and others than those
+    that torch's layer drops.
 
     Different from torch: a query whose keys are all masked gives weights and output 0 (before ``out_proj``) and zero
     gradients, where torch gives NaN with ``need_weights=True``; NaN in masked keys and values does not reach the
@@ -43,11 +49,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
+        need_weights: bool | str = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:
         """Attend from `query` over `key`. B batch, L queries, S keys, E ``embed_dim``, H ``num_heads``.
 
         Args:
@@ -55,24 +61,31 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key: (S, B, kdim), (B, S, kdim) or (S, kdim).
             value: (S, B, vdim), (B, S, vdim) or (S, vdim).
             key_padding_mask: (B, S) or (S,); bool, ``True`` is ignored; or floating point, added to the scores.
-            need_weights: return the weights too, which stores them.
+            need_weights: return the weights too, which stores them; or ``"lazy"``, return an object whose method
+                ``compute(average=True)`` returns them. It keeps the queries and keys alive, nothing else.
             attn_mask: (L, S) or (B*H, L, S); bool, ``True`` is *not* attended to; or floating point, added to the
                 scores. Floating point masks are float32 or of the dtype of the query and have a gradient.
-            average_attn_weights: average the returned weights over the heads.
+            average_attn_weights: average the returned weights over the heads; ``compute`` has its own argument.
             is_causal: a promise that `attn_mask` is the causal mask, which then need not be read.
 
         Returns:
             The output, in shape and layout of `query`, and the weights after dropout, (B, L, S), with
             ``average_attn_weights=False`` (B, H, L, S), without a batch without B; ``None`` for
-            ``need_weights=False``.
+            ``need_weights=False``, a `LazyWeights` for ``"lazy"``.
 
         Raises:
             AssertionError, RuntimeError: shapes or dtypes do not fit; the message names the argument.
+            ValueError: `need_weights` is another string, or ``"lazy"`` for nested tensors.
         """
+        lazy = isinstance(need_weights, str)
+        if lazy and need_weights != "lazy":
+            raise ValueError(f"need_weights: expected a bool or 'lazy', got {need_weights!r}")
         if query.is_nested or key.is_nested or value.is_nested:
+            if lazy:
+                raise ValueError("need_weights: 'lazy' does not serve nested tensors, expected a bool")
             backends.note("nested tensors: MultiheadAttention is torch's own")
             return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                query, key, value, key_padding_mask, bool(need_weights), attn_mask, average_attn_weights, is_causal
             )
         is_batched = _check_dims(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         batch_first = self.batch_first or not is_batched
@@ -89,29 +102,21 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         queries, keys = q.shape[2], k.shape[2]
         k, v = self._add_keys(k, v)
         extra = k.shape[2] - keys
-        if attn_mask is not None and is_causal and (need_weights or key_padding_mask is not None):
+        eager = bool(need_weights) and not lazy
+        if attn_mask is not None and is_causal and (eager or key_padding_mask is not None):
             # Torch heeds the hint only without padding; beside it, the mask may go only where nobody can tell.
-            is_causal = not need_weights and extra == 0 and queries == keys and not attn_mask.requires_grad
+            is_causal = not eager and extra == 0 and queries == keys and not attn_mask.requires_grad
         attn_mask = None if is_causal else self._attn_mask_of_heads(attn_mask, q, keys, extra)
         key_padding_mask = _padding_mask_of_heads(key_padding_mask, q, keys, extra)
         mask, bias = _combine(key_padding_mask, attn_mask)
         out, weights = attend(
-            q,
-            k,
-            v,
-            mask,
-            bias,
-            is_causal=is_causal,
-            dropout_p=self.dropout if self.training else 0.0,
-            need_weights=need_weights,
+            q, k, v, mask, bias, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0
         )
         out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
-        if is_batched:
-            return out, weights
-        return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        out = out if is_batched else out.squeeze(0)
+        weights = weights._replace(is_batched=is_batched)
+        return out, weights if lazy else weights.compute(average_attn_weights) if eager else None
 
     def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.shape[-1] != self.embed_dim:
