@@ -8,6 +8,13 @@ from .attention import MultiheadAttention
 from .cells import GRUCell, LSTMCell, RNNCell
 from .positional import ALiBi, LearnedEncoding, RotaryEmbedding, SinusoidalEncoding
 from .rnn import GRU, LSTM, RNN
+from .transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "GRU",
@@ -23,4 +30,9 @@ __all__ = [
     "RotaryEmbedding",
     "SinusoidalEncoding",
     "Trace",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]
