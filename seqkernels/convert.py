@@ -25,8 +25,22 @@ _TWINS: dict[type[Module], type[Module]] = {
     torch.nn.LSTMCell: nn.LSTMCell,
     torch.nn.GRUCell: nn.GRUCell,
     torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
+    torch.nn.TransformerEncoder: nn.TransformerEncoder,
+    torch.nn.TransformerDecoder: nn.TransformerDecoder,
+    torch.nn.Transformer: nn.Transformer,
 }
-_KINDS = (RNNBase, RNNCellBase, torch.nn.MultiheadAttention)
+_KINDS = (
+    RNNBase,
+    RNNCellBase,
+    torch.nn.MultiheadAttention,
+    torch.nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer,
+    torch.nn.TransformerEncoder,
+    torch.nn.TransformerDecoder,
+    torch.nn.Transformer,
+)
 
 
 class Swap(NamedTuple):
@@ -38,7 +52,7 @@ class Swap(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A recurrent or attention module that was left as it is: its name in the model, its type, and why."""
+    """A recurrent, attention or transformer module that was left as it is: its name in the model, its type, and why."""
 
     name: str
     type: str
@@ -51,7 +65,7 @@ class Report:
 
     Attributes:
         swapped: modules that changed type, in the order of ``model.named_modules()``.
-        left: recurrent and attention modules of other types, and why each stayed.
+        left: recurrent, attention and transformer modules of other types, and why each stayed.
         notes: what to know about the model as it is now.
         dry_run: whether nothing was changed, and `swapped` is what would be.
     """
@@ -123,8 +137,9 @@ def _swap(model: Module, twins: dict[type[Module], type[Module]], dry_run: bool)
 def convert(model: Module, *, dry_run: bool = False) -> Report:
     """Swap the exact ``torch.nn`` layers of a model for their `seqkernels.nn` twins, in place.
 
-    RNN, LSTM, GRU, their cells and MultiheadAttention are swapped, with parametrizations too; subclasses and modules
-    whose ``forward`` was replaced are left, since their code may differ. Calling it again changes nothing more.
+    RNN, LSTM, GRU, their cells, MultiheadAttention, Transformer and its layers and stacks of layers are swapped, with
+    parametrizations too; subclasses and modules whose ``forward`` was replaced are left, since their code may differ,
+    but what is inside them is swapped. Calling it again changes nothing more.
 
     Args:
         model: any module, also such a layer itself.
@@ -145,6 +160,8 @@ def convert(model: Module, *, dry_run: bool = False) -> Report:
         " path, which never calls self_attn; torch.backends.mha.set_fastpath_enabled(False) turns that off"
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.TransformerEncoderLayer)
+        and not isinstance(module, nn.TransformerEncoderLayer)
+        and name not in changed
         and (f"{name}.self_attn" if name else "self_attn") in changed
     ]
     return report

@@ -217,17 +217,81 @@ def test_a_reverted_layer_follows_its_weights() -> None:
     assert same(layer(x), twin(x))
 
 
-def test_transformer_layers_come_with_a_note() -> None:
+TRANSFORMERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "TransformerEncoderLayer": lambda: torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+    "TransformerDecoderLayer": lambda: torch.nn.TransformerDecoderLayer(4, 2, 8, norm_first=True),
+    "TransformerEncoder": lambda: torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, torch.nn.LayerNorm(4)
+    ),
+    "TransformerDecoder": lambda: torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(4, 2, 8), 1),
+    "Transformer": lambda: torch.nn.Transformer(4, 2, 1, 1, 8, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_transformers(kind: str) -> None:
     torch.manual_seed(0)
-    model = torch.nn.TransformerEncoder(
-        torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False
-    ).eval()
+    module: Any = TRANSFORMERS[kind]().eval()
+    inputs = [torch.randn(3, 3, 4) for _ in range(1 if "Encoder" in kind else 2)]
+    # torch's fast path would cut padding off.
+    masks = {"src_key_padding_mask": torch.arange(3) > torch.tensor([[1], [2], [2]])} if "Enc" in kind else {}
+    before = {name: type(part) for name, part in module.named_modules()}
+    parameters = {name: id(p) for name, p in module.named_parameters()}
+    attributes, text, twin = set(vars(module)), repr(module), copy.deepcopy(module).train()
+    for part in twin.modules():
+        if isinstance(part, (torch.nn.Dropout, torch.nn.MultiheadAttention)):
+            part.p = part.dropout = 0.0
+
+    report = convert(module)
+    swapped = {name: cls for name, cls in before.items() if hasattr(seqkernels.nn, cls.__name__)}
+    assert [swap.name for swap in report.swapped] == list(swapped)
+    assert not report.left
+    assert not report.notes
+    for name, cls in swapped.items():
+        assert type(module.get_submodule(name)) is getattr(seqkernels.nn, cls.__name__)
+    assert {name: id(p) for name, p in module.named_parameters()} == parameters
+    assert repr(module) == text
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            found = module(*inputs, **masks)
+        judge(found, applies(lambda model, inputs, masks: model(*inputs, **masks), twin, inputs, masks))
+    assert convert(module) == seqkernels.Report()
+    assert same(pickle.loads(pickle.dumps(module))(*inputs, **masks), found)
+
+    report = revert(module)
+    assert [swap.name for swap in report.swapped] == list(swapped)
+    assert {name: type(part) for name, part in module.named_modules()} == before
+    assert set(vars(module)) == attributes
+    assert {name: id(p) for name, p in module.named_parameters()} == parameters
+    judge(module(*inputs), applies(twin, *inputs))
+
+
+def test_what_was_built_from_ours_can_be_reverted() -> None:
+    torch.manual_seed(0)
+    layer = seqkernels.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = seqkernels.nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 5, 4), torch.arange(5) > torch.tensor([[2], [3]])
+    expected = model(x, src_key_padding_mask=padding)
+    revert(model)
+    assert {type(part).__module__.partition(".")[0] for part in model.modules()} == {"torch"}
+    with torch.no_grad():
+        assert model(x, src_key_padding_mask=padding).shape == expected.shape
+
+
+class Encoder(torch.nn.TransformerEncoderLayer):
+    pass
+
+
+def test_subclasses_of_transformer_layers_come_with_a_note() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.TransformerEncoder(Encoder(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False).eval()
     x = torch.randn(2, 3, 4)
     twin = copy.deepcopy(model)
     report = convert(model)
-    assert [swap.name for swap in report.swapped] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert [swap.name for swap in report.swapped] == ["", "layers.0.self_attn", "layers.1.self_attn"]
+    assert [left.reason for left in report.left] == ["a subclass of torch.nn.TransformerEncoderLayer"] * 2
     assert len(report.notes) == 2
-    assert report.notes[0].startswith("layers.0: in eval mode without gradients this TransformerEncoderLayer may")
+    assert report.notes[0].startswith("layers.0: in eval mode without gradients this Encoder may take torch's fused")
     assert report.notes[0] in str(report)
     judge(model(x), applies(twin, x))
 
