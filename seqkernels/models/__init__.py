@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .gpt import GPT, GPTConfig
 from .seq2seq import Seq2Seq, Seq2SeqConfig
 
-__all__ = ["Seq2Seq", "Seq2SeqConfig"]
+__all__ = ["GPT", "GPTConfig", "Seq2Seq", "Seq2SeqConfig"]

@@ -1,0 +1,177 @@
+"""The language model with the attention of torch and of seqkernels: same weights, results, gradients and text."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import seqkernels
+from seqkernels.models import GPT, GPTConfig
+from seqkernels.models.gpt import Cache
+from seqkernels.testing import assert_within_budget
+
+SIZES: dict[str, Any] = {"vocab_size": 23, "context": 24, "embed_size": 32, "num_layers": 2, "num_heads": 4}
+CONFIGS = {
+    "rotary": GPTConfig(**SIZES),
+    "learned": GPTConfig(**SIZES, positions="learned"),
+    "grouped": GPTConfig(**SIZES, num_kv_heads=2),
+}
+LAYERS = [torch.nn, seqkernels.nn]
+
+# What no compiled implementation has yet runs on the reference, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:seqkernels runs attention:UserWarning")
+
+
+def make(config: GPTConfig, layers: ModuleType, dtype: torch.dtype = torch.float32) -> GPT:
+    torch.manual_seed(3)
+    model = GPT(config, layers).to(dtype)
+    # Larger than models begin with, so that attention prefers something.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() == 2 else 1)
+    return model
+
+
+def tokens(length: int = 13, rows: int = 3) -> Tensor:
+    return torch.randint(23, (rows, length), generator=torch.Generator().manual_seed(4))
+
+
+def results(model: GPT) -> dict[str, Tensor]:
+    """The logits and all gradients."""
+    logits = model(tokens())
+    grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    logits.backward(grad.to(logits.dtype))
+    return {"logits": logits.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_give_the_same_logits_and_gradients(name: str, dtype: torch.dtype) -> None:
+    config = CONFIGS[name]
+    oracle, baseline = results(make(config, torch.nn, torch.float64)), results(make(config, torch.nn))
+    actual = results(make(config, seqkernels.nn, dtype))
+    assert actual.keys() == oracle.keys() == {"logits", *dict(make(config, torch.nn).named_parameters())}
+    assert_within_budget(actual["logits"], oracle["logits"], baseline["logits"], "logits")
+    gradients = [
+        torch.cat([found[n].flatten() for n in oracle if n != "logits"]) for found in (actual, oracle, baseline)
+    ]
+    assert_within_budget(*gradients, "gradients")
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=lambda layers: layers.__name__)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_with_a_cache_in_pieces(name: str, layers: ModuleType) -> None:
+    config = CONFIGS[name]
+    oracle, baseline = (make(config, torch.nn, dtype)(tokens()).detach() for dtype in (torch.float64, torch.float32))
+    for dtype in (torch.float32, torch.float64):
+        model = make(config, layers, dtype)
+        with torch.no_grad():
+            cache = Cache(config, 3, 13, model.embedding.weight)
+            parts = [model(tokens()[:, begin:end], cache) for begin, end in ((0, 5), (5, 6), (6, 10), (10, 13))]
+        assert cache.length == 13
+        assert_within_budget(torch.cat(parts, 1), oracle, baseline, "logits")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_same_text_with_and_without_a_cache(name: str) -> None:
+    found = [
+        make(CONFIGS[name], layers).eval().generate(tokens(4), 20, cache=cache)
+        for layers in LAYERS
+        for cache in (False, True)
+    ]
+    assert found[0].shape == (3, 24)
+    assert torch.equal(found[0][:, :4], tokens(4))
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+
+
+def test_drawn_text() -> None:
+    model = make(CONFIGS["rotary"], seqkernels.nn).eval()
+
+    def draw(seed: int, **options: Any) -> Tensor:
+        return model.generate(tokens(4), 20, generator=torch.Generator().manual_seed(seed), **options)
+
+    assert torch.equal(draw(0, temperature=1.0), draw(0, temperature=1.0))
+    assert not torch.equal(draw(0, temperature=1.0), draw(1, temperature=1.0))
+    assert torch.equal(draw(0, temperature=1.0, top_k=1), draw(0))
+    assert torch.equal(draw(0, temperature=1e-4), draw(0))
+
+
+def test_equal_seeds_drop_the_same() -> None:
+    config = GPTConfig(**SIZES, dropout=0.3)
+    found = []
+    for layers, dtype in ((seqkernels.nn, torch.float32), (torch.nn, torch.float64), (torch.nn, torch.float32)):
+        model = make(config, layers, dtype)
+        torch.manual_seed(6)
+        found.append(model(tokens()).detach())
+    assert_within_budget(*found, "logits")
+
+
+def test_state_dict_moves_both_ways() -> None:
+    theirs, ours = (GPT(CONFIGS["learned"], layers) for layers in LAYERS)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_causal() -> None:
+    model, changed = make(CONFIGS["rotary"], seqkernels.nn), tokens().clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 23
+    assert torch.equal(model(tokens())[:, :7], model(changed)[:, :7])
+    assert not torch.equal(model(tokens())[:, 7:], model(changed)[:, 7:])
+
+
+def test_it_learns() -> None:
+    model = GPT(CONFIGS["rotary"], seqkernels.nn)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    text = torch.arange(46).view(2, 23) % 23
+    losses = []
+    for _ in range(90):
+        loss = torch.nn.functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 < 2 < losses[0]
+    assert model.generate(text[:1, :3], 15)[0].tolist() == list(range(18))
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "vocab_size": {"vocab_size": 0},
+    "context": {"context": -1},
+    "embed_size: expected a multiple": {"embed_size": 30},
+    "embed_size: expected an even number": {"embed_size": 12},
+    "num_kv_heads": {"num_kv_heads": 3},
+    "dropout": {"dropout": 1.0},
+    "positions": {"positions": "none"},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_sizes(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        GPTConfig(**{**SIZES, **BAD[name]})
+
+
+def test_bad_arguments() -> None:
+    model = GPT(CONFIGS["learned"])
+    with pytest.raises(ValueError, match="layers: expected"):
+        GPT(CONFIGS["learned"], torch)
+    with pytest.raises(ValueError, match="tokens: expected at most 24"):
+        model(tokens(25))
+    with pytest.raises(ValueError, match="tokens: expected at most 5"):
+        model(tokens(6), Cache(model.config, 3, 5, model.embedding.weight))
+    with pytest.raises(ValueError, match="tokens: expected at least one"):
+        model.generate(tokens(0), 1)
+    with pytest.raises(ValueError, match="steps: expected from 0 to 20 after 4"):
+        model.generate(tokens(4), 21)
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(tokens(4), 1, temperature=-1.0)
+    with pytest.raises(ValueError, match="top_k"):
+        model.generate(tokens(4), 1, top_k=24)
+    assert torch.equal(model.generate(tokens(4), 0), tokens(4))
