@@ -115,8 +115,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         out = out if is_batched else out.squeeze(0)
+        if not need_weights:
+            return out, None
         weights = weights._replace(is_batched=is_batched)
-        return out, weights if lazy else weights.compute(average_attn_weights) if eager else None
+        return out, weights if lazy else weights.compute(average_attn_weights)
 
     def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.shape[-1] != self.embed_dim:
