@@ -136,16 +136,11 @@ def flash_attn_with_kvcache(
     check(q.transpose(1, 2), keys, keys, scores)
     with torch.no_grad():
         if rotary_cos is not None and rotary_sin is not None and k is not None:
-            step = torch.arange(max(new, q.shape[1]), device=q.device)
-            places = filled.lengths[:, None] + step
-            most = None if filled.most is None else filled.most + max(new, q.shape[1] if local else min(1, q.shape[1]))
-            if most is not None and most > rotary_cos.shape[0]:
-                raise ValueError(
-                    f"rotary_cos, rotary_sin: expected at least {most} positions, got shape {tuple(rotary_cos.shape)}"
-                )
-            k = _rotate(k, rotary_cos, rotary_sin, places[:, :new], rotary_interleaved)
-            places = places[:, : q.shape[1]] if local else filled.lengths[:, None]
-            q = _rotate(q, rotary_cos, rotary_sin, places, rotary_interleaved)
+            # Without causality and a window all queries are at the first place.
+            turned = q.shape[1] if local else min(1, q.shape[1])
+            cos, sin = (_angles(x, filled, max(new, turned), q.dtype) for x in (rotary_cos, rotary_sin))
+            k = _rotate(k, cos[:, :new], sin[:, :new], rotary_interleaved)
+            q = _rotate(q, cos[:, :turned], sin[:, :turned], rotary_interleaved)
         if k is not None and v is not None:
             _append(k_cache, k, filled, rows, pages)
             _append(v_cache, v, filled, rows, pages)
@@ -260,16 +255,28 @@ def _pages(block_table: Tensor, filled: _Filled, size: int, new: int, k_cache: T
     return torch.where(used, table, 0).to(torch.int64)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, places: Tensor, interleaved: bool) -> Tensor:
-    """`x` (B, L, H, D) rotated by the angles of `places`, (B, L) or (B, 1)."""
-    acc = accumulate_dtype(x.dtype)
-    cos, sin = (table.to(acc)[places].unsqueeze(2) for table in (cos, sin))
+def _angles(table: Tensor, filled: _Filled, count: int, dtype: torch.dtype) -> Tensor:
+    """Rows of `table` for the `count` places of each sequence behind what is filled, (B or 1, count, 1, half)."""
+    if filled.most is not None and filled.most + count > table.shape[0]:
+        raise ValueError(
+            f"rotary_cos, rotary_sin: expected at least {filled.most + count} positions, got shape {tuple(table.shape)}"
+        )
+    if filled.most is not None and filled.even:
+        found = table[filled.most : filled.most + count].unsqueeze(0)
+    else:
+        found = table[filled.lengths[:, None] + torch.arange(count, device=table.device)]
+    return found.to(accumulate_dtype(dtype)).unsqueeze(2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`x` (B, L, H, D) with its first elements rotated by angles (B or 1, L or 1, 1, half)."""
     size = 2 * cos.shape[-1]
-    turned, rest = x[..., :size].to(acc), x[..., size:]
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    head = x[..., :size].to(cos.dtype)
+    a, b = (head[..., 0::2], head[..., 1::2]) if interleaved else head.chunk(2, -1)
     pair = a * cos - b * sin, a * sin + b * cos
     turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat((turned.to(x.dtype), rest), -1)
+    turned = turned.to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), -1)
 
 
 def _append(cache: Tensor, x: Tensor, filled: _Filled, rows: Tensor | None, pages: Tensor | None) -> None:
