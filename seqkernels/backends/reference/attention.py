@@ -39,7 +39,8 @@ def dropped(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
     batch, heads, queries, keys = shape
     blocks = -(-keys // DROPOUT_BLOCK)
     rows = batch * heads * queries
-    counter = torch.arange(rows * blocks * (DROPOUT_BLOCK // 4), device=seed.device).view(rows, blocks, 1, -1)
+    counters = DROPOUT_BLOCK // 4
+    counter = torch.arange(rows * blocks * counters, device=seed.device).view(rows, blocks, 1, counters)
     found = torch.cat(words(seed, counter), 2).view(batch, heads, queries, blocks * DROPOUT_BLOCK)
     return found[..., :keys] < dropout_threshold(dropout_p)
 
@@ -159,6 +160,8 @@ def _log_sum_exp(scored: _Scored, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     if sink is None:
         return alive, lse
     rows = sink.to(acc).view(-1, 1).expand(lse.shape)
+    # Rows of an lse of -inf have no gradients.
+    rows = torch.where(rows == -torch.inf, -torch.inf, rows)
     # The sum with -inf has no gradient that is a number.
     return alive | (rows != -torch.inf), torch.where(alive, torch.where(alive, lse, 0).logaddexp(rows), rows)
 
