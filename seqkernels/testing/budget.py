@@ -97,12 +97,16 @@ def evaluate(
     results = {n: x.detach() for n, x in outputs.items()}
     given = inputs._asdict() | options
     wanted = {n: x for n, x in given.items() if isinstance(x, Tensor) and x.requires_grad}
-    taken = [n for n in grads if n in outputs and outputs[n].requires_grad]
-    if wanted and taken:
-        found = torch.autograd.grad(
-            [outputs[n] for n in taken], list(wanted.values()), [grads[n] for n in taken], materialize_grads=True
-        )
-        results |= {f"grad_{n}": x for n, x in zip(wanted, found, strict=True)}
+    named = [n for n in grads if n in outputs]
+    taken = [n for n in named if outputs[n].requires_grad]
+    if wanted and named:
+        # Outputs that depend on nothing, as those of documents without rows, have gradients of zero.
+        gradients: Sequence[Tensor] = [torch.zeros_like(x) for x in wanted.values()]
+        if taken:
+            gradients = torch.autograd.grad(
+                [outputs[n] for n in taken], list(wanted.values()), [grads[n] for n in taken], materialize_grads=True
+            )
+        results |= {f"grad_{n}": x for n, x in zip(wanted, gradients, strict=True)}
     return results
 
 
