@@ -1,9 +1,12 @@
-"""Drop-in layers: the constructor, arguments, parameters, results and errors of their ``torch.nn`` originals."""
+"""Drop-in layers: the constructor, arguments, parameters, results and errors of their ``torch.nn`` originals.
+
+Beside them are layers that ``torch.nn`` lacks: alignment attention and positional encodings.
+"""
 
 from __future__ import annotations
 
 from ..functional import Trace
-from .alignment import BilinearAttention
+from .alignment import AdditiveAttention, BilinearAttention
 from .attention import MultiheadAttention
 from .cells import GRUCell, LSTMCell, RNNCell
 from .positional import ALiBi, LearnedEncoding, RotaryEmbedding, SinusoidalEncoding
@@ -21,6 +24,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "ALiBi",
+    "AdditiveAttention",
     "BilinearAttention",
     "GRUCell",
     "LSTMCell",
