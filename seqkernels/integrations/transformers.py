@@ -341,6 +341,8 @@ def _with_documents(scores: Scores, cu_q: Tensor, cu_k: Tensor, longest_q: int, 
 def _without_mask(inputs: _Inputs, is_causal: bool, sliding_window: int | None, kwargs: dict[str, Any]) -> _Inputs:
     """What no mask means: causal from the top left if there are several queries, or the documents of `kwargs`."""
     q, k, v, scores = inputs
+    if sliding_window is None and not kwargs and (not is_causal or q.shape[2] == 1):
+        return inputs
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     packed = cu_q is not None or cu_k is not None
     if packed:
