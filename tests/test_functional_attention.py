@@ -294,6 +294,19 @@ def test_second_derivative(is_causal: bool, dropout_p: float, name: str) -> None
         torch.autograd.gradgradcheck(fn, leaves)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_of_one_tensor_as_several_inputs(create_graph: bool, plain_runner: object) -> None:
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+    def of(fn: Any, dtype: torch.dtype) -> Tensor:
+        leaf = x.to(dtype).requires_grad_()
+        out = fn(query=leaf, key=leaf, value=leaf) + fn(query=leaf, key=2 * leaf, value=leaf)
+        return torch.autograd.grad(out.square().sum(), leaf, create_graph=create_graph)[0]
+
+    own = [of(torch_math, torch.float32), of(torch_tiled, torch.float32), of(torch_tiled, torch.float64)]
+    assert_within_budget(of(scaled_dot_product_attention, torch.float64), of(torch_math, torch.float64), own)
+
+
 def test_only_the_mask_needs_a_gradient(plain_runner: object) -> None:
     query, key, value = torch.randn(3, 2, 2, 3, 4, dtype=torch.float64)
     mask = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)

@@ -189,11 +189,14 @@ def _differentiable_backward(
 
     q, k, v, _, _, *tensors = ctx.saved_tensors
     scores = Scores.unpack(tensors, ctx.numbers, ctx.settings)
-    inputs = (q, k, v, scores.bias, scores.sink)
     with torch.enable_grad():
-        outputs = reference(q, k, v, scores)
+        # Views: one input may be another, or come from it, and yet gets a gradient of its own.
+        q, k, v = (x.view_as(x) for x in (q, k, v))
+        bias, sink = (None if x is None else x.view_as(x) for x in (scores.bias, scores.sink))
+        inputs = (q, k, v, bias, sink)
+        outputs = reference(q, k, v, scores._replace(bias=bias, sink=sink))
         pairs = [(out, grad) for out, grad in zip(outputs, (grad_out, grad_lse), strict=True) if grad is not None]
-        wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
+        wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
         found = iter(
             torch.autograd.grad(
                 [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
