@@ -230,9 +230,11 @@ class _ColumnSums(torch.autograd.Function):
         rows = q.new_ones(()).expand(*q.shape[:3], 1)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             scores = Scores.unpack(tensors, ctx.numbers, ctx.settings)
-            out, _ = attend(q, k, values, scores)
-            given = (q, k, scores.bias, scores.sink)
-            wanted = [x for x, need in zip(given, needs, strict=True) if need and x is not None]
+            # Views: one input may be another, or `grad` come from it, and yet gets a gradient of its own.
+            q, k = q.view_as(q), k.view_as(k)
+            bias, sink = (None if x is None else x.view_as(x) for x in (scores.bias, scores.sink))
+            out, _ = attend(q, k, values, scores._replace(bias=bias, sink=sink))
+            wanted = [x for x, need in zip((q, k, bias, sink), needs, strict=True) if need and x is not None]
             every = iter(torch.autograd.grad(out, wanted, rows, create_graph=True, materialize_grads=True))
             return _placed(ctx, needs, [next(every) if need else None for need in needs])
         out, lse = forward_op(q, k, values, tensors, ctx.numbers, ctx.settings)
