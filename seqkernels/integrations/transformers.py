@@ -91,7 +91,8 @@ class Rule(NamedTuple):
 class Mask(Tensor):
     """A (B, 1, M, N) bool mask of which only the rule exists: whatever operation reads it makes the matrix.
 
-    Once made, the matrix is kept, and it alone counts from then on, since somebody may have changed it in place.
+    Once made, the matrix is kept, and it alone counts from then on, since somebody may have changed it in place. A
+    compiled region of a model that runs eagerly otherwise breaks its graph at attention when it is handed one.
 
     Args:
         rule: what it says.
@@ -126,6 +127,20 @@ class Mask(Tensor):
         if self.dense is None:
             self.dense = self._make()
         return self.dense
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.matrix().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.matrix().__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The matrix as an array."""
+        return self.matrix().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The matrix as lists."""
+        return self.matrix().tolist()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Mask({self.rule}, shape={tuple(self.shape)})"
@@ -289,8 +304,16 @@ class _Inputs(NamedTuple):
     scores: Scores
 
     def is_compiled(self) -> bool:
+        """Whether an implementation runs it that is not slow, or the one that was insisted on."""
         q, k, _, scores = self
-        return _compiled(backends.Call("attention", q.device.type, q.dtype, "", scores.features(q, k)))
+        call = backends.Call("attention", q.device.type, q.dtype, "", scores.features(q, k))
+        if backends.unobserved() or backends.explained():
+            return _compiled(call)
+        try:
+            backends.select(call)
+        except backends.BackendError:
+            return False
+        return True
 
 
 def _keys(x: Tensor | None, begin: int, end: int) -> Tensor | None:

@@ -257,3 +257,28 @@ def test_switched_back_and_forth() -> None:
     assert_within_budget(between, load("llama", "dense", torch.float64)(**batch).logits[real], before, "logits")
     made = transformers.LlamaForCausalLM._from_config(model.config, attn_implementation="seqkernels")
     assert made.config._attn_implementation == "seqkernels"
+
+
+def test_models_of_several_parts() -> None:
+    """Each part of a model has its own implementation."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    text = transformers.LlamaConfig(**SIZES)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=60)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    batch = tokens("left", rows=1)
+    batch["input_ids"][0, 5:8] = 60
+    batch["input_ids"][0, 8:] %= 60
+    batch["input_ids"][0, 8] = 60
+    batch["pixel_values"] = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+    found = []
+    for names in ({"text_config": "seqkernels", "vision_config": "sdpa"}, "seqkernels", "dense", "sdpa"):
+        model.to(torch.float64 if names == "dense" else torch.float32).set_attn_implementation(names)
+        pixels = batch["pixel_values"].to(model.dtype)
+        found.append(model(**{**batch, "pixel_values": pixels}).logits[:, 4:].detach())
+        if isinstance(names, dict):
+            assert model.config.text_config._attn_implementation == "seqkernels"
+            assert model.config.vision_config._attn_implementation == "sdpa"
+    assert_within_budget(found[0], found[2], found[3], "the text alone")
+    assert_within_budget(found[1], found[2], found[3], "both")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -199,9 +201,20 @@ def test_what_reads_a_mask_gets_the_matrix() -> None:
     assert type(mask[:, :, -2:]) is Tensor
     assert torch.equal(mask[:, :, -2:], full[:, :, -2:])
     assert torch.equal(torch.where(mask, 1.0, 0.0), full.float())
+    for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert type(other) is Tensor
+        assert torch.equal(other, full)
+    assert mask.tolist() == full.tolist() == mask.numpy().tolist()
     # What is written into it counts.
     mask.logical_not_()
     assert_like_dense((2, 4, 6), mask, ~full)
+
+
+def test_masks_serve_the_implementation_insisted_on(other_backend: str) -> None:
+    function = masking_utils.sliding_window_causal_mask_function(4)
+    mask = integration.make_mask(2, 9, 12, 3, 0, function, tokens()[:2])
+    with seqkernels.use_backend(other_backend):
+        assert_like_dense((2, 9, 12), mask, every_mask(2, 9, 12, 3, 0, function, tokens()[:2]))
 
 
 def test_a_changed_mask_function_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
