@@ -306,14 +306,15 @@ def attention_options(
             found[f"max_seqlen_{letter}"] = longest + int(integers(0, 3))
         keys = found["max_seqlen_k"]
     if "window" in names:
-        found["left"] = int(integers(0, keys // 2 + 1))
-        found["right"] = int(integers(1, keys // 2 + 2))
+        # One key alone has gradients of nothing but rounding errors.
+        found["left"] = int(integers(1 + keys // 8, 2 + keys // 2))
+        found["right"] = int(integers(1 + keys // 8, 2 + keys // 2))
     if "causal" in names:
         found["right"] = 0
     if "bottom_right" in names:
         found["bottom_right"] = True
     if "key_lengths" in names:
-        found["key_lengths"] = lay_out(integers(0, keys + 1, batch).to(torch.int32), layout)
+        found["key_lengths"] = lay_out(keys - integers(0, keys * 3 // 4 + 1, batch).to(torch.int32), layout)
     if "alibi" in names:
         shape = (batch, heads) if int(integers(0, 2)) else (heads,)
         found["alibi_slopes"] = lay_out(draw(shape, generator, torch.float32, 0.25), layout)
