@@ -264,9 +264,9 @@ class RotaryEmbedding(_Tables):
             cos, sin = cos.view(shape), sin.view(shape)
         turned = x[..., : self.dim]
         pairs, sizes = (-1, (self.dim // 2, 2)) if self.interleaved else (-2, (2, self.dim // 2))
-        # Products with the tables are of their dtype: 16-bit elements need no copy in float32 before.
-        a, b = turned.unflatten(-1, sizes).unbind(pairs)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), pairs).flatten(-2).to(x.dtype)
+        a, b = turned.to(cos.dtype).unflatten(-1, sizes).unbind(pairs)
+        both = (torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin))
+        turned = torch.stack(both, pairs).flatten(-2).to(x.dtype)
         return turned if self.dim == x.shape[-1] else torch.cat((turned, x[..., self.dim :]), -1)
 
     def _depends_on_length(self, length: int) -> bool:
@@ -286,7 +286,7 @@ class RotaryEmbedding(_Tables):
         trained = self.original_max_position or 0
         if self.scaling == "yarn":
             return self._yarn(self.base**-exponents, trained)
-        if length is None or (isinstance(length, int) and length <= trained):
+        if length is None or (not isinstance(length, Tensor) and length <= trained):
             return self.base**-exponents
         longer = length.clamp(min=trained).double() / trained if isinstance(length, Tensor) else length / trained
         growth = (self.factor * longer - (self.factor - 1)) ** (self.dim / (self.dim - 2))

@@ -277,8 +277,7 @@ def test_dropout_in_training(kind: str) -> None:
     assert not torch.equal(outs[0], model.eval()(*inputs))
 
 
-@pytest.mark.usefixtures("reference")
-def test_gradcheck() -> None:
+def test_gradcheck(plain_runner: object) -> None:
     torch.manual_seed(0)
     layer = seqkernels.nn.TransformerEncoderLayer(4, 2, 3, 0.0, F.gelu, batch_first=True, dtype=torch.float64)
     x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -289,6 +288,14 @@ def test_gradcheck() -> None:
         return torch.func.functional_call(layer, dict(zip(parameters, values, strict=True)), (x, bias))
 
     assert torch.autograd.gradcheck(call, (x, bias, *parameters.values()))
+
+
+def test_parts_handed_to_the_transformer_stay() -> None:
+    parts = [torch.nn.Linear(8, 8), torch.nn.Identity()]
+    model = seqkernels.nn.Transformer(8, 2, custom_encoder=parts[0], custom_decoder=parts[1], batch_first=True)
+    assert model.encoder is parts[0]
+    assert model.decoder is parts[1]
+    assert (model.d_model, model.nhead, model.batch_first) == (8, 2, True)
 
 
 class Spy(torch.nn.Module):
