@@ -1,7 +1,10 @@
-// Attention: parameters and entry points. Formulas in docs/attention.md, semantics in ops/attention.py.
+// Attention: parameters and entry points. Formulas in docs/attention.md, semantics in seqkernels/scores.py.
 //
 // B batch, Hq query heads, Hk key heads (query head h reads key head h / (Hq / Hk)), M queries, N keys, D head size,
 // Dv value size. Strides count elements; the last dimension of q, k, v, out and their gradients is contiguous.
+//
+// Documents behind one another: B is their number, M and N are those of the longest, and the batch stride of q, k, v,
+// out and lse is 0.
 #pragma once
 
 #include "core/types.h"
@@ -18,32 +21,48 @@ struct StridedOut {
   std::int64_t stride[4];
 };
 
-struct AttentionForward {
+// What the scores are made of, and their sizes.
+struct AttentionScores {
   std::int64_t batch, heads, kv_heads, queries, keys, head_size, value_size;
   DType dtype;
-  double scale;
-  bool is_causal;
   int threads;
+  double scale, softcap;     // softcap 0: none
+  std::int64_t left, right;  // keys on either side of the diagonal; negative: all
+  bool bottom_right;
   Strided q, k, v;
-  Strided mask;    // bool, broadcast to (B, Hq, M, N) by strides of 0, or absent
-  Strided bias;    // storage dtype, likewise
-  StridedOut out;  // (B, Hq, M, Dv)
-  void* lse;       // (B, Hq, M) compute, contiguous
+  Strided mask;      // bool, broadcast to (B, Hq, M, N) by strides of 0, or absent
+  Strided bias;      // likewise
+  DType bias_dtype;  // dtype, or float32
+  const std::int32_t* key_lengths;               // (B,), or null
+  const std::int32_t *cu_seqlens_q, *cu_seqlens_k;  // (B + 1,), or null
+  const float* slopes;                           // or null
+  std::int64_t slope_stride[2];                  // of batch and head
+  const void* sink;                              // (Hq,) compute, or null
+  double dropout;                                // probability
+  std::uint64_t threshold;                       // random words of 32 bits below it drop a weight; 0: no dropout
+  std::uint64_t seed;
+  std::int64_t lse_stride[2];                    // of batch and head; 1 along the queries
 };
 
-struct AttentionBackward {
-  std::int64_t batch, heads, kv_heads, queries, keys, head_size, value_size;
-  DType dtype;
-  double scale;
-  bool is_causal;
-  int threads;
-  Strided grad_out, q, k, v, mask, bias;
-  const void* lse;                    // (B, Hq, M) compute, contiguous
-  const void* delta;                  // (B, Hq, M) compute, contiguous
-  StridedOut grad_q, grad_k, grad_v;  // storage
+struct AttentionForward : AttentionScores {
+  StridedOut out;  // (B, Hq, M, Dv)
+  void* lse;       // (B, Hq, M) compute
+};
+
+struct AttentionBackward : AttentionScores {
+  Strided grad_out, out;
+  const void* lse;
+  const void* grad_lse;               // as lse, or null
+  StridedOut grad_q, grad_k, grad_v;  // storage; null where not wanted
   void* grad_bias;  // compute, contiguous in its own (possibly broadcast) shape, zero on entry; or null
   std::int64_t grad_bias_stride[4];  // strides of grad_bias, 0 where it is broadcast
   std::int64_t grad_bias_size;       // its number of elements
+};
+
+struct AttentionWeights : AttentionScores {
+  const void* lse;
+  void* weights;  // compute, contiguous: (B, Hq, M, N), or their mean over the heads (B, M, N)
+  bool average;
 };
 
 }  // namespace seqkernels

@@ -1,7 +1,8 @@
-// Attention's rows of scores: which keys each may read, masks and biases, and how rows are cut into blocks.
+// Attention's rows of scores: which keys each may read, and how rows are cut into blocks.
 //
 // The queries of all heads that share a key head are numbered through: row r of key head h is query r % M of head
-// h * group + r / M. A block of rows may span several heads where M is small.
+// h * group + r / M, with M the queries of the document at hand. A block of rows may span several heads where M is
+// small.
 #pragma once
 
 #include "core/attention_tile.h"
@@ -9,47 +10,86 @@
 namespace seqkernels {
 namespace {
 
-// One row of scores.
-struct ScoreRow {
-  std::int64_t limit;        // it may read the keys before this one
-  std::int64_t count;        // and so many keys of the tile at hand
-  const std::uint8_t* mask;  // of its first key, or null
-  const void* bias;
+constexpr std::int64_t kFewRows = 8;  // rows of a key head up to which keys are not packed
+
+// One entry of the batch.
+struct Document {
+  std::int64_t batch, queries, keys;  // without padding
+  std::int64_t first_query, first_key;
+  std::int64_t diagonal;  // query i is level with key i + diagonal
+
+  Document(const AttentionScores& p, std::int64_t b)
+      : batch(b), queries(p.queries), keys(p.keys), first_query(0), first_key(0) {
+    if (p.cu_seqlens_q != nullptr) {
+      first_query = p.cu_seqlens_q[b];
+      first_key = p.cu_seqlens_k[b];
+      queries = min_of<std::int64_t>(queries, max_of<std::int64_t>(0, p.cu_seqlens_q[b + 1] - first_query));
+      keys = min_of<std::int64_t>(keys, max_of<std::int64_t>(0, p.cu_seqlens_k[b + 1] - first_key));
+    }
+    if (p.key_lengths != nullptr) {
+      keys = min_of<std::int64_t>(keys, max_of<std::int64_t>(0, p.key_lengths[b]));
+    }
+    diagonal = p.bottom_right ? keys - queries : 0;
+  }
+
+  // The keys that some of the queries from `first` to `last` may read.
+  Range span(const AttentionScores& p, std::int64_t first, std::int64_t last) const {
+    const std::int64_t begin = p.left < 0 ? 0 : max_of<std::int64_t>(0, first + diagonal - p.left);
+    const std::int64_t end = p.right < 0 ? keys : min_of(keys, last + diagonal + p.right + 1);
+    return begin < end ? Range{begin, end} : Range{0, 0};
+  }
+  Range all(const AttentionScores& p) const { return queries == 0 ? Range{0, 0} : span(p, 0, queries - 1); }
+
+  std::int64_t query_at(const std::int64_t* stride, std::int64_t head, std::int64_t query) const {
+    return batch * stride[0] + head * stride[1] + (first_query + query) * stride[2];
+  }
+  std::int64_t key_at(const std::int64_t* stride, std::int64_t head, std::int64_t key) const {
+    return batch * stride[0] + head * stride[1] + (first_key + key) * stride[2];
+  }
+  std::int64_t lse_at(const AttentionScores& p, std::int64_t head, std::int64_t query) const {
+    return batch * p.lse_stride[0] + head * p.lse_stride[1] + first_query + query;
+  }
 };
 
-// Sets how many of the `count` keys from `first` each row may read; returns the most.
+// One row of scores.
+struct ScoreRow {
+  Range keys;                // it may read
+  std::int64_t from, count;  // and which keys of the tile at hand: [from, count)
+  const std::uint8_t* mask;  // of its first key, or null
+  const void* bias;
+  float slope;         // of ALiBi, per key of distance
+  std::int64_t level;  // the key at distance 0
+  std::int64_t place;  // of its first weight among all, for dropout: its number of the row
+};
+
+// Sets which of the `count` keys from `first` each row may read; returns the first and the end of all.
 template <class Row>
-inline std::int64_t set_counts(Row* rows, std::int64_t size, std::int64_t first, std::int64_t count) {
-  std::int64_t most = 0;
+inline Range set_counts(Row* rows, std::int64_t size, std::int64_t first, std::int64_t count) {
+  Range all{count, 0};
   for (std::int64_t r = 0; r < size; ++r) {
-    rows[r].count = max_of<std::int64_t>(0, min_of(count, rows[r].limit - first));
-    most = max_of(most, rows[r].count);
+    const std::int64_t end = max_of<std::int64_t>(0, min_of(count, rows[r].keys.end - first));
+    const std::int64_t begin = min_of(end, max_of<std::int64_t>(0, rows[r].keys.begin - first));
+    rows[r].from = begin;
+    rows[r].count = begin < end ? end : begin;
+    if (begin < end) {
+      all.begin = min_of(all.begin, begin);
+      all.end = max_of(all.end, end);
+    }
   }
-  return most;
+  return all.begin < all.end ? all : Range{0, 0};
 }
+
+// The keys of the tile that some rows read, from a whole number of `unit` keys on.
 template <class Row>
-inline std::int64_t most_of(const Row* rows, int size) {
-  std::int64_t most = 0;
-  for (int i = 0; i < size; ++i) most = max_of(most, rows[i].count);
-  return most;
-}
-
-// s (rows, width) = rows a (rows, depth) times packed panels of `keys` keys, of which the first `width` are wanted.
-// Nothing is computed for rows that read no key of a panel.
-template <class T, class Row>
-inline void multiply_panels(std::int64_t keys, std::int64_t width, std::int64_t depth, const T* a, std::int64_t lda,
-                            const T* panels, T* s, std::int64_t lds, const Row* rows, std::int64_t size) {
-  constexpr int n = kLanes<T>;
-  for (std::int64_t column = 0; column < width; column += kPanel<T>) {
-    const std::int64_t ld = round_up(min_of<std::int64_t>(kPanel<T>, keys - column), n);
-    const std::int64_t vectors = ceil_div(min_of<std::int64_t>(kPanel<T>, width - column), n);
-    product<T, Layout::kRows, false>(
-        size, vectors, a, lda, panels + column * depth, ld, s + column, lds,
-        [&](std::int64_t m, int count) { return Range{0, most_of(rows + m, count) > column ? depth : 0}; });
+inline Range range_of_rows(const Row* rows, int size, std::int64_t unit) {
+  Range all{rows[0].from, rows[0].count};
+  for (int i = 1; i < size; ++i) {
+    all.begin = min_of(all.begin, rows[i].from);
+    all.end = max_of(all.end, rows[i].count);
   }
+  all.begin = all.begin / unit * unit;
+  return all;
 }
-
-constexpr std::int64_t kFewRows = 8;  // rows of a key head up to which keys are not packed
 
 // How the rows of one key head are cut into blocks of at most `size`.
 struct RowBlocks {
@@ -78,134 +118,59 @@ struct RowBlocks {
 };
 
 // Calls f(head, query, at, count) for the runs of rows `at`.. of a block that belong to one head.
-template <class Params, class F>
-inline void for_heads(const Params& p, std::int64_t kv_head, std::int64_t first, std::int64_t rows, const F& f) {
-  const std::int64_t group = p.heads / p.kv_heads;
+template <class F>
+inline void for_heads(std::int64_t group, std::int64_t queries, std::int64_t kv_head, std::int64_t first,
+                      std::int64_t rows, const F& f) {
   for (std::int64_t at = 0; at < rows;) {
-    const std::int64_t query = (first + at) % p.queries;
-    const std::int64_t count = min_of(rows - at, p.queries - query);
-    f(kv_head * group + (first + at) / p.queries, query, at, count);
+    const std::int64_t query = (first + at) % queries;
+    const std::int64_t count = min_of(rows - at, queries - query);
+    f(kv_head * group + (first + at) / queries, query, at, count);
     at += count;
   }
 }
 
-// The scores' masks and biases for one call.
-template <class T, class Params>
-class Masks {
-  static constexpr int n = kLanes<T>;
-
- public:
-  explicit Masks(const Params& p)
-      : p_(p),
-        any_(p.mask.data != nullptr || p.bias.data != nullptr),
-        same_for_queries_((p.mask.data == nullptr || p.mask.stride[2] == 0) &&
-                          (p.bias.data == nullptr || p.bias.stride[2] == 0)),
-        same_for_heads_((p.mask.data == nullptr || p.mask.stride[1] == 0) &&
-                        (p.bias.data == nullptr || p.bias.stride[1] == 0)) {}
-
-  bool any() const { return any_; }
-  // Whether the rows of a block all have the same.
-  bool uniform(std::int64_t rows, std::int64_t first) const {
-    return any_ && same_for_queries_ && (same_for_heads_ || first / p_.queries == (first + rows - 1) / p_.queries);
-  }
-
-  // Describes the rows of a block; `keys` is the limit of rows that see all. Row is a ScoreRow.
-  template <class Row>
-  void describe(std::int64_t batch, std::int64_t kv_head, std::int64_t first, std::int64_t rows, std::int64_t keys,
-                Row* out) const {
-    for_heads(
-        p_, kv_head, first, rows, [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-          for (std::int64_t i = 0; i < count; ++i) {
-            ScoreRow& row = out[at + i];
-            row.limit = p_.is_causal ? min_of(keys, query + i + 1) : keys;
-            row.mask = p_.mask.data == nullptr
-                           ? nullptr
-                           : static_cast<const std::uint8_t*>(p_.mask.data) + offset(p_.mask, batch, head, query + i);
-            row.bias = p_.bias.data == nullptr
-                           ? nullptr
-                           : element(p_.bias.data, offset(p_.bias, batch, head, query + i), p_.dtype);
-          }
-        });
-  }
-
-  // What is added to the scaled scores of keys `first`.. of a row: the bias, or -inf for a masked key.
-  // Returns whether a key is left.
-  bool additive(const ScoreRow& row, std::int64_t first, std::int64_t count, T* out) const {
-    IntVec<T> left{};
-    with_storage<T>(p_.dtype, [&](auto tag) {
-      const auto* bias = static_cast<const decltype(tag)*>(row.bias);
-      for (std::int64_t j = 0; j < count; j += n) {
-        Vec<T> x{};
-        if (bias != nullptr) x = strided(bias, p_.bias.stride[3], first + j, count - j);
-        if (row.mask != nullptr) x = kept(row.mask, p_.mask.stride[3], first + j, count - j) ? x : splat(-kInfinity<T>);
-        left |= first_lanes<T>(x, count - j, -kInfinity<T>) != -kInfinity<T>;
-        store_full(out + j, x);
-      }
-    });
-    bool any = false;
-    for (int i = 0; i < n; ++i) any |= left[i] != 0;
-    return any;
-  }
-
- private:
-  static std::int64_t offset(const Strided& x, std::int64_t batch, std::int64_t head, std::int64_t query) {
-    return batch * x.stride[0] + head * x.stride[1] + query * x.stride[2];
-  }
-
-  template <class S>
-  static Vec<T> strided(const S* x, std::int64_t stride, std::int64_t at, std::int64_t count) {
-    if (stride == 1) return load(x + at, count);
-    if (stride == 0) return splat(load_one(x));
-    S part[n] = {};
-    for (std::int64_t i = 0; i < min_of<std::int64_t>(n, count); ++i) part[i] = x[(at + i) * stride];
-    return load(part);
-  }
-
-  static IntVec<T> kept(const std::uint8_t* mask, std::int64_t stride, std::int64_t at, std::int64_t count) {
-    typename BytesOf<T>::Vec bytes{};
-    if (stride == 1 && count >= n) {
-      std::memcpy(&bytes, mask + at, n);
-    } else {
-      for (std::int64_t i = 0; i < min_of<std::int64_t>(n, count); ++i) bytes[i] = mask[(at + i) * stride];
-    }
-    return __builtin_convertvector(bytes, IntVec<T>) != 0;
-  }
-
-  const Params& p_;
-  const bool any_, same_for_queries_, same_for_heads_;
-};
-
-// The maximum of `count` scores. The rest of the last vector becomes -inf. NaN do not count.
-template <class T>
-inline T top_score(T* s, std::int64_t count) {
-  constexpr int n = kLanes<T>;
-  Vec<T> top = splat(-kInfinity<T>), other = top;
-  std::int64_t j = 0;
-  for (; j + 2 * n <= count; j += 2 * n) {
-    top = max<T>(load_full(s + j), top);
-    other = max<T>(load_full(s + j + n), other);
-  }
-  for (; j < count; j += n) {
-    const Vec<T> x = first_lanes<T>(load_full(s + j), count - j, -kInfinity<T>);
-    store_full(s + j, x);
-    top = max<T>(x, top);
-  }
-  return reduce_max<T>(max<T>(top, other));
+// The keys that some of the rows of a block may read.
+inline Range keys_of_block(const AttentionScores& p, const Document& document, std::int64_t first, std::int64_t rows) {
+  const std::int64_t query = first % document.queries;
+  return query + rows > document.queries ? document.all(p) : document.span(p, query, query + rows - 1);
 }
 
-// The same after s += add; where `add` is -inf so is the score, whatever it was, NaN included.
-template <class T>
-inline T top_score(T* s, std::int64_t count, const T* add) {
-  constexpr int n = kLanes<T>;
-  Vec<T> top = splat(-kInfinity<T>);
-  for (std::int64_t j = 0; j < count; j += n) {
-    const Vec<T> a = load_full(add + j);
-    Vec<T> x = a == -kInfinity<T> ? a : load_full(s + j) + a;
-    if (count - j < n) x = first_lanes<T>(x, count - j, -kInfinity<T>);
-    store_full(s + j, x);
-    top = max<T>(x, top);
-  }
-  return reduce_max<T>(top);
+// Whether some rows may not read keys that others read: such keys must not reach them, whatever is in them.
+inline bool masks_keys(const AttentionScores& p) {
+  return p.mask.data != nullptr || p.bias.data != nullptr || p.left >= 0 || p.right >= 0;
+}
+
+// An estimate of how many keys a query reads.
+inline std::int64_t keys_read(const AttentionScores& p) {
+  const std::int64_t left = p.left < 0 ? p.keys : min_of(p.keys, p.left);
+  const std::int64_t right = p.right < 0 ? p.keys : min_of(p.keys, p.right);
+  return max_of<std::int64_t>(1, min_of(p.keys, left + right + 1));
+}
+
+// Describes the rows of a block. Row is a ScoreRow.
+template <class Row>
+inline void describe(const AttentionScores& p, const Document& document, std::int64_t kv_head, std::int64_t first,
+                     std::int64_t rows, Row* out) {
+  for_heads(p.heads / p.kv_heads, document.queries, kv_head, first, rows,
+            [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+              for (std::int64_t i = 0; i < count; ++i) {
+                ScoreRow& row = out[at + i];
+                const std::int64_t* mask = p.mask.stride;
+                const std::int64_t* bias = p.bias.stride;
+                row.keys = document.span(p, query + i, query + i);
+                row.level = query + i + document.diagonal;
+                row.mask = p.mask.data == nullptr ? nullptr
+                                                  : static_cast<const std::uint8_t*>(p.mask.data) +
+                                                        document.batch * mask[0] + head * mask[1] + (query + i) * mask[2];
+                row.bias = p.bias.data == nullptr
+                               ? nullptr
+                               : element(p.bias.data, document.batch * bias[0] + head * bias[1] + (query + i) * bias[2],
+                                         p.bias_dtype);
+                row.slope = p.slopes == nullptr ? 0.0f
+                                                : p.slopes[document.batch * p.slope_stride[0] + head * p.slope_stride[1]];
+                row.place = (document.batch * p.heads + head) * p.queries + query + i;
+              }
+            });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the forward and the backward pass of attention share: exponential and logarithm, rows of any storage
-// type, keys transposed into panels, products of tiles.
+// What the passes of attention share: exponential and logarithm, rows of any storage type, keys transposed into panels,
+// products of tiles.
 #pragma once
 
 #include "core/attention.h"
@@ -17,15 +17,41 @@ inline std::int64_t round_up(std::int64_t x, std::int64_t to) { return ceil_div(
 template <class T>
 constexpr T kInfinity = T(__builtin_inf());
 
-// e^x for x up to 88 (709), as `exp` but for what weights do not need: results below the smallest normal number are
-// exactly 0, so that -inf needs no extra care; NaN for NaN.
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// 2^x for x up to 127 (1023). Results below the smallest normal number are exactly 0, so that -inf needs no extra care;
+// NaN for NaN. Error 1 ulp: 2^x = 2^n 2^f with |f| <= 1/2, the second factor by the polynomial of degree 6 with the least
+// relative error that is 1 at 0 (of double: e^(f ln 2)).
 template <class T>
-inline Vec<T> weight_of(Vec<T> x) {
-  constexpr T kZero = sizeof(T) == 8 ? T(-709.1) : T(-88.03);  // here exp_parts has a scale of 0
+inline Vec<T> exp2_reduced(Vec<T> f) {
+  if constexpr (sizeof(T) == 8) {
+    return expm1_reduced(f * kLn2) + 1.0;
+  } else {
+    Vec<T> p = f * 1.5353362e-4f + 1.3398875e-3f;
+    p = p * f + 9.6184369e-3f;
+    p = p * f + 5.5503324e-2f;
+    p = p * f + 2.4022648e-1f;
+    p = p * f + 6.9314718e-1f;
+    return p * f + 1.0f;
+  }
+}
+template <class T>
+inline Vec<T> exp2(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512 v = bit_cast<__m512>(x);
+    const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec<T> p = exp2_reduced<T>(bit_cast<Vec<T>>(_mm512_sub_ps(v, n)));
+    const __mmask16 normal = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return bit_cast<Vec<T>>(_mm512_maskz_scalef_ps(normal, bit_cast<__m512>(p), n));
+  }
+#endif
+  using C = ExpConstants<T>;
+  constexpr T kZero = sizeof(T) == 8 ? T(-1023) : T(-127);  // here the scale is 0
   x = x < kZero ? splat(kZero) : x;
-  Vec<T> scale;
-  const Vec<T> p = exp_parts<T>(x, scale);
-  return scale * p + scale;
+  const Vec<T> shifted = x + C::kRound, n = shifted - C::kRound;
+  const IntVec<T> one = bit_cast<IntVec<T>>(splat(T(1)));
+  return bit_cast<Vec<T>>((bit_cast<IntVec<T>>(shifted) << C::kMantissa) + one) * exp2_reduced<T>(x - n);
 }
 
 template <class T>
@@ -123,6 +149,14 @@ inline Vec<T> first_lanes(Vec<T> x, std::int64_t count, T rest) {
   return lane < static_cast<typename Lanes<T>::Int>(count) ? x : splat(rest);
 }
 
+// The lanes of x from `count` on, the others `rest`.
+template <class T>
+inline Vec<T> later_lanes(Vec<T> x, std::int64_t count, T rest) {
+  IntVec<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane >= static_cast<typename Lanes<T>::Int>(count) ? x : splat(rest);
+}
+
 inline const void* element(const void* data, std::int64_t at, DType dtype) {
   return static_cast<const char*>(data) + at * bytes_of(dtype);
 }
@@ -176,6 +210,13 @@ void write_rows(DType dtype, const T* from, std::int64_t ld, std::int64_t rows, 
   });
 }
 
+// Rows as the left operand of a product.
+template <class T>
+void read_left(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T factor, T* to,
+               std::int64_t ld) {
+  read_rows<T>(dtype, from, stride, rows, size, factor, to, ld);
+}
+
 template <class T>
 inline bool is_finite(Vec<T> x) {
   return reduce_add<T>(x * T(0)) == T(0);
@@ -200,6 +241,14 @@ void clean(T* x, std::int64_t count) {
     const Vec<T> v = load_full(x + i);
     store_full(x + i, v - v == T(0) ? v : Vec<T>{});
   }
+}
+
+// Rows that are the depth of a product, as its right operand (rows, ld). What is not finite becomes 0 where `cleaned`.
+template <class T>
+void pack_depth(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T* to,
+                std::int64_t ld, bool cleaned) {
+  read_rows<T>(dtype, from, stride, rows, size, T(1), to, ld);
+  if (cleaned) clean(to, rows * ld);
 }
 
 // Rows of `size` numbers, transposed into panels of kPanel rows: panel p at to + p * kPanel * size holds

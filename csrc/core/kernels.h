@@ -15,6 +15,7 @@ struct Kernels {
   void (*step_backward)(const CellStepBackward&);
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
+  void (*attention_weights)(const AttentionWeights&);
   void (*activation)(const char* name, std::int64_t count, const void* x, void* y, DType dtype);
 };
 

@@ -1,4 +1,4 @@
-// Philox4x32-10, the counter-based generator of the random zoneout (Salmon, Moraes, Dror & Shaw, "Parallel random
+// Philox4x32-10, the counter-based generator of zoneout and dropout (Salmon, Moraes, Dror & Shaw, "Parallel random
 // numbers: as easy as 1, 2, 3", SC 2011): the n-th number is a function of the key and of n alone, so that the backward
 // pass, any thread and any implementation draw the same.
 #pragma once
@@ -23,8 +23,8 @@ inline WideVec wide_product(WideVec x, std::uint32_t factor) {
 #endif
 }
 
-// The first of the four words at the counters (n, 0).
-inline WideVec philox(WideVec n, std::uint64_t key) {
+// The four words at the counters (n, 0), in the lower halves.
+inline void philox(WideVec n, std::uint64_t key, WideVec* words) {
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   WideVec c0 = n, c1 = n >> 32, c2{}, c3{};
   for (int round = 0; round < 10; ++round) {
@@ -36,15 +36,42 @@ inline WideVec philox(WideVec n, std::uint64_t key) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return c0 & 0xffffffffu;
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+inline WideVec philox(WideVec n, std::uint64_t key) {
+  WideVec words[4];
+  philox(n, key, words);
+  return words[0] & 0xffffffffu;
+}
+
+inline WideVec wide_lanes() {
+  WideVec lane;
+  for (int i = 0; i < kLanes<double>; ++i) lane[i] = i;
+  return lane;
+}
+
+// The words at counters n to n + 15: word w of counter n + i is words[16 w + i].
+inline void philox_block(std::uint64_t n, std::uint64_t key, std::uint32_t* words) {
+  typedef std::uint32_t Narrow __attribute__((vector_size(SEQKERNELS_VECTOR_BYTES / 2)));
+  const WideVec lane = wide_lanes();
+  for (int i = 0; i < 16; i += kLanes<double>) {
+    WideVec each[4];
+    philox(lane + (n + static_cast<std::uint64_t>(i)), key, each);
+    for (int w = 0; w < 4; ++w) {
+      const Narrow part = __builtin_convertvector(each[w], Narrow);
+      std::memcpy(words + 16 * w + i, &part, sizeof(part));
+    }
+  }
 }
 
 // Numbers n, n + 1, ... of the sequence of `key`, in [0, 1), multiples of 2^-24.
 template <class T>
 inline Vec<T> uniform(std::int64_t n, std::uint64_t key) {
   constexpr int kLanesOfPart = kLanes<double>;
-  WideVec lane;
-  for (int i = 0; i < kLanesOfPart; ++i) lane[i] = i;
+  const WideVec lane = wide_lanes();
   Vec<T> result{};
   for (int part = 0; part < kLanes<T> / kLanesOfPart; ++part) {
     const WideVec word = philox(lane + static_cast<std::uint64_t>(n + part * kLanesOfPart), key) >> 8;

@@ -5,7 +5,7 @@
 // panels for the scores and the gradient of the weights, and the transposed tile as the left operand for the gradients
 // of keys and values. The gradient of the queries gathers in float beside it: per thread, or per task and summed at
 // the end where tasks share rows. Nothing is added atomically, so results repeat for a number of threads.
-#include "core/attention_rows.h"
+#include "core/attention_scores.h"
 #include "core/kernels.h"
 #include "core/team.h"
 
@@ -16,62 +16,55 @@ constexpr std::int64_t kRowBlock = 48;    // rows of a tile: a multiple of the m
 constexpr std::int64_t kKeyBlock = 256;   // keys of a tile: a multiple of a panel
 constexpr std::int64_t kDepthBlock = 64;  // keys whose rows stay in the first cache over all rows of a tile
 
-template <class T>
+// T computes, E is multiplied.
+template <class T, class E>
 class Backward {
   using V = Vec<T>;
   static constexpr int n = kLanes<T>;
+  static constexpr bool kPairs = sizeof(E) == 2;
 
  public:
   explicit Backward(const AttentionBackward& p)
       : p_(p),
-        masks_(p),
+        scores_(p, !kPairs),
         group_(p.heads / p.kv_heads),
         kv_total_(p.batch * p.kv_heads),
         row_total_(group_ * p.queries),
         size_ld_(round_up(p.head_size, n)),
         value_ld_(round_up(p.value_size, n)),
+        left_ld_(kPairs ? padded_depth<E>(p.head_size) : size_ld_),
+        value_left_ld_(kPairs ? padded_depth<E>(p.value_size) : value_ld_),
         few_(row_total_ <= kFewRows),
-        clean_(masks_.any() || p.is_causal),
-        blocks_(row_total_, p.queries, kRowBlock),
-        threads_(team_size(p.threads, 5.0 * static_cast<double>(p.batch * p.heads * p.queries * p.keys) *
+        clean_(masks_keys(p)),
+        of_scores_(p.grad_q.data != nullptr || p.grad_k.data != nullptr || p.grad_bias != nullptr),
+        threads_(team_size(p.threads, 5.0 * static_cast<double>(p.batch * p.heads * p.queries) *
+                                          static_cast<double>(keys_read(p)) *
                                           static_cast<double>(p.head_size + p.value_size))),
         wanted_parts_(wanted_parts()),
         key_block_(key_block()),
         key_blocks_(ceil_div(p.keys, key_block_)),
         parts_(static_cast<int>(max_of<std::int64_t>(1, min_of<std::int64_t>(wanted_parts_, key_blocks_)))),
         tile_ld_(key_block_ + n),
-        row_space_(round_up(blocks_.size, n)),
-        direct_(is_compute<T>(p.dtype) && p.head_size % n == 0 && (few_ || p.k.stride[2] == p.head_size)),
+        row_space_(round_up(RowBlocks(row_total_, p.queries, kRowBlock).size, n)),
+        direct_(!kPairs && is_compute<T>(p.dtype) && p.head_size % n == 0 && (few_ || p.k.stride[2] == p.head_size)),
         bias_shared_(p.grad_bias != nullptr &&
                      ((p.batch > 1 && p.grad_bias_stride[0] == 0) || (p.kv_heads > 1 && p.grad_bias_stride[1] == 0) ||
                       (parts_ > 1 && p.grad_bias_stride[3] == 0))),
-        work_size_(row_space_ * (size_ld_ + value_ld_ + 2 * tile_ld_ + 2) +
-                   key_block_ * (3 * size_ld_ + 2 * value_ld_) + tile_ld_),
-        grad_q_size_(row_total_ * size_ld_),
+        work_size_(round_up(row_space_ * (2 * tile_ld_ + 2) + key_block_ * (size_ld_ + value_ld_) + 3 * tile_ld_, n)),
+        left_size_(row_space_ * (left_ld_ + value_left_ld_)),
+        depth_size_(kPairs ? row_space_ * (size_ld_ + value_ld_ + 3 * tile_ld_) : 0),
+        operand_size_(round_up(left_size_ + depth_size_ + key_block_ * (left_ld_ + value_left_ld_ + size_ld_), 64)),
+        grad_q_size_(p.grad_q.data == nullptr ? 0 : row_total_ * size_ld_),
         work_(threads_ * work_size_),
         grad_q_((parts_ == 1 ? threads_ : kv_total_ * parts_) * grad_q_size_),
         grad_bias_(bias_shared_ ? (threads_ - 1) * p.grad_bias_size : 0),
+        operands_(threads_ * operand_size_),
         rows_(threads_ * row_space_) {}
 
   void run() {
     run_team(threads_, [this](int thread, int threads) {
-      Work w;
-      w.q = work_.get() + thread * work_size_;
-      w.grad_out = w.q + row_space_ * size_ld_;
-      w.s = w.grad_out + row_space_ * value_ld_;
-      w.grad_s = w.s + row_space_ * tile_ld_;
-      w.lse = w.grad_s + row_space_ * tile_ld_;
-      w.delta = w.lse + row_space_;
-      w.key_panels = w.delta + row_space_;
-      w.value_panels = w.key_panels + key_block_ * size_ld_;
-      w.key_rows = w.value_panels + key_block_ * value_ld_;
-      w.grad_k = w.key_rows + key_block_ * size_ld_;
-      w.grad_v = w.grad_k + key_block_ * size_ld_;
-      w.add = w.grad_v + key_block_ * value_ld_;
-      w.rows = rows_.get() + thread * row_space_;
-      w.grad_bias = static_cast<T*>(p_.grad_bias);
+      const Work w = carve(thread);
       if (bias_shared_ && thread > 0) {
-        w.grad_bias = grad_bias_.get() + (thread - 1) * p_.grad_bias_size;
         for (std::int64_t i = 0; i < p_.grad_bias_size; ++i) w.grad_bias[i] = 0;
       }
       const std::int64_t tasks = kv_total_ * parts_;
@@ -85,7 +78,7 @@ class Backward {
       }
       if (parts_ == 1 && !bias_shared_) return;
       barrier_.wait(threads);
-      if (parts_ > 1) sum_grad_q(share(kv_total_ * row_total_, thread, threads));
+      if (parts_ > 1 && grad_q_size_ > 0) sum_grad_q(share(kv_total_ * row_total_, thread, threads));
       if (bias_shared_) sum_grad_bias(share(p_.grad_bias_size, thread, threads), threads);
     });
   }
@@ -96,21 +89,62 @@ class Backward {
   };
 
   struct Work {
-    T* q;             // (rows, D) scaled
-    T* grad_out;      // (rows, Dv)
-    T* s;             // (rows, keys of a tile) scores, then weights
-    T* grad_s;        // (rows, keys of a tile) gradient of the weights, then of the scores
-    T* lse;           // (rows), 0 for -inf
-    T* delta;         // (rows)
-    T* key_panels;    // (keys of a tile, D)
-    T* value_panels;  // (keys of a tile, Dv)
-    T* key_rows;      // (keys of a tile, D)
-    T* grad_k;        // (keys of a tile, D)
-    T* grad_v;        // (keys of a tile, Dv)
-    T* add;           // (keys of a tile)
+    T* s;        // (rows, keys of a tile) products, then scores, then weights
+    T* grad_s;   // (rows, keys of a tile) gradient of the weights, then of the products
+    T* lse;      // (rows) in units of log 2, 0 for -inf
+    T* delta;    // (rows)
+    T* grad_k;   // (keys of a tile, D)
+    T* grad_v;   // (keys of a tile, Dv)
+    T* add;      // (keys of a tile)
+    T* slopes;   // (keys of a tile) of the softcap
     T* grad_bias;
+    std::uint32_t* words;
     Row* rows;
+    E* q;         // (rows, D) as the left operand
+    E* grad_out;  // (rows, Dv) as the left operand
+    // As right operands whose depth the rows are, and the tiles that go with them; only where they are pairs.
+    E* q_depth;
+    E* grad_out_depth;
+    E* weights;        // [pairs of rows][keys][2]
+    E* grad_products;  // likewise
+    E* grad_rows;      // (rows, keys of a tile)
+    E* key_panels;     // (keys of a tile, D)
+    E* value_panels;   // (keys of a tile, Dv)
+    E* key_rows;       // (keys of a tile, D), finite where `clean_`
   };
+
+  Work carve(int thread) {
+    Work w;
+    w.s = work_.get() + thread * work_size_;
+    w.grad_s = w.s + row_space_ * tile_ld_;
+    w.lse = w.grad_s + row_space_ * tile_ld_;
+    w.delta = w.lse + row_space_;
+    w.grad_k = w.delta + row_space_;
+    w.grad_v = w.grad_k + key_block_ * size_ld_;
+    w.add = w.grad_v + key_block_ * value_ld_;
+    w.slopes = w.add + tile_ld_;
+    w.words = reinterpret_cast<std::uint32_t*>(w.slopes + tile_ld_);
+    w.rows = rows_.get() + thread * row_space_;
+    w.grad_bias = thread > 0 && bias_shared_ ? grad_bias_.get() + (thread - 1) * p_.grad_bias_size
+                                             : static_cast<T*>(p_.grad_bias);
+    w.q = operands_.get() + thread * operand_size_;
+    w.grad_out = w.q + row_space_ * left_ld_;
+    w.q_depth = w.q;
+    w.grad_out_depth = w.grad_out;
+    E* at = w.q + left_size_;
+    if constexpr (kPairs) {
+      w.q_depth = at;
+      w.grad_out_depth = w.q_depth + row_space_ * size_ld_;
+      w.weights = w.grad_out_depth + row_space_ * value_ld_;
+      w.grad_products = w.weights + row_space_ * tile_ld_;
+      w.grad_rows = w.grad_products + row_space_ * tile_ld_;
+      at += depth_size_;
+    }
+    w.key_panels = at;
+    w.value_panels = w.key_panels + key_block_ * left_ld_;
+    w.key_rows = w.value_panels + key_block_ * value_left_ld_;
+    return w;
+  }
 
   std::int64_t wanted_parts() const {
     std::int64_t parts = 1;
@@ -118,76 +152,73 @@ class Backward {
     return parts;
   }
 
-  // Small enough that each range of keys has some, more under causality, where they differ in work.
+  // Small enough that each range of keys has some, more where they differ in work.
   std::int64_t key_block() const {
-    const std::int64_t ranges = wanted_parts_ == 1 ? 1 : wanted_parts_ * (p_.is_causal ? 4 : 1);
+    const std::int64_t ranges = wanted_parts_ == 1 ? 1 : wanted_parts_ * (p_.left >= 0 || p_.right >= 0 ? 4 : 1);
     const std::int64_t even = round_up(max_of<std::int64_t>(1, ceil_div(p_.keys, ranges)), kPanel<T>);
     return min_of(kKeyBlock, min_of(even, round_up(max_of<std::int64_t>(1, p_.keys), n)));
   }
 
-  // Work of the keys before `key`, in scores.
-  double work_before(std::int64_t key) const {
-    const double k = static_cast<double>(key), m = static_cast<double>(p_.queries);
-    if (!p_.is_causal) return k * m;
-    return k < m ? k * (m - 0.5 * k) : 0.5 * m * m;
+  // How many queries read the keys of a block, about.
+  std::int64_t work_of(const Document& document, std::int64_t block) const {
+    const std::int64_t key = block * key_block_, last = min_of(key + key_block_, document.keys) - 1;
+    const std::int64_t begin =
+        p_.right < 0 ? 0 : max_of<std::int64_t>(0, (key + last) / 2 - document.diagonal - p_.right);
+    const std::int64_t end =
+        p_.left < 0 ? document.queries : min_of(document.queries, (key + last) / 2 - document.diagonal + p_.left + 1);
+    return max_of<std::int64_t>(0, end - begin) * (last - key + 1);
   }
 
   // The first block of keys of a part.
-  std::int64_t first_block(int part) const {
-    if (part == parts_) return key_blocks_;
-    const double goal = work_before(p_.keys) * part / parts_;
-    std::int64_t block = 0;
-    while (block < key_blocks_ && work_before(block * key_block_) < goal) ++block;
+  std::int64_t first_block(const Document& document, int part) const {
+    const std::int64_t blocks = ceil_div(document.keys, key_block_);
+    if (part == 0 || parts_ == 1) return part == 0 ? 0 : blocks;
+    if (part == parts_) return blocks;
+    std::int64_t all = 0, before = 0, block = 0;
+    for (std::int64_t i = 0; i < blocks; ++i) all += work_of(document, i);
+    for (; block < blocks && before * parts_ < all * part; ++block) before += work_of(document, block);
     return block;
-  }
-
-  static std::int64_t offset(const std::int64_t* stride, std::int64_t batch, std::int64_t head, std::int64_t row) {
-    return batch * stride[0] + head * stride[1] + row * stride[2];
   }
 
   void run_task(const Work& w, int thread, std::int64_t task) {
     const std::int64_t kv = task / parts_;
     const int part = static_cast<int>(task % parts_);
+    const Document document(p_, kv / p_.kv_heads);
     T* grad_q = grad_q_.get() + (parts_ == 1 ? thread : task) * grad_q_size_;
     for (std::int64_t i = 0; i < grad_q_size_; i += n) store_full(grad_q + i, V{});
-    const std::int64_t end = first_block(part + 1);
-    for (std::int64_t block = first_block(part); block < end; ++block) run_keys(w, kv, block, grad_q);
-    if (parts_ > 1) return;
-    write_grad_q(kv, 0, row_total_, grad_q);
-  }
-
-  void write_grad_q(std::int64_t kv, std::int64_t first, std::int64_t rows, const T* from) const {
-    const T factor = static_cast<T>(p_.scale);
-    for_heads(p_, kv % p_.kv_heads, first, rows,
-              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-                const std::int64_t to = offset(p_.grad_q.stride, kv / p_.kv_heads, head, query);
-                write_rows<T>(p_.dtype, from + at * size_ld_, size_ld_, count, p_.head_size, &factor, 0,
-                              element(p_.grad_q.data, to, p_.dtype), p_.grad_q.stride[2]);
-              });
-  }
-
-  // One block of keys with all rows of its head.
-  void run_keys(const Work& w, std::int64_t kv, std::int64_t block, T* grad_q) {
-    const std::int64_t batch = kv / p_.kv_heads, kv_head = kv % p_.kv_heads;
-    const std::int64_t first = block * key_block_, keys = min_of(key_block_, p_.keys - first);
-    for (std::int64_t i = 0; i < keys * size_ld_; i += n) store_full(w.grad_k + i, V{});
-    for (std::int64_t i = 0; i < keys * value_ld_; i += n) store_full(w.grad_v + i, V{});
-    Keys k{};
-    k.first = first;
-    k.count = keys;
-    k.packed = false;
-    k.data = element(p_.k.data, offset(p_.k.stride, batch, kv_head, first), p_.dtype);
-    k.values = element(p_.v.data, offset(p_.v.stride, batch, kv_head, first), p_.dtype);
-    for (std::int64_t i = 0; i < blocks_.count; ++i) {
-      run_tile(w, kv, k, blocks_.begin(i), blocks_.length(i), grad_q);
+    const std::int64_t end = first_block(document, part + 1);
+    for (std::int64_t block = first_block(document, part); block < end; ++block) {
+      run_keys(w, document, kv % p_.kv_heads, block, grad_q);
     }
-    const T one = 1;
-    write_rows<T>(p_.dtype, w.grad_k, size_ld_, keys, p_.head_size, &one, 0,
-                  element(p_.grad_k.data, offset(p_.grad_k.stride, batch, kv_head, first), p_.dtype),
-                  p_.grad_k.stride[2]);
-    write_rows<T>(p_.dtype, w.grad_v, value_ld_, keys, p_.value_size, &one, 0,
-                  element(p_.grad_v.data, offset(p_.grad_v.stride, batch, kv_head, first), p_.dtype),
-                  p_.grad_v.stride[2]);
+    if (part == parts_ - 1 && p_.cu_seqlens_k == nullptr) clear_padding(document, kv % p_.kv_heads);
+    if (parts_ == 1 && grad_q_size_ > 0) {
+      write_grad_q(document, kv % p_.kv_heads, 0, group_ * document.queries, grad_q);
+    }
+  }
+
+  // Gradients of the keys that are none.
+  void clear_padding(const Document& document, std::int64_t kv_head) const {
+    for (std::int64_t key = document.keys; key < p_.keys; ++key) {
+      clear_row(p_.grad_k, document, kv_head, key, p_.head_size);
+      clear_row(p_.grad_v, document, kv_head, key, p_.value_size);
+    }
+  }
+  void clear_row(const StridedOut& x, const Document& document, std::int64_t kv_head, std::int64_t key,
+                 std::int64_t size) const {
+    if (x.data == nullptr) return;
+    std::memset(element(x.data, document.key_at(x.stride, kv_head, key), p_.dtype), 0,
+                static_cast<std::size_t>(size * bytes_of(p_.dtype)));
+  }
+
+  void write_grad_q(const Document& document, std::int64_t kv_head, std::int64_t first, std::int64_t rows,
+                    const T* from) const {
+    const T factor = static_cast<T>(p_.scale);
+    for_heads(group_, document.queries, kv_head, first, rows,
+              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+                write_rows<T>(p_.dtype, from + at * size_ld_, size_ld_, count, p_.head_size, &factor, 0,
+                              element(p_.grad_q.data, document.query_at(p_.grad_q.stride, head, query), p_.dtype),
+                              p_.grad_q.stride[2]);
+              });
   }
 
   struct Keys {
@@ -195,134 +226,248 @@ class Backward {
     const void* data;
     const void* values;
     bool packed;    // whether a tile has needed them yet
-    const T* rows;  // (count, D), finite where `clean_`
+    const E* rows;  // (count, D) as the right operand, finite where `clean_`
     std::int64_t rows_ld;
   };
 
-  void pack(const Work& w, Keys& k) const {
-    if (!few_) {
-      pack_panels<T>(p_.dtype, k.data, p_.k.stride[2], k.count, p_.head_size, w.key_panels);
-      pack_panels<T>(p_.dtype, k.values, p_.v.stride[2], k.count, p_.value_size, w.value_panels);
+  // One block of keys with all rows of its head.
+  void run_keys(const Work& w, const Document& document, std::int64_t kv_head, std::int64_t block, T* grad_q) {
+    Keys k{};
+    k.first = block * key_block_;
+    k.count = min_of(key_block_, document.keys - k.first);
+    k.data = element(p_.k.data, document.key_at(p_.k.stride, kv_head, k.first), p_.dtype);
+    k.values = element(p_.v.data, document.key_at(p_.v.stride, kv_head, k.first), p_.dtype);
+    for (std::int64_t i = 0; i < k.count * size_ld_; i += n) store_full(w.grad_k + i, V{});
+    for (std::int64_t i = 0; i < k.count * value_ld_; i += n) store_full(w.grad_v + i, V{});
+    const RowBlocks blocks(group_ * document.queries, document.queries, kRowBlock);
+    for (std::int64_t i = 0; i < blocks.count; ++i) {
+      const Range read = keys_of_block(p_, document, blocks.begin(i), blocks.length(i));
+      if (read.begin >= k.first + k.count || read.end <= k.first) continue;
+      run_tile(w, document, kv_head, k, blocks.begin(i), blocks.length(i), grad_q);
     }
+    write_keys(p_.grad_k, document, kv_head, k, w.grad_k, size_ld_, p_.head_size, scores_.of_grad_k());
+    write_keys(p_.grad_v, document, kv_head, k, w.grad_v, value_ld_, p_.value_size, T(1));
+  }
+
+  void write_keys(const StridedOut& to, const Document& document, std::int64_t kv_head, const Keys& k, const T* from,
+                  std::int64_t ld, std::int64_t size, T factor) const {
+    if (to.data == nullptr) return;
+    write_rows<T>(p_.dtype, from, ld, k.count, size, &factor, 0,
+                  element(to.data, document.key_at(to.stride, kv_head, k.first), p_.dtype), to.stride[2]);
+  }
+
+  void pack(const Work& w, Keys& k) const {
+    k.packed = true;
+    if (!few_) {
+      pack_panels(p_.dtype, k.data, p_.k.stride[2], k.count, p_.head_size, w.key_panels);
+      if (of_scores_) pack_panels(p_.dtype, k.values, p_.v.stride[2], k.count, p_.value_size, w.value_panels);
+    }
+    if (p_.grad_q.data == nullptr) return;
     const bool dirty = clean_ && !rows_are_finite<T>(p_.dtype, k.data, p_.k.stride[2], k.count, p_.head_size);
-    k.rows = static_cast<const T*>(k.data);
+    k.rows = static_cast<const E*>(k.data);
     k.rows_ld = p_.k.stride[2];
     if (!direct_ || dirty) {
-      read_rows<T>(p_.dtype, k.data, p_.k.stride[2], k.count, p_.head_size, T(1), w.key_rows, size_ld_);
-      if (dirty) clean(w.key_rows, k.count * size_ld_);
+      pack_depth(p_.dtype, k.data, p_.k.stride[2], k.count, p_.head_size, w.key_rows, size_ld_, dirty);
       k.rows = w.key_rows;
       k.rows_ld = size_ld_;
     }
-    k.packed = true;
   }
 
-  void run_tile(const Work& w, std::int64_t kv, Keys& k, std::int64_t first_row, std::int64_t rows, T* grad_q) {
-    masks_.describe(kv / p_.kv_heads, kv % p_.kv_heads, first_row, rows, p_.keys, w.rows);
-    const std::int64_t width = set_counts(w.rows, rows, k.first, k.count);
-    if (width == 0) return;
-    const bool uniform = masks_.uniform(rows, first_row);
-    if (uniform && !masks_.additive(w.rows[0], k.first, width, w.add)) return;
+  void run_tile(const Work& w, const Document& document, std::int64_t kv_head, Keys& k, std::int64_t first_row,
+                std::int64_t rows, T* grad_q) {
+    describe(p_, document, kv_head, first_row, rows, w.rows);
+    const Range keys = set_counts(w.rows, rows, k.first, k.count);
+    if (keys.begin >= keys.end) return;
+    const bool uniform = scores_.uniform(document, rows, first_row);
+    const Kept kept = scores_.look(w.rows, rows, k.first, uniform);
+    if (!kept.any) return;
     if (!k.packed) pack(w, k);
-    begin(w, kv, first_row, rows);
-    if (few_) {
-      multiply_rows<T>(p_.dtype, k.data, p_.k.stride[2], width, p_.head_size, w.q, size_ld_, w.s, tile_ld_, rows);
-      multiply_rows<T>(p_.dtype, k.values, p_.v.stride[2], width, p_.value_size, w.grad_out, value_ld_, w.grad_s,
-                       tile_ld_, rows);
-    } else {
-      multiply_panels<T>(k.count, width, p_.head_size, w.q, size_ld_, w.key_panels, w.s, tile_ld_, w.rows, rows);
-      multiply_panels<T>(k.count, width, p_.value_size, w.grad_out, value_ld_, w.value_panels, w.grad_s, tile_ld_,
-                         w.rows, rows);
+    begin(w, document, kv_head, first_row, rows);
+    if constexpr (!kPairs) {
+      if (few_) {
+        multiply_rows<T>(p_.dtype, k.data, p_.k.stride[2], keys.end, p_.head_size, w.q, left_ld_, w.s, tile_ld_, rows);
+        multiply_rows<T>(p_.dtype, k.values, p_.v.stride[2], keys.end, p_.value_size, w.grad_out, value_left_ld_,
+                         w.grad_s, tile_ld_, rows);
+      }
     }
-    differentiate(w, rows, k.first, width, uniform);
-    const auto reading = [&](std::int64_t key, int) {
-      std::int64_t r = 0;
-      while (w.rows[r].count <= key) ++r;
-      return Range{r, rows};
+    if (!few_) {
+      multiply_panels(k.count, keys, p_.head_size, w.q, left_ld_, w.key_panels, w.s, tile_ld_, w.rows, rows);
+      if (of_scores_) {
+        multiply_panels(k.count, keys, p_.value_size, w.grad_out, value_left_ld_, w.value_panels, w.grad_s, tile_ld_,
+                        w.rows, rows);
+      }
+    }
+    differentiate(w, rows, k.first, keys, kept, uniform);
+    accumulate(w, k, keys, rows, grad_q + first_row * size_ld_);
+  }
+
+  // The three products with the weights and their gradients.
+  void accumulate(const Work& w, const Keys& k, Range keys, std::int64_t rows, T* grad_q) const {
+    const std::int64_t begin = keys.begin / n * n, width = keys.end - begin;
+    bool full = true;
+    for (std::int64_t r = 0; r < rows; ++r) full = full && w.rows[r].from <= keys.begin && w.rows[r].count >= keys.end;
+    const auto reading = [&](std::int64_t key, int count) {
+      Range range{0, rows};
+      if (full) return range;
+      const std::int64_t from = begin + key, to = from + count;
+      const auto reads = [&](std::int64_t r) { return w.rows[r].from < to && w.rows[r].count > from; };
+      while (range.begin < rows && !reads(range.begin)) ++range.begin;
+      while (range.end > range.begin && !reads(range.end - 1)) --range.end;
+      range.begin = range.begin / 2 * 2;
+      return range;
     };
-    product<T, Layout::kTransposed, true>(width, value_ld_ / n, w.s, tile_ld_, w.grad_out, value_ld_, w.grad_v,
-                                          value_ld_, reading);
-    product<T, Layout::kTransposed, true>(width, size_ld_ / n, w.grad_s, tile_ld_, w.q, size_ld_, w.grad_k, size_ld_,
-                                          reading);
-    for (std::int64_t j = 0; j < width; j += kDepthBlock) {
-      const std::int64_t depth = min_of(kDepthBlock, width - j);
-      product<T, Layout::kRows, true>(
-          rows, size_ld_ / n, w.grad_s + j, tile_ld_, k.rows + j * k.rows_ld, k.rows_ld, grad_q + first_row * size_ld_,
-          size_ld_, [&](std::int64_t m, int count) { return Range{0, min_of(depth, most_of(w.rows + m, count) - j)}; });
+    const E* weights = nullptr;
+    const E* grad_products = nullptr;
+    const E* grad_rows = nullptr;
+    std::int64_t step = 1;
+    if constexpr (kPairs) {
+      if (p_.grad_v.data != nullptr) pair_rows(w.s, tile_ld_, rows, begin, keys.end, w.weights, tile_ld_);
+      if (p_.grad_k.data != nullptr) pair_rows(w.grad_s, tile_ld_, rows, begin, keys.end, w.grad_products, tile_ld_);
+      if (p_.grad_q.data != nullptr) {
+        for (std::int64_t r = 0; r < rows; ++r) {
+          narrow_row(w.grad_s + r * tile_ld_, begin, keys.end, w.grad_rows + r * tile_ld_);
+        }
+      }
+      weights = w.weights;
+      grad_products = w.grad_products;
+      grad_rows = w.grad_rows;
+      step = 2;
+    } else {
+      weights = w.s;
+      grad_products = w.grad_s;
+      grad_rows = w.grad_s;
+    }
+    if (p_.grad_v.data != nullptr) {
+      product<T, Layout::kTransposed, true>(width, value_ld_ / n, weights + step * begin, tile_ld_, w.grad_out_depth,
+                                            value_ld_, w.grad_v + begin * value_ld_, value_ld_, reading);
+    }
+    if (p_.grad_k.data != nullptr) {
+      product<T, Layout::kTransposed, true>(width, size_ld_ / n, grad_products + step * begin, tile_ld_, w.q_depth,
+                                            size_ld_, w.grad_k + begin * size_ld_, size_ld_, reading);
+    }
+    if (p_.grad_q.data == nullptr) return;
+    for (std::int64_t j = begin; j < keys.end; j += kDepthBlock) {
+      const std::int64_t last = min_of(keys.end, j + kDepthBlock);
+      product<T, Layout::kRows, true>(rows, size_ld_ / n, grad_rows, tile_ld_, k.rows, k.rows_ld, grad_q, size_ld_,
+                                      [&](std::int64_t m, int count) {
+                                        const Range read = range_of_rows(w.rows + m, count, 2);
+                                        return Range{max_of(j, read.begin), min_of(last, read.end)};
+                                      });
     }
   }
 
-  void begin(const Work& w, std::int64_t kv, std::int64_t first, std::int64_t rows) const {
-    const std::int64_t batch = kv / p_.kv_heads, kv_head = kv % p_.kv_heads;
-    for_heads(
-        p_, kv_head, first, rows, [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-          read_rows<T>(p_.dtype, element(p_.q.data, offset(p_.q.stride, batch, head, query), p_.dtype), p_.q.stride[2],
-                       count, p_.head_size, static_cast<T>(p_.scale), w.q + at * size_ld_, size_ld_);
-          read_rows<T>(p_.dtype, element(p_.grad_out.data, offset(p_.grad_out.stride, batch, head, query), p_.dtype),
-                       p_.grad_out.stride[2], count, p_.value_size, T(1), w.grad_out + at * value_ld_, value_ld_);
-          if (p_.grad_bias == nullptr) return;
-          const std::int64_t* stride = p_.grad_bias_stride;
-          for (std::int64_t i = 0; i < count; ++i) {
-            w.rows[at + i].grad_bias = w.grad_bias + offset(stride, batch, head, query + i);
-          }
-        });
-    const std::int64_t at = (batch * p_.heads + kv_head * group_) * p_.queries + first;
-    const T* lse = static_cast<const T*>(p_.lse) + at;
-    const T* delta = static_cast<const T*>(p_.delta) + at;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      w.lse[r] = lse[r] == -kInfinity<T> ? T(0) : lse[r];
-      w.delta[r] = delta[r];
+  void begin(const Work& w, const Document& document, std::int64_t kv_head, std::int64_t first,
+             std::int64_t rows) const {
+    const T* lse = static_cast<const T*>(p_.lse);
+    const T* grad_lse = static_cast<const T*>(p_.grad_lse);
+    for_heads(group_, document.queries, kv_head, first, rows,
+              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+                const void* q = element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype);
+                const void* grad =
+                    element(p_.grad_out.data, document.query_at(p_.grad_out.stride, head, query), p_.dtype);
+                const void* out = element(p_.out.data, document.query_at(p_.out.stride, head, query), p_.dtype);
+                read_left(p_.dtype, q, p_.q.stride[2], count, p_.head_size, scores_.of_q(), w.q + at * left_ld_,
+                          left_ld_);
+                read_left(p_.dtype, grad, p_.grad_out.stride[2], count, p_.value_size, T(1),
+                          w.grad_out + at * value_left_ld_, value_left_ld_);
+                const std::int64_t place = document.lse_at(p_, head, query);
+                for (std::int64_t i = 0; i < count; ++i) {
+                  w.lse[at + i] = lse[place + i] == -kInfinity<T> ? T(0) : lse[place + i] * T(kLog2e);
+                  w.delta[at + i] = grad_lse == nullptr ? T(0) : -grad_lse[place + i];
+                }
+                if (of_scores_) add_delta(grad, out, count, w.delta + at);
+                if (p_.grad_bias == nullptr) return;
+                const std::int64_t* stride = p_.grad_bias_stride;
+                for (std::int64_t i = 0; i < count; ++i) {
+                  w.rows[at + i].grad_bias =
+                      w.grad_bias + document.batch * stride[0] + head * stride[1] + (query + i) * stride[2];
+                }
+              });
+    if constexpr (kPairs) {
+      // The rows as the depth of a product, from the copies, which are contiguous over heads.
+      pack_depth(p_.dtype, w.q, left_ld_, rows, p_.head_size, w.q_depth, size_ld_, false);
+      pack_depth(p_.dtype, w.grad_out, value_left_ld_, rows, p_.value_size, w.grad_out_depth, value_ld_, false);
     }
   }
 
-  // From scores and gradients of the weights to weights and gradients of the scores.
-  void differentiate(const Work& w, std::int64_t rows, std::int64_t first, std::int64_t width, bool uniform) const {
-    const std::int64_t end = round_up(width, n);
+  // The products of the rows of the output and its gradient.
+  void add_delta(const void* grad, const void* out, std::int64_t rows, T* delta) const {
+    with_storage<T>(p_.dtype, [&](auto tag) {
+      const auto* g = static_cast<const decltype(tag)*>(grad);
+      const auto* o = static_cast<const decltype(tag)*>(out);
+      for (std::int64_t r = 0; r < rows; ++r, g += p_.grad_out.stride[2], o += p_.out.stride[2]) {
+        V sum{};
+        for (std::int64_t i = 0; i < p_.value_size; i += n) {
+          sum += load(g + i, p_.value_size - i) * load(o + i, p_.value_size - i);
+        }
+        delta[r] += reduce_add<T>(sum);
+      }
+    });
+  }
+
+  // From products and gradients of the weights to weights after dropout and gradients of the products.
+  void differentiate(const Work& w, std::int64_t rows, std::int64_t first, Range keys, Kept kept, bool uniform) const {
+    const bool mask = p_.mask.data != nullptr && !kept.all_mask, plain = scores_.plain();
+    const bool shared = uniform && (mask || p_.bias.data != nullptr);
+    if (shared) scores_.additive(w.rows[0], first, keys, mask, w.add);
+    const T factor = plain ? scores_.after() : T(1);
+    const std::int64_t begin = keys.begin / n * n, end = round_up(keys.end, n);
     for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t count = w.rows[r].count;
+      const Row& row = w.rows[r];
       T* s = w.s + r * tile_ld_;
       T* grad = w.grad_s + r * tile_ld_;
-      std::int64_t j = 0;
-      if (masks_.any()) {
-        if (!uniform) masks_.additive(w.rows[r], first, count, w.add);
-        for (; j < count; j += n) {
-          V add = load_full(w.add + j);
-          if (count - j < n) add = first_lanes<T>(add, count - j, -kInfinity<T>);
-          const V x = weight_of<T>(load_full(s + j) + add - w.lse[r]);
-          store_full(s + j, add == -kInfinity<T> ? V{} : x);
-          store_full(grad + j, add == -kInfinity<T> ? V{} : x * (load_full(grad + j) - w.delta[r]));
-        }
-      } else {
-        for (; j + n <= count; j += n) {
-          const V x = weight_of<T>(load_full(s + j) - w.lse[r]);
+      if (!plain) {
+        scores_.modify(row, first, mask && !shared, shared ? w.add : nullptr, s,
+                       scores_.softcap() ? w.slopes : nullptr);
+      }
+      std::int64_t j = begin;
+      for (; j + n <= row.from; j += n) {
+        store_full(s + j, V{});
+        store_full(grad + j, V{});
+      }
+      const std::int64_t read = j;
+      if (scores_.dropout() && read < row.count) {
+        scores_.draw(row, first + read, first + round_up(row.count, n), w.words);
+      }
+      for (; j < row.count; j += n) {
+        // Where a row may not read it gets 0, whatever is there.
+        const bool edge = !plain || j < row.from || row.count - j < n;
+        V score = load_full(s + j);
+        if (edge) score = scores_.inside(score, row, j);
+        V x = exp2<T>(score * factor - w.lse[r]);
+        if (scores_.dropout()) {
+          store_full(s + j, scores_.drop(x, w.words + (j - read)));
+          x *= scores_.drop(load_full(grad + j), w.words + (j - read)) - w.delta[r];
+        } else {
           store_full(s + j, x);
-          store_full(grad + j, x * (load_full(grad + j) - w.delta[r]));
+          x *= load_full(grad + j) - w.delta[r];
         }
-        if (j < count) {
-          // The lanes beyond are in the tile of rows that read more: 0 even where this row is NaN.
-          const std::int64_t left = count - j;
-          const V x = weight_of<T>(first_lanes<T>(load_full(s + j), left, -kInfinity<T>) - w.lse[r]);
-          store_full(s + j, first_lanes<T>(x, left, T(0)));
-          store_full(grad + j, first_lanes<T>(x * (load_full(grad + j) - w.delta[r]), left, T(0)));
-          j += n;
-        }
+        if (edge) x = score == -kInfinity<T> ? V{} : x;
+        store_full(grad + j, x);
       }
       for (; j < end; j += n) {
         store_full(s + j, V{});
         store_full(grad + j, V{});
       }
-      if (p_.grad_bias != nullptr) add_grad_bias(w.rows[r], first, grad);
+      if (p_.grad_bias != nullptr) add_grad_bias(row, first, read, grad);
+      if (scores_.softcap()) {
+        for (j = read; j < row.count; j += n) {
+          const V x = load_full(grad + j);
+          store_full(grad + j, x == T(0) ? x : x * load_full(w.slopes + j));
+        }
+      }
     }
   }
 
-  void add_grad_bias(const Row& row, std::int64_t first, const T* grad) const {
+  void add_grad_bias(const Row& row, std::int64_t first, std::int64_t from, const T* grad) const {
     if (p_.grad_bias_stride[3] == 0) {
       V sum{};
-      for (std::int64_t j = 0; j < row.count; j += n) sum += load_full(grad + j);
+      for (std::int64_t j = from; j < row.count; j += n) sum += load_full(grad + j);
       row.grad_bias[0] += reduce_add<T>(sum);
       return;
     }
     T* to = row.grad_bias + first;
-    for (std::int64_t j = 0; j < row.count; j += n) {
+    for (std::int64_t j = from; j < row.count; j += n) {
       const std::int64_t left = row.count - j;
       store(to + j, load(to + j, left) + load_full(grad + j), left);
     }
@@ -331,12 +476,14 @@ class Backward {
   void sum_grad_q(Share mine) const {
     for (std::int64_t i = mine.begin; i < mine.end; ++i) {
       const std::int64_t kv = i / row_total_, row = i % row_total_;
+      const Document document(p_, kv / p_.kv_heads);
+      if (row >= group_ * document.queries) continue;
       T* sum = grad_q_.get() + kv * parts_ * grad_q_size_ + row * size_ld_;
       for (int part = 1; part < parts_; ++part) {
         const T* from = sum + part * grad_q_size_;
         for (std::int64_t d = 0; d < size_ld_; d += n) store_full(sum + d, load_full(sum + d) + load_full(from + d));
       }
-      write_grad_q(kv, row, 1, sum);
+      write_grad_q(document, kv % p_.kv_heads, row, 1, sum);
     }
   }
 
@@ -349,19 +496,21 @@ class Backward {
   }
 
   const AttentionBackward& p_;
-  const Masks<T, AttentionBackward> masks_;
+  const Scores<T> scores_;
   const std::int64_t group_, kv_total_, row_total_, size_ld_, value_ld_;
-  const bool few_;    // rows, so that packing keys and values does not pay
-  const bool clean_;  // keys that are not finite must not reach rows that do not read them
-  const RowBlocks blocks_;
+  const std::int64_t left_ld_, value_left_ld_;  // of q and grad_out as left operands
+  const bool few_;                              // rows, so that packing keys and values does not pay
+  const bool clean_;      // keys that are not finite must not reach rows that do not read them
+  const bool of_scores_;  // gradients that go through the scores are wanted
   const int threads_;
   const std::int64_t wanted_parts_, key_block_, key_blocks_;
   const int parts_;  // ranges of keys of one key head
   const std::int64_t tile_ld_, row_space_;
   const bool direct_;       // keys can be read as they lie
   const bool bias_shared_;  // tasks add to the same elements of grad_bias
-  const std::int64_t work_size_, grad_q_size_;
+  const std::int64_t work_size_, left_size_, depth_size_, operand_size_, grad_q_size_;
   Scratch<T> work_, grad_q_, grad_bias_;
+  Scratch<E> operands_;
   Scratch<Row> rows_;
   Barrier barrier_;
   std::int64_t next_ = 0;
@@ -370,11 +519,11 @@ class Backward {
 }  // namespace
 
 void SEQKERNELS_ENTRY(attention_backward)(const AttentionBackward& p) {
-  if (p.dtype == DType::kFloat64) {
-    Backward<double>(p).run();
-  } else {
-    Backward<float>(p).run();
-  }
+  if (p.dtype == DType::kFloat64) return Backward<double, double>(p).run();
+#if defined(SEQKERNELS_DOT16)
+  if (multiplies_bfloat16(p) && p.heads / p.kv_heads * p.queries > kFewRows) return Backward<float, BFloat16>(p).run();
+#endif
+  Backward<float, float>(p).run();
 }
 
 }  // namespace seqkernels

@@ -1,106 +1,230 @@
+#include <cmath>
+
 #include "core/kernels.h"
 #include "python/tensor.h"
 
 namespace seqkernels {
 namespace {
 
-struct Shape {
-  std::int64_t batch, heads, kv_heads, queries, keys, head_size, value_size;
-  DType dtype;
+// The fields of seqkernels.scores.Scores, in its order.
+enum Field {
+  kScale,
+  kMask,
+  kBias,
+  kLeft,
+  kRight,
+  kBottomRight,
+  kKeyLengths,
+  kCuSeqlensQ,
+  kCuSeqlensK,
+  kMaxSeqlenQ,
+  kMaxSeqlenK,
+  kAlibiSlopes,
+  kSoftcap,
+  kSink,
+  kDropout,
+  kSeed,
+  kFields
 };
 
-Shape check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, const Tensor& bias) {
-  Shape s{};
-  s.dtype = q.expect({kAny, kAny, kAny, kAny}).expect_last_contiguous().dtype();
-  s.batch = q.size(0);
-  s.heads = q.size(1);
-  s.queries = q.size(2);
-  s.head_size = q.size(3);
-  k.expect({s.batch, kAny, kAny, s.head_size}).expect(s.dtype).expect_last_contiguous();
-  s.kv_heads = k.size(1);
-  s.keys = k.size(2);
-  if (s.kv_heads == 0 || s.heads % s.kv_heads != 0) {
-    fail_argument("k", "a number of heads that divides the " + std::to_string(s.heads) + " of q",
-                  std::to_string(s.kv_heads));
+double number(const py::tuple& scores, Field field) { return py::cast<double>(scores[field]); }
+std::int64_t integer(const py::tuple& scores, Field field) { return py::cast<std::int64_t>(scores[field]); }
+
+// The tensors of a call beside q, k and v; they keep what the parameters point to.
+struct Extras {
+  Tensor mask, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, slopes, sink, seed;
+
+  explicit Extras(const py::tuple& s)
+      : mask(s[kMask], "mask", true),
+        bias(s[kBias], "bias", true),
+        key_lengths(s[kKeyLengths], "key_lengths", true),
+        cu_seqlens_q(s[kCuSeqlensQ], "cu_seqlens_q", true),
+        cu_seqlens_k(s[kCuSeqlensK], "cu_seqlens_k", true),
+        slopes(s[kAlibiSlopes], "alibi_slopes", true),
+        sink(s[kSink], "sink", true),
+        seed(s[kSeed], "seed", true) {}
+};
+
+py::tuple check_fields(py::handle scores) {
+  if (!py::isinstance<py::tuple>(scores) || py::len(scores) != kFields) {
+    throw py::type_error("scores: expected a seqkernels.scores.Scores, got " +
+                         py::cast<std::string>(py::str(py::type::of(scores))));
   }
-  v.expect({s.batch, s.kv_heads, s.keys, kAny}).expect(s.dtype).expect_last_contiguous();
-  s.value_size = v.size(3);
-  mask.expect({s.batch, s.heads, s.queries, s.keys}).expect_code(dlpack::kBool, 8, "bool");
-  bias.expect({s.batch, s.heads, s.queries, s.keys}).expect(s.dtype);
-  return s;
+  return py::reinterpret_borrow<py::tuple>(scores);
 }
 
-template <class Params>
-void fill(Params& p, const Shape& s, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
-          const Tensor& bias, double scale, bool is_causal, int threads) {
-  p.batch = s.batch;
-  p.heads = s.heads;
-  p.kv_heads = s.kv_heads;
-  p.queries = s.queries;
-  p.keys = s.keys;
-  p.head_size = s.head_size;
-  p.value_size = s.value_size;
-  p.dtype = s.dtype;
-  p.scale = scale;
-  p.is_causal = is_causal;
-  p.threads = check_threads(threads);
+// Of dimensions that are each 1 or as in the scores, with strides of 0 where they are 1.
+Strided broadcast(const Tensor& x, const AttentionScores& p, const char* name) {
+  Strided result = x.strided();
+  const std::int64_t full[4] = {p.batch, p.heads, p.queries, p.keys};
+  if (!x) return result;
+  x.expect({kAny, kAny, kAny, kAny});
+  for (int i = 0; i < 4; ++i) {
+    if (x.size(i) != 1 && x.size(i) != full[i]) {
+      fail_argument(name, "dimension " + std::to_string(i) + " of size 1 or " + std::to_string(full[i]),
+                    std::to_string(x.size(i)));
+    }
+    if (x.size(i) == 1) result.stride[i] = 0;
+  }
+  return result;
+}
+
+const std::int32_t* integers(const Tensor& x, std::int64_t size) {
+  x.expect({size}).expect_code(dlpack::kInt, 32, "int32").expect_contiguous();
+  return static_cast<const std::int32_t*>(x.data());
+}
+
+// Where documents begin: inside of the tensor, in order.
+const std::int32_t* document_starts(const Tensor& x, std::int64_t size, std::int64_t total, const char* name) {
+  const std::int32_t* starts = integers(x, size);
+  for (std::int64_t i = 0; i < size; ++i) {
+    if (starts[i] < (i == 0 ? 0 : starts[i - 1]) || starts[i] > total) {
+      fail_argument(name, "values from 0 to " + std::to_string(total) + " that do not decrease",
+                    std::to_string(starts[i]) + " at " + std::to_string(i));
+    }
+  }
+  return starts;
+}
+
+void fill(AttentionScores& p, const Tensor& q, const Tensor& k, const Tensor* v, const Extras& x, const py::tuple& s,
+          int threads) {
+  p.dtype = q.expect({kAny, kAny, kAny, kAny}).expect_last_contiguous().dtype();
+  const std::int64_t entries = q.size(0), total = q.size(2);
+  p.batch = entries;
+  p.heads = q.size(1);
+  p.queries = total;
+  p.head_size = q.size(3);
+  k.expect({entries, kAny, kAny, p.head_size}).expect(p.dtype).expect_last_contiguous();
+  p.kv_heads = k.size(1);
+  p.keys = k.size(2);
+  if (p.kv_heads == 0 || p.heads % p.kv_heads != 0) {
+    fail_argument("k", "a number of heads that divides the " + std::to_string(p.heads) + " of q",
+                  std::to_string(p.kv_heads));
+  }
   p.q = q.strided();
   p.k = k.strided();
-  p.v = v.strided();
-  p.mask = mask.strided();
-  p.bias = bias.strided();
+  p.value_size = 1;
+  if (v != nullptr) {
+    v->expect({entries, p.kv_heads, p.keys, kAny}).expect(p.dtype).expect_last_contiguous();
+    p.value_size = v->size(3);
+    p.v = v->strided();
+  }
+  p.lse_stride[0] = p.heads * total;
+  p.lse_stride[1] = total;
+  if (static_cast<bool>(x.cu_seqlens_q) != static_cast<bool>(x.cu_seqlens_k)) {
+    fail_argument("cu_seqlens_k", "both cu_seqlens or neither", "one");
+  }
+  if (x.cu_seqlens_q) {
+    if (entries != 1) fail_argument("q", "one batch entry with cu_seqlens_q", std::to_string(entries));
+    const std::int64_t starts = x.cu_seqlens_q.expect({kAny}).size(0);
+    if (starts < 1) fail_argument("cu_seqlens_q", "at least one value", "none");
+    p.cu_seqlens_q = document_starts(x.cu_seqlens_q, starts, total, "cu_seqlens_q");
+    p.cu_seqlens_k = document_starts(x.cu_seqlens_k, starts, p.keys, "cu_seqlens_k");
+    p.batch = starts - 1;
+    p.queries = integer(s, kMaxSeqlenQ);
+    p.keys = integer(s, kMaxSeqlenK);
+    p.q.stride[0] = p.k.stride[0] = p.v.stride[0] = p.lse_stride[0] = 0;
+  }
+  p.threads = check_threads(threads);
+  p.scale = number(s, kScale);
+  p.softcap = number(s, kSoftcap);
+  p.left = integer(s, kLeft);
+  p.right = integer(s, kRight);
+  p.bottom_right = py::cast<bool>(s[kBottomRight]);
+  x.mask.expect_code(dlpack::kBool, 8, "bool");
+  p.mask = broadcast(x.mask, p, "mask");
+  p.bias = broadcast(x.bias, p, "bias");
+  p.bias_dtype = p.dtype;
+  if (x.bias && x.bias.dtype() != p.dtype) p.bias_dtype = x.bias.expect(compute_dtype(p.dtype)).dtype();
+  if (x.key_lengths) p.key_lengths = integers(x.key_lengths, p.batch);
+  if (x.slopes) {
+    x.slopes.expect(DType::kFloat32);
+    const int last = x.slopes.rank() - 1;
+    if (last == 1) {
+      x.slopes.expect({p.batch, p.heads});
+    } else {
+      x.slopes.expect({p.heads});
+    }
+    p.slopes = static_cast<const float*>(x.slopes.data());
+    p.slope_stride[0] = last == 1 ? x.slopes.stride(0) : 0;
+    p.slope_stride[1] = x.slopes.stride(last);
+  }
+  if (x.sink) p.sink = x.sink.expect({p.heads}).expect(compute_dtype(p.dtype)).expect_contiguous().data();
+  p.dropout = number(s, kDropout);
+  if (p.dropout > 0.0) {
+    const double threshold = std::ceil(p.dropout * 4294967296.0);
+    p.threshold = threshold < 4294967296.0 ? static_cast<std::uint64_t>(threshold) : std::uint64_t{1} << 32;
+    if (!x.seed) fail_argument("seed", "a tensor, with dropout", "None");
+    x.seed.expect({}).expect_code(dlpack::kInt, 64, "int64");
+    p.seed = static_cast<std::uint64_t>(*static_cast<const std::int64_t*>(x.seed.data()));
+  }
 }
 
-void attention_forward(py::handle q_, py::handle k_, py::handle v_, py::handle mask_, py::handle bias_, double scale,
-                       bool is_causal, py::handle out_, py::handle lse_, int threads) {
-  const Tensor q(q_, "q"), k(k_, "k"), v(v_, "v"), mask(mask_, "mask", true), bias(bias_, "bias", true);
-  const Tensor out(out_, "out"), lse(lse_, "lse");
-  const Shape s = check_inputs(q, k, v, mask, bias);
-  out.expect({s.batch, s.heads, s.queries, s.value_size}).expect(s.dtype).expect_last_contiguous();
-  lse.expect({s.batch, s.heads, s.queries}).expect(compute_dtype(s.dtype)).expect_contiguous();
+// What belongs to the queries as they lie in memory.
+void check_rows(const Tensor& x, const Tensor& q, std::int64_t size) {
+  x.expect({q.size(0), q.size(1), q.size(2), size}).expect(q.dtype()).expect_last_contiguous();
+}
+void check_lse(const Tensor& x, const Tensor& q) {
+  x.expect({q.size(0), q.size(1), q.size(2)}).expect(compute_dtype(q.dtype())).expect_contiguous();
+}
+Strided of_rows(const Tensor& x, const AttentionScores& p) {
+  Strided result = x.strided();
+  if (p.cu_seqlens_q != nullptr) result.stride[0] = 0;
+  return result;
+}
+StridedOut written(const Tensor& x, const AttentionScores& p) {
+  StridedOut result = x.strided_out();
+  if (p.cu_seqlens_q != nullptr) result.stride[0] = 0;
+  return result;
+}
+
+void attention_forward(py::handle q_, py::handle k_, py::handle v_, py::handle scores_, py::handle out_,
+                       py::handle lse_, int threads) {
+  const Tensor q(q_, "q"), k(k_, "k"), v(v_, "v"), out(out_, "out"), lse(lse_, "lse");
+  const py::tuple scores = check_fields(scores_);
+  const Extras extras(scores);
   AttentionForward p{};
-  fill(p, s, q, k, v, mask, bias, scale, is_causal, threads);
-  p.out = out.strided_out();
+  fill(p, q, k, &v, extras, scores, threads);
+  check_rows(out, q, p.value_size);
+  check_lse(lse, q);
+  p.out = written(out, p);
   p.lse = lse.data();
   const Kernels& table = kernels();
   py::gil_scoped_release release;
   table.attention_forward(p);
 }
 
-void attention_backward(py::handle grad_out_, py::handle q_, py::handle k_, py::handle v_, py::handle mask_,
-                        py::handle bias_, py::handle lse_, py::handle delta_, double scale, bool is_causal,
-                        py::handle grad_q_, py::handle grad_k_, py::handle grad_v_, py::handle grad_bias_,
-                        int threads) {
-  const Tensor grad_out(grad_out_, "grad_out"), q(q_, "q"), k(k_, "k"), v(v_, "v"), lse(lse_, "lse");
-  const Tensor mask(mask_, "mask", true), bias(bias_, "bias", true), delta(delta_, "delta");
-  const Tensor grad_q(grad_q_, "grad_q"), grad_k(grad_k_, "grad_k"), grad_v(grad_v_, "grad_v");
-  const Tensor grad_bias(grad_bias_, "grad_bias", true);
-  const Shape s = check_inputs(q, k, v, mask, bias);
-  const DType compute = compute_dtype(s.dtype);
-  grad_out.expect({s.batch, s.heads, s.queries, s.value_size}).expect(s.dtype).expect_last_contiguous();
-  lse.expect({s.batch, s.heads, s.queries}).expect(compute).expect_contiguous();
-  delta.expect({s.batch, s.heads, s.queries}).expect(compute).expect_contiguous();
-  grad_q.expect({s.batch, s.heads, s.queries, s.head_size}).expect(s.dtype).expect_last_contiguous();
-  grad_k.expect({s.batch, s.kv_heads, s.keys, s.head_size}).expect(s.dtype).expect_last_contiguous();
-  grad_v.expect({s.batch, s.kv_heads, s.keys, s.value_size}).expect(s.dtype).expect_last_contiguous();
-  grad_bias.expect({kAny, kAny, kAny, kAny}).expect(compute).expect_contiguous();
+void attention_backward(py::handle grad_out_, py::handle grad_lse_, py::handle q_, py::handle k_, py::handle v_,
+                        py::handle out_, py::handle lse_, py::handle scores_, py::handle grad_q_, py::handle grad_k_,
+                        py::handle grad_v_, py::handle grad_bias_, int threads) {
+  const Tensor grad_out(grad_out_, "grad_out"), grad_lse(grad_lse_, "grad_lse", true), q(q_, "q"), k(k_, "k");
+  const Tensor v(v_, "v"), out(out_, "out"), lse(lse_, "lse"), grad_bias(grad_bias_, "grad_bias", true);
+  const Tensor grad_q(grad_q_, "grad_q", true), grad_k(grad_k_, "grad_k", true), grad_v(grad_v_, "grad_v", true);
+  const py::tuple scores = check_fields(scores_);
+  const Extras extras(scores);
   AttentionBackward p{};
-  fill(p, s, q, k, v, mask, bias, scale, is_causal, threads);
-  p.grad_out = grad_out.strided();
+  fill(p, q, k, &v, extras, scores, threads);
+  check_rows(grad_out, q, p.value_size);
+  check_rows(out, q, p.value_size);
+  check_lse(lse, q);
+  check_lse(grad_lse, q);
+  check_rows(grad_q, q, p.head_size);
+  grad_k.expect({k.size(0), k.size(1), k.size(2), p.head_size}).expect(p.dtype).expect_last_contiguous();
+  grad_v.expect({k.size(0), k.size(1), k.size(2), p.value_size}).expect(p.dtype).expect_last_contiguous();
+  grad_bias.expect({kAny, kAny, kAny, kAny}).expect(compute_dtype(p.dtype)).expect_contiguous();
+  p.grad_out = of_rows(grad_out, p);
+  p.out = of_rows(out, p);
   p.lse = lse.data();
-  p.delta = delta.data();
-  p.grad_q = grad_q.strided_out();
-  p.grad_k = grad_k.strided_out();
-  p.grad_v = grad_v.strided_out();
+  p.grad_lse = grad_lse.data();
+  p.grad_q = written(grad_q, p);
+  p.grad_k = written(grad_k, p);
+  p.grad_v = written(grad_v, p);
   if (grad_bias) {
-    const std::int64_t full[4] = {s.batch, s.heads, s.queries, s.keys};
+    const Strided shape = broadcast(grad_bias, p, "grad_bias");
     p.grad_bias = grad_bias.data();
     p.grad_bias_size = 1;
     for (int i = 3; i >= 0; --i) {
-      if (grad_bias.size(i) != full[i] && grad_bias.size(i) != 1) {
-        fail_argument("grad_bias", "a shape that broadcasts to that of the scores", std::to_string(grad_bias.size(i)));
-      }
-      p.grad_bias_stride[i] = grad_bias.size(i) == 1 ? 0 : p.grad_bias_size;
+      p.grad_bias_stride[i] = shape.stride[i] == 0 ? 0 : p.grad_bias_size;
       p.grad_bias_size *= grad_bias.size(i);
     }
   }
@@ -109,16 +233,41 @@ void attention_backward(py::handle grad_out_, py::handle q_, py::handle k_, py::
   table.attention_backward(p);
 }
 
+void attention_weights(py::handle q_, py::handle k_, py::handle lse_, py::handle scores_, py::handle weights_,
+                       int threads) {
+  const Tensor q(q_, "q"), k(k_, "k"), lse(lse_, "lse"), weights(weights_, "weights");
+  const py::tuple scores = check_fields(scores_);
+  const Extras extras(scores);
+  AttentionWeights p{};
+  fill(p, q, k, nullptr, extras, scores, threads);
+  check_lse(lse, q);
+  p.lse = lse.data();
+  p.average = weights.rank() == 3;
+  if (p.average) {
+    weights.expect({p.batch, p.queries, p.keys});
+  } else {
+    weights.expect({p.batch, p.heads, p.queries, p.keys});
+  }
+  p.weights = weights.expect(compute_dtype(p.dtype)).expect_contiguous().data();
+  const Kernels& table = kernels();
+  py::gil_scoped_release release;
+  table.attention_weights(p);
+}
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"),
-        py::arg("bias"), py::arg("scale"), py::arg("is_causal"), py::arg("out"), py::arg("lse"), py::arg("threads"),
-        "Attention into out and lse. mask and bias are expanded to (B, Hq, M, N).");
-  m.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("mask"), py::arg("bias"), py::arg("lse"), py::arg("delta"), py::arg("scale"), py::arg("is_causal"),
-        py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("grad_bias"), py::arg("threads"),
-        "Back-propagate through attention into grad_q, grad_k, grad_v and, unless None, grad_bias (zero on entry).");
+  m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scores"),
+        py::arg("out"), py::arg("lse"), py::arg("threads"),
+        "Attention into out and lse. scores: a seqkernels.scores.Scores. Rows of no document are left as they are.");
+  m.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("grad_lse"), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("scores"), py::arg("grad_q"), py::arg("grad_k"),
+        py::arg("grad_v"), py::arg("grad_bias"), py::arg("threads"),
+        "Back-propagate through attention into those of grad_q, grad_k, grad_v and grad_bias (zero on entry) that are"
+        " not None.");
+  m.def("attention_weights", &attention_weights, py::arg("q"), py::arg("k"), py::arg("lse"), py::arg("scores"),
+        py::arg("weights"), py::arg("threads"),
+        "The weights after dropout (B, Hq, M, N), or their mean over the heads (B, M, N).");
 }
 
 }  // namespace seqkernels

@@ -194,6 +194,9 @@ Strided Tensor::strided() const {
   return {data_, {strides_[0], strides_[1], strides_[2], strides_[3]}};
 }
 
-StridedOut Tensor::strided_out() const { return {data_, {strides_[0], strides_[1], strides_[2], strides_[3]}}; }
+StridedOut Tensor::strided_out() const {
+  if (!present_) return {nullptr, {0, 0, 0, 0}};
+  return {data_, {strides_[0], strides_[1], strides_[2], strides_[3]}};
+}
 
 }  // namespace seqkernels

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .. import Call
 
-_ATTENTION = ("bias", "causal", "grouped", "mask")
-
 
 def unavailable() -> str | None:
     """``None`` where the compiled module loads, else why it does not."""
@@ -16,7 +14,4 @@ def unavailable() -> str | None:
 
 def unsupported(call: Call) -> str | None:
     """``None`` where the compiled module serves `call`, else why it does not."""
-    if call.device != "cpu":
-        return f"runs on cpu only, not on {call.device}"
-    missing = [name for name in call.features if call.op == "attention" and name not in _ATTENTION]
-    return f"has no {', '.join(missing)}" if missing else None
+    return None if call.device == "cpu" else f"runs on cpu only, not on {call.device}"

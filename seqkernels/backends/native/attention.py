@@ -19,34 +19,42 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _rows_of_heads(x: Tensor, size: int) -> Tensor:
+def _rows_of_heads(x: Tensor, size: int, clear: bool) -> Tensor:
+    """(B, H, L, size) in memory as (B, L, H, size); zero where documents may leave rows between them."""
     batch, heads, length = x.shape[:3]
-    return x.new_empty((batch, length, heads, size)).transpose(1, 2)
-
-
-def _expand(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """A mask or bias as a view of all scores, broadcast by strides of 0."""
-    return None if x is None else x.expand(shape)
+    shape = (batch, length, heads, size)
+    return (x.new_zeros(shape) if clear else x.new_empty(shape)).transpose(1, 2)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """``seqkernels::attention_forward`` in one call of the compiled module."""
-    full = (*q.shape[:3], k.shape[2])
-    out = _rows_of_heads(q, v.shape[3])
+    documents = scores.cu_seqlens_q is not None
+    out = _rows_of_heads(q, v.shape[3], documents)
     lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    if documents:
+        lse.fill_(-torch.inf)
     _C.attention_forward(
         _last_contiguous(q),
         _last_contiguous(k),
         _last_contiguous(v),
-        _expand(scores.mask, full),
-        _expand(scores.bias, full),
-        scores.scale,
-        scores.right == 0,
+        _contiguous(scores),
         out,
         lse,
         torch.get_num_threads(),
     )
     return out, lse
+
+
+def _contiguous(scores: Scores) -> Scores:
+    """`scores` with what is one-dimensional contiguous."""
+    if scores.key_lengths is None and scores.cu_seqlens_q is None and scores.sink is None:
+        return scores
+    made = {
+        name: x.contiguous()
+        for name in ("key_lengths", "cu_seqlens_q", "cu_seqlens_k", "sink")
+        if (x := getattr(scores, name)) is not None
+    }
+    return scores._replace(**made)
 
 
 def attention_backward(
@@ -61,31 +69,42 @@ def attention_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``seqkernels::attention_backward`` in one call of the compiled module."""
-    full = (*q.shape[:3], k.shape[2])
-    bias = scores.bias
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    delta = (grad_out.to(lse.dtype) * out).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
-    grad_q, grad_k, grad_v = (_rows_of_heads(x, x.shape[3]) for x in (q, k, v))
-    wanted = bias is not None and needs[3]
-    grad_bias = q.new_zeros(bias.shape if bias is not None and needs[3] else (0,), dtype=lse.dtype)
+    bias, documents = scores.bias, scores.cu_seqlens_q is not None
+    grads = [
+        _rows_of_heads(x, x.shape[3], documents) if need else None for x, need in zip((q, k, v), needs, strict=False)
+    ]
+    grad_bias = None
+    if bias is not None and needs[3]:
+        grad_bias = bias.new_zeros(bias.shape, dtype=lse.dtype)
     _C.attention_backward(
-        _last_contiguous(grad_out),
+        _last_contiguous(torch.zeros_like(out) if grad_out is None else grad_out),
+        None if grad_lse is None else grad_lse.contiguous(),
         _last_contiguous(q),
         _last_contiguous(k),
         _last_contiguous(v),
-        _expand(scores.mask, full),
-        _expand(bias, full),
+        _last_contiguous(out),
         lse.contiguous(),
-        delta.contiguous(),
-        scores.scale,
-        scores.right == 0,
-        grad_q,
-        grad_k,
-        grad_v,
-        grad_bias if wanted else None,
+        _contiguous(scores),
+        *grads,
+        grad_bias,
         torch.get_num_threads(),
     )
-    found = [x if need else x.new_empty(0) for x, need in zip((grad_q, grad_k, grad_v), needs, strict=False)]
-    return found[0], found[1], found[2], grad_bias.to(q.dtype)
+    found = [q.new_empty(0) if x is None else x for x in grads]
+    if bias is None or grad_bias is None:
+        return found[0], found[1], found[2], q.new_empty(0)
+    return found[0], found[1], found[2], grad_bias.to(bias.dtype)
+
+
+def attention_weights(q: Tensor, k: Tensor, lse: Tensor, scores: Scores, average: bool) -> Tensor:
+    """``seqkernels::attention_weights`` in one call of the compiled module."""
+    batch, heads, queries, keys = scores.shape(q, k)
+    weights = lse.new_empty((batch, queries, keys) if average else (batch, heads, queries, keys))
+    _C.attention_weights(
+        _last_contiguous(q),
+        _last_contiguous(k),
+        lse.contiguous(),
+        _contiguous(scores),
+        weights,
+        torch.get_num_threads(),
+    )
+    return weights
