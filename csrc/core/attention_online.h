@@ -20,7 +20,7 @@ class OnlineSoftmax {
     T* s;        // (rows, tile_ld) products, then scores, then weights
     T* out;      // (rows, value_ld) not yet divided by the sum
     T* sum;      // (rows, lanes) of weights
-    T* top;      // (rows) maximum of the scores, in units of log 2
+    T* top;      // (rows) maximum of the scores
     T* fade;     // (rows) what a new maximum multiplies out and sum by
     T* add;      // (tile_ld)
     Row* rows;
@@ -73,7 +73,7 @@ class OnlineSoftmax {
       const V old = load_full(w.top + r), top = max<T>(load_full(w.fade + r), old);
       const V base = top == -kInfinity<T> ? V{} : top;
       store_full(w.top + r, top);
-      store_full(w.fade + r, exp2<T>(old - base));
+      store_full(w.fade + r, weight_of<T>(old - base));
     }
     const T factor = plain ? scores_.after() : T(1);
     const std::int64_t begin = keys.begin / n * n, end = round_up(keys.end, n);
@@ -86,7 +86,7 @@ class OnlineSoftmax {
       for (; j + n <= row.from; j += n) store_full(s + j, V{});
       const std::int64_t read = j;
       for (; j < row.count; j += n) {
-        const V x = exp2<T>(load_full(s + j) * factor - top);
+        const V x = weight_of<T>(load_full(s + j) * factor - top);
         store_full(s + j, x);
         sum += x;
       }
@@ -119,7 +119,7 @@ class OnlineSoftmax {
       V sum[n];
       for (int i = 0; i < n; ++i) sum[i] = load_full(w.sum + (r + i) * n);
       const V total = reduce_each<T>(sum);
-      store_full(w.top + r, load_full(w.top + r) * T(kLn2) + log<T>(total));
+      store_full(w.top + r, load_full(w.top + r) + log<T>(total));
       store_full(w.fade + r, total == T(0) ? V{} : T(1) / total);
     }
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -150,8 +150,8 @@ class OnlineSoftmax {
     for (std::int64_t r = 0; r < rows; ++r, from += partial_size()) {
       const T top = max_of(w.top[r], from[value_ld_]);
       const V base = splat(top == -kInfinity<T> ? T(0) : top);
-      const V fade = exp2<T>(splat(w.top[r]) - base);
-      const V share_of_part = exp2<T>(splat(from[value_ld_]) - base);
+      const V fade = weight_of<T>(splat(w.top[r]) - base);
+      const V share_of_part = weight_of<T>(splat(from[value_ld_]) - base);
       T* out = w.out + r * value_ld_;
       for (std::int64_t i = 0; i < value_ld_; i += n) {
         store_full(out + i, load_full(out + i) * fade + load_full(from + i) * share_of_part);
@@ -165,11 +165,11 @@ class OnlineSoftmax {
  private:
   // One more key, with no value.
   void add_sink(const Work& w, std::int64_t r, T sink) const {
-    const T score = sink * T(kLog2e), top = max_of(w.top[r], score);
+    const T top = max_of(w.top[r], sink);
     const V base = splat(top == -kInfinity<T> ? T(0) : top);
-    const V fade = exp2<T>(splat(w.top[r]) - base);
+    const V fade = weight_of<T>(splat(w.top[r]) - base);
     store_full(w.sum + r * n, load_full(w.sum + r * n) * fade);
-    w.sum[r * n] += exp2<T>(splat(score) - base)[0];
+    w.sum[r * n] += weight_of<T>(splat(sink) - base)[0];
     T* out = w.out + r * value_ld_;
     for (std::int64_t i = 0; i < value_ld_; i += n) store_full(out + i, load_full(out + i) * fade);
     w.top[r] = top;

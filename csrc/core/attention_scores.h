@@ -1,4 +1,4 @@
-// From products q k to scores, in units of log 2: softcap, bias, masks, ALiBi, and the dropout of weights.
+// From products q k to scores: softcap, bias, masks, ALiBi, and the dropout of weights.
 #pragma once
 
 #include "core/attention_pairs.h"
@@ -48,10 +48,10 @@ class Scores {
         same_for_heads_((p.mask.data == nullptr || p.mask.stride[1] == 0) &&
                         (p.bias.data == nullptr || p.bias.stride[1] == 0)),
         masked_(p.mask.data != nullptr || p.bias.data != nullptr),
-        of_q_(static_cast<T>(!scaled ? 1.0 : softcap_ ? p.scale / p.softcap : p.scale * kLog2e)),
+        of_q_(static_cast<T>(!scaled ? 1.0 : softcap_ ? p.scale / p.softcap : p.scale)),
         before_(static_cast<T>(scaled || !softcap_ ? 1.0 : p.scale / p.softcap)),
-        after_(static_cast<T>(softcap_ ? p.softcap * kLog2e : scaled ? 1.0 : p.scale * kLog2e)),
-        of_grad_k_(static_cast<T>(!scaled ? p.scale : softcap_ ? p.softcap : kLn2)) {}
+        after_(static_cast<T>(softcap_ ? p.softcap : scaled ? 1.0 : p.scale)),
+        of_grad_k_(static_cast<T>(!scaled ? p.scale : softcap_ ? p.softcap : 1.0)) {}
 
   bool plain() const { return plain_; }
   bool softcap() const { return softcap_; }
@@ -91,7 +91,7 @@ class Scores {
   // softcap.
   T modify(const ScoreRow& row, std::int64_t first, bool mask, const T* add, T* s, T* slope_of_cap) const {
     V top = splat(-kInfinity<T>);
-    const T slope = static_cast<T>(row.slope * kLog2e), level = static_cast<T>(row.level - first);
+    const T slope = static_cast<T>(row.slope), level = static_cast<T>(row.level - first);
     with_bias([&](auto tag) {
       const auto* bias = static_cast<const decltype(tag)*>(row.bias);
       for (std::int64_t j = row.from / n * n; j < row.count; j += n) {
@@ -108,7 +108,7 @@ class Scores {
         } else {
           if (bias != nullptr) {
             const V b = strided(bias, p_.bias.stride[3], first + j, row.count - j);
-            x = b == -kInfinity<T> ? b : x + b * T(kLog2e);
+            x = b == -kInfinity<T> ? b : x + b;
           }
           if (mask) x = kept(row.mask, p_.mask.stride[3], first + j, row.count - j) ? x : splat(-kInfinity<T>);
         }
@@ -146,16 +146,13 @@ class Scores {
     return reduce_max<T>(max<T>(top, other)) * after_;
   }
 
-  // Masks and biases of keys that all rows have alike, in units of log 2.
+  // Masks and biases of keys that all rows have alike.
   void additive(const ScoreRow& row, std::int64_t first, Range keys, bool mask, T* out) const {
     with_bias([&](auto tag) {
       const auto* bias = static_cast<const decltype(tag)*>(row.bias);
       for (std::int64_t j = keys.begin / n * n; j < keys.end; j += n) {
         V x{};
-        if (bias != nullptr) {
-          const V b = strided(bias, p_.bias.stride[3], first + j, keys.end - j);
-          x = b == -kInfinity<T> ? b : b * T(kLog2e);
-        }
+        if (bias != nullptr) x = strided(bias, p_.bias.stride[3], first + j, keys.end - j);
         if (mask) x = kept(row.mask, p_.mask.stride[3], first + j, keys.end - j) ? x : splat(-kInfinity<T>);
         store_full(out + j, x);
       }

@@ -17,41 +17,34 @@ inline std::int64_t round_up(std::int64_t x, std::int64_t to) { return ceil_div(
 template <class T>
 constexpr T kInfinity = T(__builtin_inf());
 
-constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
-
-// 2^x for x up to 127 (1023). Results below the smallest normal number are exactly 0, so that -inf needs no extra care;
-// NaN for NaN. Error 1 ulp: 2^x = 2^n 2^f with |f| <= 1/2, the second factor by the polynomial of degree 6 with the least
-// relative error that is 1 at 0 (of double: e^(f ln 2)).
-template <class T>
-inline Vec<T> exp2_reduced(Vec<T> f) {
-  if constexpr (sizeof(T) == 8) {
-    return expm1_reduced(f * kLn2) + 1.0;
-  } else {
-    Vec<T> p = f * 1.5353362e-4f + 1.3398875e-3f;
-    p = p * f + 9.6184369e-3f;
-    p = p * f + 5.5503324e-2f;
-    p = p * f + 2.4022648e-1f;
-    p = p * f + 6.9314718e-1f;
-    return p * f + 1.0f;
-  }
+// 2^f for |f| <= 1/2, by the polynomial of degree 6 with the least relative error that is 1 at 0.
+inline Vec<float> exp2_reduced(Vec<float> f) {
+  Vec<float> p = f * 1.5353362e-4f + 1.3398875e-3f;
+  p = p * f + 9.6184369e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314718e-1f;
+  return p * f + 1.0f;
 }
+
+// e^x for x up to 88 (709), as `exp` but for what weights do not need: results below the smallest normal number are
+// exactly 0, so that -inf needs no extra care; NaN for NaN. e^x = 2^n 2^f with n + f = x / ln 2.
 template <class T>
-inline Vec<T> exp2(Vec<T> x) {
+inline Vec<T> weight_of(Vec<T> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    const __m512 v = bit_cast<__m512>(x);
-    const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const Vec<T> p = exp2_reduced<T>(bit_cast<Vec<T>>(_mm512_sub_ps(v, n)));
-    const __mmask16 normal = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    const __m512 v = bit_cast<__m512>(x), log2e = _mm512_set1_ps(ExpConstants<T>::kLog2e);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec<T> p = exp2_reduced(bit_cast<Vec<T>>(_mm512_fmsub_ps(v, log2e, n)));
+    const __mmask16 normal = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);
     return bit_cast<Vec<T>>(_mm512_maskz_scalef_ps(normal, bit_cast<__m512>(p), n));
   }
 #endif
-  using C = ExpConstants<T>;
-  constexpr T kZero = sizeof(T) == 8 ? T(-1023) : T(-127);  // here the scale is 0
+  constexpr T kZero = sizeof(T) == 8 ? T(-709.1) : T(-88.03);  // here exp_parts has a scale of 0
   x = x < kZero ? splat(kZero) : x;
-  const Vec<T> shifted = x + C::kRound, n = shifted - C::kRound;
-  const IntVec<T> one = bit_cast<IntVec<T>>(splat(T(1)));
-  return bit_cast<Vec<T>>((bit_cast<IntVec<T>>(shifted) << C::kMantissa) + one) * exp2_reduced<T>(x - n);
+  Vec<T> scale;
+  const Vec<T> p = exp_parts<T>(x, scale);
+  return scale * p + scale;
 }
 
 template <class T>

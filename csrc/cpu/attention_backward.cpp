@@ -91,7 +91,7 @@ class Backward {
   struct Work {
     T* s;        // (rows, keys of a tile) products, then scores, then weights
     T* grad_s;   // (rows, keys of a tile) gradient of the weights, then of the products
-    T* lse;      // (rows) in units of log 2, 0 for -inf
+    T* lse;      // (rows) 0 for -inf
     T* delta;    // (rows)
     T* grad_k;   // (keys of a tile, D)
     T* grad_v;   // (keys of a tile, Dv)
@@ -372,7 +372,7 @@ class Backward {
                           w.grad_out + at * value_left_ld_, value_left_ld_);
                 const std::int64_t place = document.lse_at(p_, head, query);
                 for (std::int64_t i = 0; i < count; ++i) {
-                  w.lse[at + i] = lse[place + i] == -kInfinity<T> ? T(0) : lse[place + i] * T(kLog2e);
+                  w.lse[at + i] = lse[place + i] == -kInfinity<T> ? T(0) : lse[place + i];
                   w.delta[at + i] = grad_lse == nullptr ? T(0) : -grad_lse[place + i];
                 }
                 if (of_scores_) add_delta(grad, out, count, w.delta + at);
@@ -434,7 +434,7 @@ class Backward {
         const bool edge = !plain || j < row.from || row.count - j < n;
         V score = load_full(s + j);
         if (edge) score = scores_.inside(score, row, j);
-        V x = exp2<T>(score * factor - w.lse[r]);
+        V x = weight_of<T>(score * factor - w.lse[r]);
         if (scores_.dropout()) {
           store_full(s + j, scores_.drop(x, w.words + (j - read)));
           x *= scores_.drop(load_full(grad + j), w.words + (j - read)) - w.delta[r];

@@ -117,7 +117,7 @@ class Weights {
       const std::int64_t begin = row.from / n * n;
       if (scores_.dropout()) scores_.draw(row, first + begin, first + round_up(row.count, n), w.words);
       for (std::int64_t j = begin; j < row.count; j += n) {
-        V x = exp2<T>(scores_.inside(load_full(s + j), row, j) * factor - lse[r] * T(kLog2e)) * part;
+        V x = weight_of<T>(scores_.inside(load_full(s + j), row, j) * factor - lse[r]) * part;
         if (scores_.dropout()) x = scores_.drop(x, w.words + (j - begin));
         T* to = out + r * p_.keys + j;
         const std::int64_t left = row.count - j;
