@@ -8,6 +8,104 @@
 namespace seqkernels {
 namespace {
 
+// Bytes ahead of the reading that are asked for: the processor's own streams are too short for rows this wide.
+constexpr std::int64_t kAhead = 8192;
+
+inline void fetch(const void* p, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + i, 0, 2);
+}
+
+// s[r][j] = a[r] . key[j] for kRows rows (kRows, lda), padded to whole vectors with 0, and `keys` rows as they lie, each
+// of which is read once. A few scores behind the last are written.
+template <class T, int kRows, class S>
+void dot_rows(const S* key, std::int64_t stride, std::int64_t keys, std::int64_t depth, const T* a, std::int64_t lda,
+              T* s, std::int64_t lds) {
+  constexpr int n = kLanes<T>, kKeys = n / kRows;
+  const std::int64_t whole = depth / n * n;
+  for (std::int64_t j = 0; j < keys; j += kKeys) {
+    const S* row[kKeys];
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+      row[i] = key + min_of(j + i, keys - 1) * stride;
+      fetch(row[i], depth * static_cast<std::int64_t>(sizeof(S)));
+    }
+    Vec<T> sum[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) sum[i] = Vec<T>{};
+    const auto add = [&](std::int64_t d, std::int64_t count) {
+      Vec<T> x[kKeys];
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) x[i] = count >= n ? load(row[i] + d) : load(row[i] + d, count);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> y = load_full(a + r * lda + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += x[i] * y;
+      }
+    };
+    for (std::int64_t d = 0; d < whole; d += n) add(d, n);
+    if (whole < depth) add(whole, depth - whole);
+    const Vec<T> sums = reduce_each<T>(sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      std::memcpy(s + r * lds + j, reinterpret_cast<const char*>(&sums) + r * kKeys * sizeof(T), kKeys * sizeof(T));
+    }
+  }
+}
+
+// out[r] (kRows, ldo) += sum over j of s[r][j] value[j], of `keys` rows as they lie, each of which is read once.
+template <class T, int kRows, class S>
+void add_rows(const S* value, std::int64_t stride, std::int64_t keys, std::int64_t size, const T* s, std::int64_t lds,
+              T* out, std::int64_t ldo) {
+  constexpr int n = kLanes<T>, kVectors = kVectorRegisters / 2 / kRows < 1   ? 1
+                                          : kVectorRegisters / 2 / kRows > 4 ? 4
+                                                                             : kVectorRegisters / 2 / kRows;
+  constexpr std::int64_t kNear = 32;  // keys whose values stay in the first cache
+  for (std::int64_t first = 0; first < keys; first += kNear) {
+    const std::int64_t count = min_of(kNear, keys - first);
+    for (std::int64_t column = 0; column < size; column += kVectors * n) {
+      const std::int64_t left = size - column;
+      Vec<T> sum[kRows][kVectors];
+      const auto run = [&](auto load_at) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
+        }
+        for (std::int64_t j = first; j < first + count; ++j) {
+          const S* at = value + j * stride + column;
+          fetch(at, kVectors * n * static_cast<std::int64_t>(sizeof(S)));
+          Vec<T> x[kVectors];
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) x[v] = load_at(at, v);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            const T weight = s[r * lds + j];
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) sum[r][v] += x[v] * weight;
+          }
+        }
+      };
+      if (left >= kVectors * n) {
+        run([](const S* at, int v) { return load(at + v * n); });
+      } else {
+        run([left](const S* at, int v) {
+          return left > v * n ? load(at + v * n, left - v * n) : Vec<T>{};
+        });
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          if (v * n >= left) break;
+          T* to = out + r * ldo + column + v * n;
+          store_full(to, load_full(to) + sum[r][v]);
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 class Decode {
   using Softmax = OnlineSoftmax<T>;
@@ -30,12 +128,10 @@ class Decode {
         threads_(team_size(p.threads, 2.0 * static_cast<double>(p.batch * p.heads * p.queries) *
                                           static_cast<double>(keys_read(p)) *
                                           static_cast<double>(p.head_size + p.value_size))),
-        direct_(is_compute<T>(p.dtype) && p.value_size % n == 0),
         parts_(parts()),
         row_space_(round_up(group_ * p.queries, n)),
         softmax_(p, scores_, tile_ld_, value_ld_, row_space_),
-        work_size_(round_up(softmax_.size() + row_space_ * size_ld_ + (clean_ || !direct_ ? key_block_ * value_ld_ : 0),
-                            64)),
+        work_size_(round_up(softmax_.size() + row_space_ * size_ld_ + (clean_ ? key_block_ * value_ld_ : 0), 64)),
         partial_size_(group_ * p.queries * softmax_.partial_size()),
         work_(threads_ * work_size_),
         partial_(parts_ > 1 ? kv_total_ * parts_ * partial_size_ : 0),
@@ -85,6 +181,7 @@ class Decode {
                 read_rows<T>(p_.dtype, element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype),
                              p_.q.stride[2], count, p_.head_size, scores_.of_q(), q + at * size_ld_, size_ld_);
               });
+    for (std::int64_t i = rows * size_ld_; i < row_space_ * size_ld_; i += n) store_full(q + i, Vec<T>{});
     const Range read = document.all(p_);
     const std::int64_t first = read.begin / key_block_, blocks = ceil_div(read.end, key_block_) - first;
     const Share mine = share(max_of<std::int64_t>(0, blocks), static_cast<int>(task % parts_), parts_);
@@ -106,24 +203,55 @@ class Decode {
     if (!kept.any) return;
     const std::int64_t begin = keys.begin / n * n, width = keys.end - begin;
     const void* from = element(p_.k.data, document.key_at(p_.k.stride, kv_head, first + begin), p_.dtype);
-    multiply_rows<T>(p_.dtype, from, p_.k.stride[2], width, p_.head_size, q, size_ld_, w.s + begin, tile_ld_, rows);
     const void* values = element(p_.v.data, document.key_at(p_.v.stride, kv_head, first), p_.dtype);
     const void* read = element(values, begin * p_.v.stride[2], p_.dtype);
+    with_rows(rows, [&](auto count) {
+      constexpr int kRows = decltype(count)::kValue;
+      with_storage<T>(p_.dtype, [&](auto tag) {
+        using S = decltype(tag);
+        for (std::int64_t r = 0; r < rows; r += kRows) {
+          dot_rows<T, kRows>(static_cast<const S*>(from), p_.k.stride[2], width, p_.head_size, q + r * size_ld_,
+                             size_ld_, w.s + r * tile_ld_ + begin, tile_ld_);
+        }
+      });
+    });
     const bool dirty = clean_ && !rows_are_finite<T>(p_.dtype, read, p_.v.stride[2], width, p_.value_size);
     softmax_.tile(w, rows, first, keys, kept, uniform, dirty, values, p_.v.stride[2]);
-    const T* right = static_cast<const T*>(read);
-    std::int64_t stride = p_.v.stride[2];
-    if (dirty || !direct_) {
-      T* copy = q + row_space_ * size_ld_;
-      pack_depth(p_.dtype, read, stride, width, p_.value_size, copy, value_ld_, dirty);
-      right = copy;
-      stride = value_ld_;
+    T* copy = q + row_space_ * size_ld_;
+    if (dirty) pack_depth(p_.dtype, read, p_.v.stride[2], width, p_.value_size, copy, value_ld_, true);
+    with_rows(rows, [&](auto count) {
+      constexpr int kRows = decltype(count)::kValue;
+      for (std::int64_t r = 0; r < rows; r += kRows) {
+        const T* weights = w.s + r * tile_ld_ + begin;
+        T* out = w.out + r * value_ld_;
+        if (dirty) {
+          add_rows<T, kRows>(copy, value_ld_, width, p_.value_size, weights, tile_ld_, out, value_ld_);
+        } else {
+          with_storage<T>(p_.dtype, [&](auto tag) {
+            add_rows<T, kRows>(static_cast<const decltype(tag)*>(read), p_.v.stride[2], width, p_.value_size, weights,
+                               tile_ld_, out, value_ld_);
+          });
+        }
+      }
+    });
+  }
+
+  template <int kCount>
+  struct Count {
+    static constexpr int kValue = kCount;
+  };
+  // Calls f with how many rows go at once; rows that are none lie in the space behind.
+  template <class F>
+  static void with_rows(std::int64_t rows, const F& f) {
+    if (rows == 1) {
+      f(Count<1>());
+    } else if (rows == 2 || n == 2) {
+      f(Count<2>());
+    } else if (rows <= 4 || n == 4) {
+      f(Count<(n < 4 ? n : 4)>());
+    } else {
+      f(Count<(n < 8 ? n : 8)>());
     }
-    product<T, Layout::kRows, true>(rows, value_ld_ / n, w.s + begin, tile_ld_, right, stride, w.out, value_ld_,
-                                    [&](std::int64_t m, int count) {
-                                      const Range range = range_of_rows(w.rows + m, count, 1);
-                                      return Range{max_of<std::int64_t>(0, range.begin - begin), range.end - begin};
-                                    });
   }
 
   const AttentionForward& p_;
@@ -132,7 +260,6 @@ class Decode {
   const bool clean_;
   const std::int64_t key_block_, tile_ld_;
   const int threads_;
-  const bool direct_;
   const int parts_;
   const std::int64_t row_space_;
   const Softmax softmax_;
