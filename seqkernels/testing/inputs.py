@@ -300,7 +300,13 @@ def attention_options(
     found: dict[str, Any] = {}
     if "varlen" in names:
         for letter, total in (("q", queries), ("k", keys)):
-            starts = lay_out(integers(0, total + 1, batch + 1).sort()[0].to(torch.int32), layout)
+            # Few rows belong to none.
+            few = total // 8
+            bounds = few + integers(0, total - 2 * few + 1, batch + 1).sort()[0]
+            bounds[0] = integers(0, few + 1)
+            if batch:
+                bounds[-1] = total - integers(0, few + 1)
+            starts = lay_out(bounds.to(torch.int32), layout)
             found[f"cu_seqlens_{letter}"] = starts
             longest = int(starts.diff().max()) if batch else 0
             found[f"max_seqlen_{letter}"] = longest + int(integers(0, 3))
