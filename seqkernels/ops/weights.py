@@ -21,8 +21,8 @@ from .attention import _BIAS, _PACKED, _SINK, _library, _sink_gradient, _Tensors
 from .attention import backward_op as attention_backward_op
 
 _library.define(
-    f"attention_weights_backward(Tensor grad, Tensor q, Tensor k, Tensor lse, {_PACKED}, bool average,"
-    " bool[] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_bias, Tensor grad_sink)"
+    f"attention_weights_backward(Tensor grad, Tensor q, Tensor k, {_PACKED}, bool average, bool[] needs)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_bias, Tensor grad_sink)"
 )
 
 #: Places of q, k, the bias and the sink among the arguments of the Functions.
@@ -76,11 +76,12 @@ def _dropped_of_head(scores: Scores, shape: tuple[int, int, int, int], head: int
 
 
 def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, scores: Scores, average: bool, needs: list[bool]
+    grad: Tensor, q: Tensor, k: Tensor, scores: Scores, average: bool, needs: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients of q, k, bias and sink by the matrices (M, N) of one head at a time.
+    """Gradients of q, k, bias and sink by the matrices (M, N) of one head at a time; differentiable.
 
-    Differentiable where no `lse` is given, which then is computed from the others.
+    The log-sum-exp is computed again: one that was rounded otherwise than the scores here makes the difference
+    ``dP - sum_j p dP`` wrong by as much as the sum is larger than it.
     """
     from ..backends.reference.attention import attention, attention_weights, pad, unpad
 
@@ -91,7 +92,7 @@ def _gradients(
         one = slice(head, head + 1)
         query, key = q[:, one].to(acc), k[:, head // group : head // group + 1].to(acc)
         part = of_heads(scores, one)._replace(dropout_p=0.0, seed=None)
-        level = attention(query, key, key[..., :1], part)[1] if lse is None else lse[:, one]
+        _, level = attention(query, key, key[..., :1], part)
         weights = attention_weights(query, key, level, part, False)
         cotangent = grad.unsqueeze(1) / q.shape[1] if average else grad[:, one]
         if scores.dropout_p > 0.0:
@@ -139,7 +140,6 @@ def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
     tensors: _Tensors,
     numbers: list[float],
     settings: list[int],
@@ -147,7 +147,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores = Scores.unpack(tensors, numbers, settings)
-    found = _gradients(grad, q, k, lse, scores, average, needs)
+    found = _gradients(grad, q, k, scores, average, needs)
     a, b, c, d = (q.new_empty(0) if x is None else x.contiguous() for x in found)
     return a, b, c, d
 
@@ -156,7 +156,6 @@ def _backward_fake(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
     tensors: _Tensors,
     numbers: list[float],
     settings: list[int],
@@ -191,19 +190,19 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
         *tensors, numbers, settings, average = args
-        ctx.save_for_backward(q, k, lse, *tensors)
+        ctx.save_for_backward(q, k, *tensors)
         ctx.numbers, ctx.settings, ctx.average = numbers, settings, average
         found: Tensor = weights_op(q, k, lse, tensors, numbers, settings, average)
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, lse, *tensors = ctx.saved_tensors
+        q, k, *tensors = ctx.saved_tensors
         needs = _needs(ctx)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             scores = Scores.unpack(tensors, ctx.numbers, ctx.settings)
-            return _placed(ctx, needs, _gradients(grad, q, k, None, scores, ctx.average, needs))
-        found = backward_op(grad, q, k, lse, tensors, ctx.numbers, ctx.settings, ctx.average, needs)
+            return _placed(ctx, needs, _gradients(grad, q, k, scores, ctx.average, needs))
+        found = backward_op(grad, q, k, tensors, ctx.numbers, ctx.settings, ctx.average, needs)
         return _placed(ctx, needs, found)
 
 

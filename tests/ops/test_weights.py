@@ -38,6 +38,9 @@ RUNS = [(what, name) for what, needed in WANTED.items() for name in backends.NAM
 OPTIONS = {name: [option for option in FEATURES if able(name, option)] for name in backends.NAMES}
 
 
+LOG2E = 1.4426950408889634
+
+
 class Case(NamedTuple):
     """One call of attention: tensors that have gradients, and the other fields of `Scores`."""
 
@@ -126,7 +129,11 @@ def _reads(case: Case, b: int, queries: int, keys: int) -> tuple[Tensor, int]:
 
 
 def dense(case: Case, what: str, tiled: bool = False) -> Tensor:
-    """Each batch entry or document by itself, in the dtype that results have."""
+    """Each batch entry or document by itself, in the dtype that results have.
+
+    `tiled` is in powers of two with a log-sum-exp in natural units, as kernels have it and round it.
+    """
+    unit = LOG2E if tiled else 1.0
     options = case.options
     acc = accumulate_dtype(case.q.dtype)
     group = case.q.shape[1] // case.k.shape[1]
@@ -144,21 +151,21 @@ def dense(case: Case, what: str, tiled: bool = False) -> Tensor:
         queries, all_keys = q.shape[1], k.shape[1]
         keep, diagonal = _reads(case, b, queries, all_keys)
         keys = keep.shape[2]
-        scores = q @ k[:, :keys].transpose(1, 2) * 0.6
+        scores = (q * (0.6 * unit)) @ k[:, :keys].transpose(1, 2) if tiled else q @ k[:, :keys].transpose(1, 2) * 0.6
         if "softcap" in options:
-            scores = (scores / 1.3).tanh() * 1.3
+            scores = (scores / (1.3 * unit)).tanh() * (1.3 * unit)
         if case.bias is not None:
             bias = case.bias[0, :, :queries, :keys].to(acc)
-            scores = scores + torch.where(keep, bias, 0)
+            scores = scores + torch.where(keep, bias, 0) * unit
         if "alibi_slopes" in options:
             away = (torch.arange(keys) - torch.arange(queries).view(-1, 1) - diagonal).abs()
-            scores = scores - options["alibi_slopes"][b].to(acc).view(-1, 1, 1) * away
+            scores = scores - options["alibi_slopes"][b].to(acc).view(-1, 1, 1) * unit * away
         scores = scores.masked_fill(~keep, torch.finfo(acc).min / 4)
         if case.sink is not None:
-            scores = torch.cat((scores, case.sink.view(-1, 1, 1).expand(-1, queries, 1)), 2)
+            scores = torch.cat((scores, case.sink.view(-1, 1, 1).expand(-1, queries, 1) * unit), 2)
         if tiled and scores.shape[2] > 0:
-            level = scores.logsumexp(2, keepdim=True)
-            weights = (scores - level).exp()
+            level = (scores / unit).logsumexp(2, keepdim=True)
+            weights = (scores - level * unit).exp2()
         else:
             weights = scores.softmax(2)
         weights = weights[..., :keys].masked_fill(~keep, 0)
@@ -360,7 +367,7 @@ def test_opcheck_of_the_gradient(features: list[str]) -> None:
         for average in (False, True):
             grad = torch.ones_like(weights(q, k, lse, scores, average))
             for needs in ([True, True, bias is not None, sink is not None], [False, True, False, False]):
-                args = (grad, q, k, lse, *scores.pack(), average, needs)
+                args = (grad, q, k, *scores.pack(), average, needs)
                 checks = ("test_schema", "test_faketensor", "test_autograd_registration")
                 torch.library.opcheck(ops.backward_op, args, test_utils=checks)
 
