@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cells import DTYPES, accumulate_dtype
+from .ops import weights
 from .ops.attention import attend, check
 from .scores import UNBOUNDED, Scores
 
@@ -120,11 +121,12 @@ def attention(
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = (x.to(dtype) if _lowered(x) else x for x in (q, k, v))
         bias = bias.to(dtype) if bias is not None and _lowered(bias) else bias
-    documents = _documents(q, k, v, cu_seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if cu_seqlens is None and cu_seqlens_q is None:
+    if cu_seqlens is None and cu_seqlens_q is None and cu_seqlens_k is None:
         _check_dimensions(q, k, v, "4 dimensions (B, heads, length, size)", 4)
     else:
         _check_rows(q, k, v)
+    documents = _documents(q, k, cu_seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if documents.cu_seqlens_q is not None:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     left, right = _window(window, is_causal)
     scores = Scores(
@@ -162,9 +164,7 @@ def _compute(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sums: bool) -> tup
     out, lse = attend(q, k, v, scores)
     if not sums:
         return out, lse
-    from .ops.weights import column_sums
-
-    return out, lse, column_sums(q, k, lse, scores._replace(dropout_p=0.0, seed=None))
+    return out, lse, weights.column_sums(q, k, lse, scores._replace(dropout_p=0.0, seed=None))
 
 
 def _lowered(x: Tensor) -> bool:
@@ -286,7 +286,6 @@ class _Documents(NamedTuple):
 def _documents(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     both: Tensor | None,
     of_q: Tensor | None,
     of_k: Tensor | None,
