@@ -15,9 +15,6 @@ from seqkernels.testing import threads
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-# What no compiled implementation has yet runs on the reference, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:seqkernels runs attention:UserWarning")
-
 
 def load(name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:

@@ -14,9 +14,6 @@ from seqkernels.testing import assert_within_budget
 
 transformers = pytest.importorskip("transformers")
 
-# What no compiled implementation has yet runs on the reference, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:seqkernels runs attention:UserWarning")
-
 Results = dict[str, Tensor]
 SIZES = {
     "vocab_size": 61,

@@ -22,9 +22,6 @@ CONFIGS = {
 }
 LAYERS = [torch.nn, seqkernels.nn]
 
-# What no compiled implementation has yet runs on the reference, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:seqkernels runs attention:UserWarning")
-
 
 def make(config: GPTConfig, layers: ModuleType, dtype: torch.dtype = torch.float32) -> GPT:
     torch.manual_seed(3)
