@@ -40,9 +40,14 @@ def bert(size: int) -> Any:
 
 
 def t5(size: int) -> Any:
-    """An encoder and a decoder with learned biases of distances."""
+    """An encoder and a decoder with learned biases of distances; a ReLU at 0 would turn rounding into differences."""
     sizes = {"d_model": size, "d_kv": 64, "d_ff": 2 * size, "num_layers": 2, "num_heads": size // 64}
-    tokens = {"vocab_size": VOCABULARY, "decoder_start_token_id": 0, "eos_token_id": None}
+    tokens = {
+        "vocab_size": VOCABULARY,
+        "decoder_start_token_id": 0,
+        "eos_token_id": None,
+        "feed_forward_proj": "gated-gelu",
+    }
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**tokens, **sizes))
 
 
