@@ -390,6 +390,15 @@ def test_many_documents(plain_runner):
     _check(plain_runner, [inputs], documents)
 
 
+def test_short_documents_beside_a_long_one(runner):
+    """Blocks of rows hold more of the short ones together."""
+    for longest in (20, 25, 47, 90):
+        starts = torch.tensor([0, 10, 10 + longest, 33 + longest, 34 + longest], dtype=torch.int32)
+        inputs = testing.attention_inputs(1, 4, 34 + longest, 34 + longest, 16, kv_heads=1)
+        rows = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+        _check(runner, [inputs], rows | {"max_seqlen_q": max(longest, 23), "max_seqlen_k": max(longest, 23)})
+
+
 def test_a_long_row(runner):
     inputs = testing.attention_inputs(1, 2, 1, 200_000, 8, kv_heads=1)
     length = torch.tensor([199_990], dtype=torch.int32)
