@@ -26,7 +26,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/attention-layers.md"])
 def test_python_blocks_run(page: str) -> None:
     text = (ROOT / page).read_text()
     blocks = [match for match in FENCE.finditer(text) if match[1] == "python"]
