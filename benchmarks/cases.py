@@ -1,9 +1,9 @@
 """The one list of benchmark cases: shapes, dtypes, and how much work and traffic each one is.
 
 T time, B batch, I input, H hidden size; for attention B batch, Hq and Hk query and key heads, M queries, N keys,
-D head size. The flops are the useful ones: the products only, and half of them under a causal mask. The bytes are
-the compulsory ones: each argument, result and gradient passes the memory bus once for each pass that needs it,
-whatever a cache or an implementation makes of it.
+D head size. The flops are the useful ones: the products only, of the keys that are read, half of them under a causal
+mask. The bytes are the compulsory ones: each argument, result and gradient passes the memory bus once for each pass
+that needs it, whatever a cache or an implementation makes of it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ TAGS = {
 
 LIMIT_OF = {"numba": (12e9, 1e9), "reference": (2e9, 30e6)}
 """Useful flops of forward and backward, and bytes of forward, above which a case leaves a slow provider out."""
+
+_OF_NUMBA = ("", "padding", "bias", "learned")
+"""Options of attention that the numba backend has."""
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -98,6 +101,10 @@ class Recurrence:
         """Modes in which the case is timed."""
         return MODES
 
+    def baseline(self, mode: Mode) -> str:
+        """What torch does."""
+        return f"torch.nn.{self.cell.upper().partition('_')[0]}{'Cell' if self.single else ''}"
+
     def flops(self, mode: Mode) -> int:
         """Useful floating point operations of one call: the input and recurrent products; thrice with backward."""
         products = sum(rows * columns for rows, columns in self._weights())
@@ -148,6 +155,39 @@ class Recurrence:
         return shapes
 
 
+Option = Literal["", "padding", "bias", "learned", "dropout", "window", "alibi", "softcap", "documents", "cache"]
+
+DROPOUT = 0.1
+WINDOW = 256
+"""Keys that a query of the option ``"window"`` reads: its own and those before."""
+SOFTCAP = 50.0
+
+_GROUP_OF = {
+    "padding": "masks",
+    "bias": "masks",
+    "learned": "masks",
+    "alibi": "ALiBi",
+    **{name: name for name in ("dropout", "window", "softcap", "documents", "cache")},
+}
+
+_SDPA = "F.scaled_dot_product_attention"
+_FLEX = "FlexAttention, compiled, with a block mask"
+_BASELINE_OF: dict[str, tuple[str, str]] = {
+    "padding": (f"{_SDPA} with a boolean mask",) * 2,
+    "bias": (f"{_SDPA} with a float mask",) * 2,
+    "learned": (f"{_SDPA} with a float mask",) * 2,
+    "dropout": (f"{_SDPA} with dropout_p",) * 2,
+    # FlexAttention has no backward pass on the CPU.
+    "window": (_FLEX, f"{_SDPA} with a float mask"),
+    # Measured to be faster than FlexAttention with the slopes in its score_mod.
+    "alibi": (f"{_SDPA} with a float mask",) * 2,
+    "softcap": (_FLEX, "the formula on all scores, compiled"),
+    "documents": (f"{_SDPA} with a boolean mask on documents padded to one length; padding and its removal not timed",)
+    * 2,
+    "cache": (f"an assignment to the cache, then {_SDPA} with a boolean mask",) * 2,
+}
+
+
 @dataclass(frozen=True)
 class Attention:
     """A call of scaled dot-product attention.
@@ -157,8 +197,12 @@ class Attention:
         kv_heads: Hk; `heads` by default.
         dtype: of q, k, v and the bias.
         causal: query i sees keys 0..i.
-        mask: ``"padding"``: a boolean (B, 1, 1, N) that ends each row of the batch at another key; ``"bias"``: an
-            additive (1, Hq, M, N); ``"learned"``: the same, and its gradient is wanted.
+        option: ``"padding"``: a boolean mask (B, 1, 1, N) that ends each row of the batch at another key; ``"bias"``:
+            an additive (1, Hq, M, N); ``"learned"``: the same, and its gradient is wanted; ``"dropout"``: `DROPOUT` of
+            the weights are dropped; ``"window"``: query i sees `WINDOW` keys, the last of them its own; ``"alibi"``: a
+            slope for each head; ``"softcap"``: scores within `SOFTCAP`; ``"documents"``: B documents of other lengths,
+            the longest of M = N, behind one another; ``"cache"``: one step of generation, which writes a key and a
+            value for each row behind those it has, another number in each, and reads them all.
         inference: timed without gradients only.
         tags: keys of `TAGS`.
     """
@@ -171,7 +215,7 @@ class Attention:
     kv_heads: int | None = None
     dtype: torch.dtype = torch.float32
     causal: bool = False
-    mask: Literal["", "padding", "bias", "learned"] = ""
+    option: Option = ""
     inference: bool = False
     tags: frozenset[str] = frozenset()
 
@@ -180,18 +224,20 @@ class Attention:
         """Unique; made of word characters, so that ``pytest -k`` can pick it."""
         heads = f"H{self.heads}" + (f"_K{self.kv_heads}" if self.kv_heads else "")
         length = f"S{self.keys}" if self.queries == self.keys else f"M{self.queries}_N{self.keys}"
-        form = ("_causal" if self.causal else "") + (f"_{self.mask}" if self.mask else "")
+        form = ("_causal" if self.causal else "") + (f"_{self.option}" if self.option else "")
         return f"attention_B{self.batch}_{heads}_{length}_D{self.size}{form}{_suffix(self.dtype)}"
 
     @property
     def group(self) -> str:
         """What the report averages over."""
-        if self.queries == 1 and self.keys > 1:
-            return "attention decode"
+        if self.option:
+            return f"attention {_GROUP_OF[self.option]}"
+        if self.queries == 1:
+            return "attention calls" if self.keys == 1 else "attention decode"
         if self.kv_heads:
             return "attention grouped"
-        if self.mask:
-            return "attention masks"
+        if self.size <= 32:
+            return "attention small heads"
         return "attention" if self.dtype == torch.float32 else f"attention {_short(self.dtype)}"
 
     @property
@@ -199,25 +245,52 @@ class Attention:
         """Modes in which the case is timed."""
         return MODES[:1] if self.inference else MODES
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Keys of each row of the batch, which are its queries too where it is a document."""
+        shortest = {"padding": 2, "documents": 8, "cache": 2}.get(self.option)
+        if shortest is None:
+            return (self.keys,) * self.batch
+        return tuple(torch.linspace(self.keys / shortest, self.keys, self.batch).long().tolist())
+
+    def baseline(self, mode: Mode) -> str:
+        """What torch does: the fastest way it has on a CPU that gives the same result."""
+        return _BASELINE_OF.get(self.option, (_SDPA, _SDPA))[MODES.index(mode)]
+
     def flops(self, mode: Mode) -> int:
-        """Useful floating point operations of one call: two products forward, five backward; half under causality."""
-        forward = 4 * self.batch * self.heads * self.queries * self.keys * self.size
-        if self.causal:
-            forward //= 2
+        """Useful floating point operations of one call: two products forward, five backward, of the keys that are read.
+
+        Half of them count under causality, and the exact number under a window.
+        """
+        forward = 4 * self.heads * self.size * self._pairs()
         return forward if mode == "forward" else forward * 7 // 2
+
+    def _pairs(self) -> int:
+        """How many keys the queries of all batch rows read together, in each head."""
+        if self.option == "window":
+            return self.batch * sum(min(i + 1, WINDOW) for i in range(self.queries))
+        if self.option == "documents":
+            pairs = sum(length**2 for length in self.lengths)
+        else:
+            pairs = self.queries * sum(self.lengths)
+        return pairs // 2 if self.causal else pairs
 
     def bytes(self, mode: Mode) -> int:
         """Compulsory memory traffic of one call.
 
-        Forward reads q, k, v and the mask and writes the output; backward reads these and the gradient of the output,
-        and writes the gradients of q, k, v and of a learned bias.
+        Forward reads q, the keys and values that a query reads, and the mask, and writes the output; backward reads
+        these and the gradient of the output, and writes the gradients of q, k, v and of a learned bias.
         """
-        q = self.batch * self.heads * self.queries * self.size
-        kv = 2 * self.batch * (self.kv_heads or self.heads) * self.keys * self.size
-        bias = self.heads * self.queries * self.keys if self.mask in ("bias", "learned") else 0
-        padding = self.batch * self.keys if self.mask == "padding" else 0
+        rows = sum(self.lengths)
+        documents = self.option == "documents"
+        q = (rows if documents else self.batch * self.queries) * self.heads * self.size
+        of_a_row = 2 * (self.kv_heads or self.heads) * self.size
+        kv = rows * of_a_row
+        grad_kv = kv if documents else self.batch * self.keys * of_a_row
+        bias = self.heads * self.queries * self.keys if self.option in ("bias", "learned") else 0
+        padding = self.batch * self.keys if self.option == "padding" else 0
         forward = 2 * q + kv + bias
-        backward = (3 * q + kv + bias) + (q + kv + (bias if self.mask == "learned" else 0))
+        backward = (3 * q + kv + bias) + (q + grad_kv + (bias if self.option == "learned" else 0))
         if mode == "forward":
             return forward * self.dtype.itemsize + padding
         return (forward + backward) * self.dtype.itemsize + 2 * padding
@@ -270,6 +343,8 @@ QUICK = frozenset(
         "attention_B1_H8_S512_D64_causal",
         "attention_B4_H8_S128_D64_bfloat16",
         "attention_B4_H8_S256_D64_padding",
+        "attention_B4_H8_S512_D64_dropout",
+        "attention_B8_H8_S512_D64_documents",
         "attention_B1_H32_K8_M1_N4096_D128",
     }
 )
@@ -284,11 +359,13 @@ def _suffix(dtype: torch.dtype) -> str:
 
 
 def _tagged(case: Case, *tags: str) -> Case:
-    """`case` with `tags`, and with those that follow from its name and its flops."""
+    """`case` with `tags`, and with those that follow from its name, its options and its flops."""
     found = set(tags)
     if case.name in QUICK:
         found.add("quick")
     for name, (flops, traffic) in LIMIT_OF.items():
+        if name == "numba" and isinstance(case, Attention) and case.option not in _OF_NUMBA:
+            continue
         if case.flops("forward_backward") <= flops and case.bytes("forward") <= traffic:
             found.add(name)
     return replace(case, tags=frozenset(found))
@@ -315,22 +392,27 @@ def _recurrences() -> list[Case]:
 
 def _attentions() -> list[Case]:
     cases: list[Case] = []
-    for batch, heads, length, size, causal in GRID_ATTENTION:
-        cases.append(_tagged(Attention(batch, heads, length, length, size, causal=causal), "grid"))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for batch, heads, length, size, causal in GRID_ATTENTION:
+            cases.append(_tagged(Attention(batch, heads, length, length, size, causal=causal, dtype=dtype), "grid"))
     for batch, heads, length, size in ((64, 4, 32, 16), (64, 4, 128, 32)):
         cases.append(_tagged(Attention(batch, heads, length, length, size), "small"))
         cases.append(_tagged(Attention(batch, heads, length, length, size, causal=True), "small"))
-    for batch, heads, length, size, causal in (GRID_ATTENTION[0], GRID_ATTENTION[3], GRID_ATTENTION[5]):
-        cases.append(
-            _tagged(Attention(batch, heads, length, length, size, causal=causal, dtype=torch.bfloat16), "grid")
-        )
+    options: tuple[Option, ...] = ("padding", "bias")
     for length, batch in ((256, 4), (1024, 2)):
-        for mask in ("padding", "bias"):
-            cases.append(_tagged(Attention(batch, 8, length, length, 64, mask=mask)))
-    cases.append(_tagged(Attention(4, 8, 256, 256, 64, mask="learned")))
+        for option in options:
+            cases.append(_tagged(Attention(batch, 8, length, length, 64, option=option)))
+    cases.append(_tagged(Attention(4, 8, 256, 256, 64, option="learned")))
+    cases.append(_tagged(Attention(4, 8, 512, 512, 64, option="dropout")))
+    options = ("window", "alibi", "softcap")
+    for option in options:
+        cases.append(_tagged(Attention(1, 4, 4096, 4096, 64, causal=True, option=option)))
+    cases.append(_tagged(Attention(8, 8, 512, 512, 64, option="documents")))
     cases.append(_tagged(Attention(1, 32, 512, 512, 128, kv_heads=8, causal=True)))
-    for batch in (1, 8):
-        cases.append(_tagged(Attention(batch, 32, 1, 4096, 128, kv_heads=8, inference=True)))
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch in (1, 8):
+            cases.append(_tagged(Attention(batch, 32, 1, 4096, 128, kv_heads=8, dtype=dtype, inference=True)))
+    cases.append(_tagged(Attention(8, 32, 1, 4096, 128, kv_heads=8, option="cache", inference=True)))
     cases.append(_tagged(Attention(1, 1, 1, 1, 64), "overhead"))
     return cases
 

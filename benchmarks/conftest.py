@@ -209,7 +209,7 @@ def _measure(case: Case, mode: Mode, wanted: list[str], plan: measure.Plan) -> G
 
 def _call(workload: workloads.Workload) -> tuple[torch.Tensor, ...]:
     with workload.context():
-        return tuple(result.detach() for result in workload.run())
+        return tuple(result.detach() for result in workload.compared(workload.run()))
 
 
 @pytest.fixture
@@ -249,6 +249,7 @@ def _extra_info(case: Case, mode: Mode, provider: str, group: Group) -> dict[str
         "flops": case.flops(mode),
         "bytes": case.bytes(mode),
         "phases": [list(phase) for phase in case.phases(mode)],
+        "baseline": case.baseline(mode),
         "calls_per_round": group.samples[provider].calls,
         "max_error": group.errors[provider].largest,
         "error_to_torch": group.errors[provider].to_torch,

@@ -40,6 +40,7 @@ class Entry(NamedTuple):
         dtype: ``"float32"`` and so on.
         phases: parts of the call.
         overhead: whether it is one step of one row.
+        baseline: what torch does for the case and mode; ``""`` in files that do not say it.
     """
 
     case: str
@@ -56,6 +57,7 @@ class Entry(NamedTuple):
     dtype: str
     phases: tuple[Phase, ...]
     overhead: bool
+    baseline: str
 
     @property
     def kind(self) -> str:
@@ -107,6 +109,7 @@ def entries(data: dict[str, Any]) -> list[Entry]:
                 info["shape"]["dtype"],
                 tuple(Phase(*phase) for phase in info["phases"]),
                 "overhead" in info["tags"],
+                info.get("baseline", ""),
             )
         )
     groups = _unique(entry.group for entry in found)
@@ -171,10 +174,12 @@ def beside_engines(found: Sequence[Entry]) -> Table | None:
 def rates(found: Sequence[Entry], machine: Roofline) -> Table:
     """What the machine was measured to do, and the most that a case reached of it."""
     rows = []
-    for dtype, gflops in machine.gflops.items():
+    for dtype in _unique((*machine.gflops, *(e.dtype for e in found))):
         best = max((e for e in found if e.dtype == dtype), key=_gflops, default=None)
         reached = ("-", "-") if best is None else (f"{_gflops(best):.0f} GFLOP/s", f"{best.provider} on {best.case}")
-        rows.append((f"torch.mm, {SIZE} x {SIZE}, {dtype}", f"{gflops:.0f} GFLOP/s", *reached))
+        name = dtype if dtype in machine.gflops else f"float32 for {dtype}"
+        gflops = machine.gflops.get(dtype, machine.gflops["float32"])
+        rows.append((f"torch.mm, {SIZE} x {SIZE}, {name}", f"{gflops:.0f} GFLOP/s", *reached))
     for size, gigabytes in machine.bandwidth:
         amount = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
         where = machine.level(size)
@@ -183,15 +188,35 @@ def rates(found: Sequence[Entry], machine: Roofline) -> Table:
     return Table("What the machine can do, measured in the same run", columns, rows, frozenset({0, 3}))
 
 
+def reading(found: Sequence[Entry], machine: Roofline) -> Table | None:
+    """The bandwidth that one query reaches; ``None`` where no case has one query and many keys.
+
+    Cases are called over and over, so that a cache may hold keys and values; the last column says how fast that is.
+    """
+    memory = machine.bandwidth[-1][1]
+    rows = []
+    for entry in found:
+        if entry.group in ("attention decode", "attention cache"):
+            rate = entry.bytes / entry.seconds / 1e9
+            where = machine.level(entry.bytes)
+            share = f"{rate / machine.rate(entry.bytes):.0%}" + (f" ({where})" if where else "")
+            size = f"{entry.bytes / (1 << 20):.0f}"
+            rows.append((entry.case, entry.provider, size, f"{rate:.1f}", f"{rate / memory:.0%}", share))
+    columns = ("case", "provider", "MiB", "GB/s", "of memory", "of reading as many bytes over and over")
+    title = f"One query: keys and values read, beside the {memory:.0f} GB/s of reading memory"
+    return Table(title, columns, rows, frozenset({0, 1})) if rows else None
+
+
 def limits(found: Sequence[Entry], machine: Roofline) -> dict[tuple[str, str, str], Limit]:
     """What bounds each entry: by case, mode and provider.
 
-    The arithmetic counts at the rate of ``torch.mm``, or at the largest rate that any case reached if that is more;
+    The arithmetic counts at the rate of ``torch.mm`` (of 16 bits at least at that of float32), or at the largest rate
+    that any case of the dtype reached if that is more;
     the call itself as the shortest one of one step and row, if there is one of that kind in the run.
     """
     peak = {
-        dtype: max([rate, *(_gflops(entry) for entry in found if entry.dtype == dtype)])
-        for dtype, rate in machine.gflops.items()
+        dtype: max(machine.peak(dtype), *(_gflops(entry) for entry in found if entry.dtype == dtype))
+        for dtype in _unique(entry.dtype for entry in found)
     }
     shortest: dict[tuple[str, str, str], float] = {}
     for entry in filter(lambda entry: entry.overhead, found):
@@ -243,8 +268,16 @@ def machine(data: dict[str, Any]) -> str:
 
 
 def remarks(data: dict[str, Any], found: Sequence[Entry]) -> list[str]:
-    """What a reader of the tables should know besides: who could not run, and whose error is over the budget."""
-    lines = []
+    """What a reader of the tables should know besides.
+
+    How torch does what has no function of its own, who could not run, and whose error is over the budget.
+    """
+    ways: dict[tuple[str, str], list[str]] = {}
+    for entry in found:
+        if entry.provider == "torch" and " " in entry.baseline:
+            of_mode = ways.setdefault((entry.group, entry.baseline), [])
+            of_mode += [MODES[entry.mode]] * (MODES[entry.mode] not in of_mode)
+    lines = [f"torch on {group}, {' and '.join(modes)}: {way}" for (group, way), modes in ways.items()]
     count: Counter[tuple[str, str]] = Counter()
     for entry in data["unavailable"]:
         # "backend 'name' cannot run <call>: <reason>"
@@ -358,7 +391,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = machine(data)
     measured = Roofline.from_json(data["roofline"]) if data.get("roofline") else None
     tables = [per_case(found, measured), summary(found, measured), beside_engines(found)]
-    tables.append(None if measured is None else rates(found, measured))
+    if measured is not None:
+        tables += [reading(found, measured), rates(found, measured)]
     parts = [render(table, options.markdown) for table in tables if table is not None]
     print("\n\n".join((*parts, where)))
     for line in remarks(data, found):

@@ -55,9 +55,25 @@ class Roofline(NamedTuple):
         return float(np.interp(math.log(max(size, 1)), np.log(sizes), rates))
 
     def level(self, size: int) -> str:
-        """The smallest cache that holds `size` bytes, ``"memory"`` where none does, ``""`` where it is not known."""
+        """The smallest cache that holds `size` bytes, ``"memory"`` where none does, ``""`` where it is not known.
+
+        Where the last cache holds more than half of them it is named too, as in ``"L3+memory"``.
+        """
+        if not self.caches:
+            return ""
         fitting = [name for name, capacity in sorted(self.caches.items()) if size <= capacity]
-        return fitting[0] if fitting else "memory" if self.caches else ""
+        if fitting:
+            return fitting[0]
+        last = max(self.caches)
+        return f"{last}+memory" if size < 2 * self.caches[last] else "memory"
+
+    def peak(self, dtype: str) -> float:
+        """GFLOP/s of products; those of 16 bits may be made in float32, of the same numbers.
+
+        ``torch.mm`` of float16 is not measured: where the processor has no such instruction it is tens of times slower
+        than of float32, and no limit.
+        """
+        return max(self.gflops["float32"], self.gflops.get(dtype, 0.0))
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, see `from_json`."""
@@ -73,8 +89,8 @@ class Limit(NamedTuple):
     """What bounds a call.
 
     Attributes:
-        name: ``"compute"``; ``"L1"``, ``"L2"``, ``"L3"`` or ``"memory"``, from where most is read, ``"reading"`` where
-            the caches are not known; or ``"call"``.
+        name: ``"compute"``; ``"L1"``, ``"L2"``, ``"L3"``, ``"L3+memory"`` or ``"memory"``, from where most is read,
+            ``"reading"`` where the caches are not known; or ``"call"``.
         seconds: the time that this limit alone would take.
     """
 

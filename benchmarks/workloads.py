@@ -1,11 +1,14 @@
 """Turns a case into calls: the same inputs and parameters for torch and for each backend of seqkernels.
 
 A call is the whole layer call a user makes, input projection included. In the mode ``forward_backward`` it also
-takes the gradients of input and parameters for a fixed random gradient of the output.
+takes the gradients of input and parameters for a fixed random gradient of the output. Masks, block masks and the
+lengths of documents are made outside the call.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -17,11 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import seqkernels
+from seqkernels.testing import torch_attention
 
 from . import engines
-from .cases import ENGINES, Attention, Case, Mode, Recurrence
+from .cases import DROPOUT, ENGINES, SOFTCAP, WINDOW, Attention, Case, Mode, Recurrence
 
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+
+
+_Run = Callable[[], tuple[Tensor, ...]]
+_Compared = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 class Workload(NamedTuple):
@@ -30,10 +38,13 @@ class Workload(NamedTuple):
     Attributes:
         run: makes the call; returns outputs and, in the mode ``forward_backward``, gradients.
         context: returns the context in which `run` is called; entered outside the timed part.
+        compared: what of the results is compared with the other providers', outside the timed part: they themselves,
+            but for torch where it pads documents, or drops weights that nobody else drops.
     """
 
-    run: Callable[[], tuple[Tensor, ...]]
+    run: _Run
     context: Callable[[], AbstractContextManager[object]]
+    compared: _Compared = tuple
 
 
 class Errors(NamedTuple):
@@ -64,10 +75,15 @@ def build(case: Case, mode: Mode, provider: str, dtype: torch.dtype | None = Non
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     training = mode == "forward_backward"
     dtype = dtype or case.dtype
+    compared: _Compared = tuple
     if isinstance(case, Recurrence):
         run = _recurrence(case, training, provider, dtype, generator)
+    elif case.option == "cache":
+        run = _generation(case, provider, dtype, generator)
+    elif case.option == "documents":
+        run, compared = _documents(case, training, provider, dtype, generator)
     else:
-        run = _attention(case, training, provider, dtype, generator)
+        run, compared = _attention(case, training, provider, dtype, generator)
 
     def context() -> AbstractContextManager[object]:
         stack = ExitStack()
@@ -76,7 +92,7 @@ def build(case: Case, mode: Mode, provider: str, dtype: torch.dtype | None = Non
             stack.enter_context(seqkernels.use_backend(provider))
         return stack
 
-    return Workload(run, context)
+    return Workload(run, context, compared)
 
 
 def errors(results: Sequence[Tensor], torch_results: Sequence[Tensor], exact: Sequence[Tensor]) -> Errors:
@@ -156,30 +172,174 @@ def _layer(case: Recurrence, provider: str, generator: torch.Generator) -> nn.Mo
 
 def _attention(
     case: Attention, training: bool, provider: str, dtype: torch.dtype, generator: torch.Generator
-) -> Callable[[], tuple[Tensor, ...]]:
-    function = (
-        F.scaled_dot_product_attention if provider == "torch" else seqkernels.functional.scaled_dot_product_attention
-    )
+) -> tuple[_Run, _Compared]:
     q_shape = (case.batch, case.heads, case.queries, case.size)
     kv_shape = (case.batch, case.kv_heads or case.heads, case.keys, case.size)
     q, k, v = (_randn(generator, case, dtype, *s).requires_grad_(training) for s in (q_shape, kv_shape, kv_shape))
     wanted = [q, k, v]
     mask = None
-    if case.mask == "padding":
-        lengths = torch.linspace(case.keys / 2, case.keys, case.batch).long()
-        mask = (torch.arange(case.keys) < lengths[:, None])[:, None, None, :]
-    elif case.mask:
+    if case.option == "padding":
+        mask = (torch.arange(case.keys) < torch.tensor(case.lengths)[:, None])[:, None, None, :]
+    elif case.option in ("bias", "learned"):
         mask = _randn(generator, case, dtype, 1, case.heads, case.queries, case.keys)
-        if case.mask == "learned":
+        if case.option == "learned":
             wanted.append(mask.requires_grad_(training))
     grad = _randn(generator, case, dtype, *q_shape)
-    options: dict[str, Any] = {"attn_mask": mask, "is_causal": case.causal, "enable_gqa": bool(case.kv_heads)}
+    exact = dtype != case.dtype
+    compared: _Compared = tuple
+    if case.option in ("", "padding", "bias", "learned"):
+        options: dict[str, Any] = {"attn_mask": mask, "is_causal": case.causal, "enable_gqa": bool(case.kv_heads)}
+        function = F if provider == "torch" else seqkernels.functional
+        forward = functools.partial(function.scaled_dot_product_attention, q, k, v, **options)
+    elif provider != "torch":
+        forward = functools.partial(_ours(case), q, k, v)
+    else:
+        forward = functools.partial(_torch(case, training, exact, dtype), q, k, v)
+        if case.option == "dropout" and not exact:
+            # torch drops other weights: the formula with the same ones stands in for it.
+            stand_in = _differentiated(
+                functools.partial(_torch(case, training, True, dtype), q, k, v), wanted, grad, training
+            )
 
-    def forward() -> tuple[Tensor, ...]:
-        return (function(q, k, v, **options),)
+            def compared(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                return stand_in()
+
+    return _differentiated(forward, wanted, grad, training), compared
+
+
+def _differentiated(
+    forward: Callable[[], Tensor], wanted: Sequence[Tensor], grad: Tensor, training: bool
+) -> Callable[[], tuple[Tensor, ...]]:
+    """`forward`, and where wanted the gradients for `grad`."""
 
     def forward_backward() -> tuple[Tensor, ...]:
-        results = forward()
-        return (*results, *torch.autograd.grad(results, wanted, (grad,)))
+        out = forward()
+        return (out, *torch.autograd.grad(out, wanted, grad))
 
-    return forward_backward if training else forward
+    return forward_backward if training else lambda: (forward(),)
+
+
+def _seed(case: Attention) -> Tensor:
+    return torch.tensor(zlib.crc32(case.name.encode()))
+
+
+def _slopes(case: Attention) -> Tensor:
+    """(Hq,), as of ALiBi's paper."""
+    return 2.0 ** (torch.arange(1, case.heads + 1) * (-8 / case.heads))
+
+
+def _ours(case: Attention) -> Callable[..., Any]:
+    """The options that torch's function lacks, by their names."""
+    options: dict[str, dict[str, Any]] = {
+        "dropout": {"dropout_p": DROPOUT, "training": True, "seed": _seed(case)},
+        "window": {"window": (WINDOW - 1, None)},
+        "alibi": {"alibi_slopes": _slopes(case)},
+        "softcap": {"softcap": SOFTCAP},
+    }
+    return functools.partial(seqkernels.functional.attention, is_causal=case.causal, **options[case.option])
+
+
+def _torch(case: Attention, training: bool, exact: bool, dtype: torch.dtype) -> Callable[..., Any]:
+    """The same by torch, as `Attention.baseline` says, or where `exact` by plain operations of any dtype."""
+    if case.option == "dropout":
+        if exact:
+            seed = _seed(case)
+            return lambda q, k, v: torch_attention(q, k, v, is_causal=case.causal, dropout_p=DROPOUT, seed=seed)[0]
+        return functools.partial(F.scaled_dot_product_attention, dropout_p=DROPOUT, is_causal=case.causal)
+    behind = torch.arange(case.queries)[:, None] - torch.arange(case.keys)
+    drop = behind < 0
+    if case.option == "alibi":
+        return _masked(-_slopes(case).view(1, -1, 1, 1) * behind, drop, dtype)
+    if case.option == "window":
+        if training or exact:
+            return _masked(torch.zeros(behind.shape), drop | (behind >= WINDOW), dtype)
+        return _flex(case, lambda b, h, i, j: (i >= j) & (i - j < WINDOW), None)
+    if training or exact:
+
+        def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = SOFTCAP * torch.tanh(q @ k.transpose(2, 3) * (case.size**-0.5 / SOFTCAP))
+            return scores.masked_fill(drop, -torch.inf).softmax(-1) @ v
+
+        return formula if exact else _compiled(formula)
+    return _flex(case, lambda b, h, i, j: i >= j, lambda score, b, h, i, j: SOFTCAP * torch.tanh(score / SOFTCAP))
+
+
+def _masked(bias: Tensor, drop: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Torch's function with a float mask made once: it would turn a boolean one into that in each call."""
+    mask = bias.to(dtype).masked_fill(drop, -torch.inf)
+    return functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
+
+
+def _flex(
+    case: Attention, keep: Callable[..., Tensor], score_mod: Callable[..., Tensor] | None
+) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = create_block_mask(keep, None, None, case.queries, case.keys, device="cpu")
+    return _compiled(functools.partial(flex_attention, score_mod=score_mod, block_mask=block_mask))
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled by its first call, whose warnings are about torch's own imports."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    called = False
+
+    def call(*inputs: Tensor) -> Any:
+        nonlocal called
+        if called:
+            return compiled(*inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results = compiled(*inputs)
+        called = True
+        return results
+
+    return call
+
+
+def _documents(
+    case: Attention, training: bool, provider: str, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[_Run, _Compared]:
+    lengths = torch.tensor(case.lengths)
+    rows = [_randn(generator, case, dtype, sum(case.lengths), case.heads, case.size) for _ in range(4)]
+    if provider != "torch":
+        q, k, v = (x.requires_grad_(training) for x in rows[:3])
+        starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+        attention: Any = functools.partial(
+            seqkernels.functional.attention, cu_seqlens=starts, max_seqlen_q=case.queries
+        )
+        return _differentiated(lambda: attention(q, k, v, is_causal=case.causal), (q, k, v), rows[3], training), tuple
+    real = torch.arange(case.keys) < lengths[:, None]
+    padded = []
+    for x in rows:
+        of_batch = x.new_zeros(*real.shape, *x.shape[1:])
+        of_batch[real] = x
+        padded.append(of_batch.transpose(1, 2).contiguous())
+    q, k, v = (x.requires_grad_(training) for x in padded[:3])
+    mask = real[:, None, None, :]
+    run = _differentiated(
+        lambda: F.scaled_dot_product_attention(q, k, v, mask, is_causal=case.causal), (q, k, v), padded[3], training
+    )
+    return run, lambda results: tuple(x.transpose(1, 2)[real] for x in results)
+
+
+def _generation(case: Attention, provider: str, dtype: torch.dtype, generator: torch.Generator) -> _Run:
+    kv_heads = case.kv_heads or case.heads
+    q = _randn(generator, case, dtype, case.batch, 1, case.heads, case.size)
+    k_cache, v_cache = (_randn(generator, case, dtype, case.batch, case.keys, kv_heads, case.size) for _ in range(2))
+    k, v = (_randn(generator, case, dtype, case.batch, 1, kv_heads, case.size) for _ in range(2))
+    lengths = torch.tensor(case.lengths)
+    filled = (lengths - 1).int()
+    if provider != "torch":
+        step: Any = functools.partial(seqkernels.functional.flash_attn_with_kvcache, cache_seqlens=filled)
+        return lambda: (step(q, k_cache, v_cache, k, v).transpose(1, 2),)
+    q, k_cache, v_cache = (x.transpose(1, 2).contiguous() for x in (q, k_cache, v_cache))
+    mask = (torch.arange(case.keys) < lengths[:, None])[:, None, None, :]
+    rows, places = torch.arange(case.batch), lengths - 1
+
+    def run() -> tuple[Tensor, ...]:
+        k_cache[rows, :, places] = k[:, 0]
+        v_cache[rows, :, places] = v[:, 0]
+        return (F.scaled_dot_product_attention(q, k_cache, v_cache, mask, enable_gqa=bool(case.kv_heads)),)
+
+    return run

@@ -59,6 +59,39 @@ def test_what_the_targets_name_is_there():
     assert ("lstm", 128, 16, 128) in [(case.cell, case.steps, case.batch, case.hidden) for case in stacks]
 
 
+def test_attention_has_what_the_targets_name():
+    groups: dict[str, list[cases.Attention]] = {}
+    for case in cases.CASES:
+        if isinstance(case, cases.Attention):
+            groups.setdefault(case.group, []).append(case)
+    for group in ("attention", "attention bfloat16", "attention float16"):
+        shapes = {(case.batch, case.heads, case.keys, case.size, case.causal) for case in groups[group]}
+        assert shapes == set(cases.GRID_ATTENTION)
+        assert all(case.queries == case.keys and case.modes == cases.MODES for case in groups[group])
+    named = {
+        "attention small heads": {(64, 4, 32, 32, 16), (64, 4, 128, 128, 32)},
+        "attention calls": {(1, 1, 1, 1, 64)},
+        "attention masks": {(4, 8, 256, 256, 64), (2, 8, 1024, 1024, 64)},
+        "attention dropout": {(4, 8, 512, 512, 64)},
+        "attention window": {(1, 4, 4096, 4096, 64)},
+        "attention ALiBi": {(1, 4, 4096, 4096, 64)},
+        "attention softcap": {(1, 4, 4096, 4096, 64)},
+        "attention documents": {(8, 8, 512, 512, 64)},
+        "attention grouped": {(1, 32, 512, 512, 128)},
+        "attention decode": {(1, 32, 1, 4096, 128), (8, 32, 1, 4096, 128)},
+        "attention cache": {(8, 32, 1, 4096, 128)},
+    }
+    assert set(groups) - {"attention", "attention bfloat16", "attention float16"} == set(named)
+    for group, shapes in named.items():
+        assert {(case.batch, case.heads, case.queries, case.keys, case.size) for case in groups[group]} == shapes
+    decode = groups["attention decode"]
+    assert {(case.batch, case.dtype, case.kv_heads) for case in decode} == set(
+        itertools.product((1, 8), (torch.float32, torch.bfloat16), (8,))
+    )
+    numba = {case.option for found in groups.values() for case in found if "numba" in case.tags}
+    assert numba == {"", "padding", "bias", "learned"}
+
+
 def test_engines_run_float32_layers_without_gradients():
     layer = cases.Recurrence("gru", 3, 2, 3, 4)
     assert set(cases.ENGINES) <= set(cases.providers(layer, "forward"))
@@ -121,6 +154,26 @@ def test_flops_and_bytes_of_attention():
     assert grouped.bytes("forward") == 4 * (2 * 32 * 128 + 2 * 8 * 4096 * 128)
 
 
+def test_flops_and_bytes_of_what_is_read():
+    window = cases.Attention(2, 3, 300, 300, 16, causal=True, option="window", dtype=torch.bfloat16)
+    kept = torch.ones(300, 300).tril().triu(1 - cases.WINDOW).sum().item()
+    assert window.flops("forward") == 4 * 2 * 3 * 16 * kept
+    assert window.bytes("forward") == 2 * 4 * (2 * 3 * 300 * 16)
+    padding = cases.Attention(3, 2, 8, 8, 4, option="padding")
+    assert padding.lengths == (4, 6, 8)
+    assert padding.flops("forward") == 4 * 2 * 4 * 8 * (4 + 6 + 8)
+    assert padding.bytes("forward") == 4 * (2 * 3 * 2 * 8 * 4 + 2 * (4 + 6 + 8) * 2 * 4) + 3 * 8
+    # Whoever reads no more than these keys writes all gradients.
+    assert padding.bytes("forward_backward") - 2 * padding.bytes("forward") == 4 * (2 + 2) * 3 * 2 * 8 * 4
+    documents = cases.Attention(3, 2, 16, 16, 4, option="documents")
+    assert documents.lengths == (2, 9, 16)
+    assert documents.flops("forward") == 4 * 2 * 4 * (4 + 81 + 256)
+    assert documents.bytes("forward") == 4 * 4 * (2 + 9 + 16) * 2 * 4
+    cache = cases.Attention(2, 4, 1, 8, 4, kv_heads=2, option="cache")
+    assert cache.flops("forward") == 4 * 4 * 4 * (4 + 8)
+    assert cache.bytes("forward") == 4 * (2 * 2 * 4 * 4 + 2 * (4 + 8) * 2 * 4)
+
+
 SMALL = [
     cases.Recurrence("lstm", 3, 2, 3, 4, layers=2, bidirectional=True),
     cases.Recurrence("rnn_relu", 3, 2, 3, 4),
@@ -128,26 +181,62 @@ SMALL = [
     cases.Recurrence("lstm", 1, 2, 3, 4, single=True),
     cases.Recurrence("gru", 1, 2, 3, 4, single=True),
     cases.Attention(2, 2, 4, 4, 8, causal=True),
-    cases.Attention(2, 2, 4, 4, 8, mask="padding"),
-    cases.Attention(2, 2, 4, 4, 8, mask="learned"),
+    cases.Attention(2, 2, 4, 4, 8, option="padding"),
+    cases.Attention(2, 2, 4, 4, 8, option="learned"),
     cases.Attention(2, 4, 1, 6, 8, kv_heads=2),
     cases.Attention(1, 1, 1, 1, 8),
+    cases.Attention(2, 2, 4, 4, 8, option="bias", dtype=torch.float16),
+    cases.Attention(2, 2, 7, 7, 8, option="dropout"),
+    cases.Attention(1, 2, 300, 300, 8, causal=True, option="window"),
+    cases.Attention(1, 2, 9, 9, 8, causal=True, option="alibi"),
+    cases.Attention(1, 2, 9, 9, 8, causal=True, option="softcap"),
+    cases.Attention(3, 2, 9, 9, 8, option="documents"),
+    cases.Attention(3, 4, 1, 9, 8, kv_heads=2, option="cache", inference=True),
 ]
 
 
-@pytest.mark.parametrize("mode", cases.MODES)
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_providers_make_the_same_call(case, mode):
+def results_of(case, mode, backend="reference"):
     results = {}
-    for provider, dtype in (("exact", torch.float64), ("torch", None), ("reference", None)):
+    for provider, dtype in (("exact", torch.float64), ("torch", None), (backend, None)):
         workload = workloads.build(case, mode, "torch" if provider == "exact" else provider, dtype)
         with workload.context():
-            results[provider] = [result.detach() for result in workload.run()]
+            results[provider] = [result.detach() for result in workload.compared(workload.run())]
+    return results
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [(case, mode) for case in SMALL for mode in case.modes],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_providers_make_the_same_call(case, mode, monkeypatch):
+    # What a program computes does not depend on whether it is compiled.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    results = results_of(case, mode)
+    # torch's own is judged by the rounding of its dtype alone.
+    assert workloads.errors(results["torch"], results["exact"], results["exact"]).to_torch < 100
     own = workloads.errors(results["torch"], results["torch"], results["exact"])
     found = workloads.errors(results["reference"], results["torch"], results["exact"])
     assert own.to_torch <= 1
     # Few values and a maximum: rounding alone can pass twice torch's own. Another formula errs by millions.
     assert found.of_budget < 100
+
+
+@pytest.mark.slow
+def test_torch_compiles_what_it_is_timed_with():
+    case = cases.Attention(1, 2, 300, 300, 8, causal=True, option="window")
+    assert case.baseline("forward").startswith("FlexAttention, compiled")
+    results = results_of(case, "forward")
+    assert workloads.errors(results["torch"], results["exact"], results["exact"]).to_torch < 100
+
+
+def test_what_is_compared_of_dropout_are_the_weights_that_we_drop():
+    case = cases.Attention(2, 2, 7, 7, 8, option="dropout")
+    workload = workloads.build(case, "forward", "torch")
+    with workload.context():
+        assert not torch.equal(workload.run()[0], workload.run()[0])
+        first, second = (workload.compared(workload.run())[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 LAYERS = [
@@ -351,6 +440,7 @@ def entry(case: str, mode: str, provider: str, ratio: float, **more: object) -> 
         "phases": [[2_000_000, 1000, 1]],
         "shape": {"dtype": "float32"},
         "tags": ["overhead"] if case == "attention_small" else [],
+        "baseline": "torch.nn.LSTM",
         "ratio": {"median": ratio, "q1": ratio * 0.9, "q3": ratio * 1.1},
         "error_to_torch": 1.0,
         "error_of_budget": 0.5,
@@ -423,6 +513,29 @@ def test_report_prints_tables_and_draws(file, tmp_path, capsys):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_of_one_query_and_of_16_bits(file, tmp_path, capsys):
+    data = json.loads(file.read_text())
+    phases = [[1000, 1 << 19, 1]]
+    for provider, ratio in (("torch", 1.0), ("native", 4.0)):
+        way = "F.scaled_dot_product_attention with a boolean mask"
+        more = {"group": "attention cache", "bytes": 1 << 19, "phases": phases, "flops": 1000, "baseline": way}
+        data["benchmarks"].append(
+            entry("attention_one", "forward", provider, ratio, shape={"dtype": "float16"}, **more)
+        )
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(data))
+    assert report.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    # A quarter of a millisecond for half a MiB, from no cache that is known; memory is read at 1 GB/s.
+    found = roofline.Roofline.from_json(data["roofline"]).rate(1 << 19)
+    share = [f"{2.097 / found:.0%}", "(memory)"]
+    assert ["attention_one", "native", "0", "2.1", "210%", *share] in rows
+    assert "torch on attention cache, forward: F.scaled_dot_product_attention with a boolean mask" in text
+    product = ["torch.mm,", "1024", "x", "1024,", "float32", "for", "float16", "4", "GFLOP/s", "0", "GFLOP/s"]
+    assert [*product, "native", "on", "attention_one"] in rows
+
+
 def test_report_in_markdown(file, capsys):
     assert report.main([str(file), "--markdown"]) == 0
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -438,8 +551,11 @@ def test_rates_of_working_sets():
     assert MACHINE.rate(0) == MACHINE.rate(1 << 10) == 100
     assert MACHINE.rate(1 << 15) == pytest.approx(55)
     assert MACHINE.rate(1 << 30) == 10
-    levels = [MACHINE.level(size) for size in (1, 1 << 12, (1 << 12) + 1, 1 << 21)]
-    assert levels == ["L1", "L1", "L2", "memory"]
+    levels = [MACHINE.level(size) for size in (1, 1 << 12, (1 << 12) + 1, (1 << 20) + 1, 1 << 21)]
+    assert levels == ["L1", "L1", "L2", "L2+memory", "memory"]
+    both = MACHINE._replace(gflops={"float32": 100.0, "bfloat16": 50.0})
+    assert [both.peak(dtype) for dtype in ("float32", "bfloat16", "float16")] == [100, 100, 100]
+    assert both._replace(gflops={"float32": 100.0, "bfloat16": 200.0}).peak("bfloat16") == 200
     assert MACHINE._replace(caches={}).level(1) == ""
     faster = MACHINE._replace(gflops={"float32": 50.0}, bandwidth=[(1 << 10, 90.0), (1 << 20, 20.0)])
     assert MACHINE.better(faster) == MACHINE._replace(bandwidth=[(1 << 10, 100.0), (1 << 20, 20.0)])
