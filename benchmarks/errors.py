@@ -1,9 +1,10 @@
-"""Errors of the recurrences against float64, as a page: ``python -m benchmarks.errors``.
+"""Errors of recurrences and attention against float64, as a page: ``python -m benchmarks.errors``.
 
 Layers of seqkernels and of torch run on the same inputs and weights, forward and backward, and their results are
-compared with those of torch's layer in float64. An error is given as the largest one and as the root mean square, both
-over the largest absolute value of the tensor, and the largest one in units in the last place (ulp) of that value; each
-is the worst over the tensors of a call: output and last states, or gradients of input, weights and biases.
+compared with those of torch's layer in float64; attention likewise. An error is given as the largest one and as the
+root mean square, both over the largest absolute value of the tensor, and the largest one in units in the last place
+(ulp) of that value. For a layer each is the worst over the tensors of a call: output and last states, or gradients of
+input, weights and biases.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 import seqkernels
 from seqkernels.backends.native.extension import extension, load_error
+from seqkernels.ops.attention import attention
+from seqkernels.testing import torch_attention
 
 from . import workloads
 from .cases import GATES, Recurrence
@@ -32,19 +35,49 @@ BATCH, SIZE = 4, 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PROVIDERS = ("torch", "native", "numba")
 
-HEADER = """# Errors of the recurrences
+LENGTHS = (64, 512, 4096)
+HEAD = 64
+ATTENTION_DTYPES = DTYPES[:3]
+ATTENTION_PROVIDERS = PROVIDERS[:2]
+FORMS = {
+    "full": "every query reads every key",
+    "causal": "query i reads keys 0..i",
+    "padding mask": "a boolean mask keeps the first three quarters of the keys",
+    "bias": "an additive bias of each query and key, with its gradient",
+    "GQA": "two query heads read one key head",
+    "window": "causal, and no further back than a quarter of the keys",
+    "ALiBi": "causal, with a slope of 1/16",
+    "softcap": "scores within 5",
+    "sink": "one more key of score 1, whose value is 0, with the gradient of the score",
+    "dropout": "a tenth of the weights dropped, the same ones everywhere",
+}
+
+HEADER = """# Errors against float64
 
 Written by `python -m benchmarks.errors`.
 
+*max* and *RMS* are the largest and the root mean square error over the largest value of the tensor; *ulp* is the
+largest error in units in the last place of that value.
+"""
+
+RECURRENCES = """## Recurrences
+
 A layer with B = {batch} and I = H = {size}, forward and backward, and torch's own layer in the same dtype; both
 against torch's layer in float64 on the same numbers. float64 itself is compared with torch's float64: its columns say
-how far two equally good computations are apart. *max* and *RMS* are the largest and the root mean square error over
-the largest value of the tensor; *ulp* is the largest error in units in the last place of that value. Each is the
-worst over the tensors of a call: outputs are the output and the last states, gradients those of input, weights and
-biases.
+how far two equally good computations are apart. Each error is the worst over the tensors of a call: outputs are the
+output and the last states, gradients those of input, weights and biases.
 
 The derivative of ReLU jumps at 0. In 16 bits a few pre-activations of `rnn_relu` are rounded to the other side, whoever
 computes them, and the largest error of the gradients is then that of the jump.
+"""
+
+ATTENTION = """## Attention
+
+One head (GQA: two) of size {size}, N queries and keys, standard normal values and gradient of the output. Torch's own
+is `F.scaled_dot_product_attention` in the same dtype, with a mask where it has no option; softcap, sink and dropout it
+does not have, and they are the formula with scores and softmax in float32 and weights rounded to the dtype. The
+log-sum-exp (lse), which it does not return, is float32 and computed from all scores. The oracle is the same in float64
+on the same numbers. Of the gradient of a sink, float32 as well, the units in the last place are those of the dtype.
 """
 
 
@@ -63,25 +96,28 @@ class Error(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was found for a layer, forward or backward.
+    """What was found for a tensor, or for several of a call.
 
     Attributes:
-        case: the layer.
-        results: ``"outputs"`` or ``"gradients"``.
+        dtype: of the call.
+        length: of the sequences.
+        results: which tensors.
         errors: by provider, those that could run.
     """
 
-    case: Recurrence
+    dtype: torch.dtype
+    length: int
     results: str
     errors: dict[str, Error]
 
 
-def error(results: Iterable[Tensor], exact: Iterable[Tensor]) -> Error:
+def error(results: Iterable[Tensor], exact: Iterable[Tensor], dtype: torch.dtype | None = None) -> Error:
     """The errors of `results`.
 
     Args:
         results: tensors of one dtype.
         exact: the same in float64.
+        dtype: whose units in the last place to count; that of the results by default.
 
     Raises:
         ValueError: a result is not finite, or results differ in number.
@@ -95,7 +131,7 @@ def error(results: Iterable[Tensor], exact: Iterable[Tensor]) -> Error:
         if size == 0:
             found.append((0.0, 0.0, 0.0) if largest == 0 else (math.inf, math.inf, math.inf))
             continue
-        ulp = torch.finfo(ours.dtype).eps * 2.0 ** math.floor(math.log2(size))
+        ulp = torch.finfo(dtype or ours.dtype).eps * 2.0 ** math.floor(math.log2(size))
         found.append((largest / size, difference.square().mean().sqrt().item() / size, largest / ulp))
     return Error(*map(max, zip(*found, strict=True)))
 
@@ -110,7 +146,7 @@ def measure(case: Recurrence) -> tuple[list[Row], dict[str, str]]:
 
     exact = run("torch", torch.float64)
     outputs = 3 if case.cell == "lstm" else 2
-    rows = [Row(case, "outputs", {}), Row(case, "gradients", {})]
+    rows = [Row(case.dtype, case.steps, name, {}) for name in ("outputs", "gradients")]
     reasons = {}
     for provider in PROVIDERS:
         if provider == "torch" and case.dtype == torch.float64:
@@ -125,49 +161,121 @@ def measure(case: Recurrence) -> tuple[list[Row], dict[str, str]]:
     return rows, reasons
 
 
-def table(cell: str, rows: Iterable[Row]) -> Table:
-    """The rows of one cell: max, RMS and ulp of each provider."""
+def measure_attention(form: str, length: int) -> list[Row]:
+    """The errors of torch and, where it is built, of native on a form of attention, in every dtype, of every result.
+
+    Args:
+        form: of `FORMS`.
+        length: N.
+    """
+    rows = []
+    exact: dict[str, Tensor] = {}
+    for dtype in ATTENTION_DTYPES:
+        if dtype != torch.float16:
+            # Both dtypes of 16 bits get the same values.
+            exact = _attend(torch_attention, form, length, dtype, torch.float64)
+        found = {"torch": _attend(torch_attention, form, length, dtype, dtype)}
+        if load_error() is None:
+            with seqkernels.use_backend("native"):
+                found["native"] = _attend(attention, form, length, dtype, dtype)
+        for name, oracle in exact.items():
+            # The gradient of a sink is float32 like the sink, but made of rows that were rounded to `dtype`.
+            unit = dtype if name == "dsink" else None
+            errors = {provider: error([results[name]], [oracle], unit) for provider, results in found.items()}
+            rows.append(Row(dtype, length, name, errors))
+    return rows
+
+
+def _attend(
+    function: Callable[..., tuple[Tensor, Tensor]], form: str, length: int, values: torch.dtype, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Results and gradients in `dtype` for numbers that `values` holds, by name."""
+    generator = torch.Generator().manual_seed(length)
+
+    def randn(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator)
+        # bfloat16 has the fewer digits, float16 the smaller range.
+        return (x if values == torch.float32 else x.bfloat16().half()).to(dtype)
+
+    heads = 2 if form == "GQA" else 1
+    inputs = {"q": randn(1, heads, length, HEAD), "k": randn(1, 1, length, HEAD), "v": randn(1, 1, length, HEAD)}
+    grad = randn(1, heads, length, HEAD)
+    options: dict[str, Any] = {}
+    if form in ("causal", "window", "ALiBi"):
+        options["is_causal"] = True
+    if form == "padding mask":
+        options["mask"] = (torch.arange(length) < 3 * length // 4).view(1, 1, 1, length)
+    elif form == "bias":
+        inputs["bias"] = randn(1, heads, length, length)
+    elif form == "window":
+        options["left"] = length // 4
+    elif form == "ALiBi":
+        options["alibi_slopes"] = torch.full((heads,), 1 / 16)
+    elif form == "softcap":
+        options["softcap"] = 5.0
+    elif form == "sink":
+        inputs["sink"] = torch.ones(heads, dtype=torch.promote_types(dtype, torch.float32))
+    elif form == "dropout":
+        options |= {"dropout_p": 0.1, "seed": torch.tensor(length)}
+    for x in inputs.values():
+        x.requires_grad_()
+    out, lse = function(**inputs, **options)
+    grads = torch.autograd.grad(out, list(inputs.values()), grad)
+    return {"out": out.detach(), "lse": lse.detach()} | {f"d{name}": x for name, x in zip(inputs, grads, strict=True)}
+
+
+def table(title: str, letter: str, providers: Sequence[str], rows: Iterable[Row]) -> Table:
+    """`rows`, with max, RMS and ulp of each of `providers`; `letter` is the length's."""
     lines = []
     for row in rows:
-        line = [str(row.case.dtype).removeprefix("torch."), str(row.case.steps), row.results]
-        for provider in PROVIDERS:
+        line = [str(row.dtype).removeprefix("torch."), str(row.length), row.results]
+        for provider in providers:
             found = row.errors.get(provider)
             line += ["-"] * 3 if found is None else [f"{found.largest:.1e}", f"{found.rms:.1e}", f"{found.ulp:.1f}"]
         lines.append(line)
-    numbers = [f"{provider} {what}" for provider in PROVIDERS for what in ("max", "RMS", "ulp")]
-    return Table(cell, ("dtype", "T", "of", *numbers), lines, frozenset({0, 2}))
+    numbers = [f"{provider} {what}" for provider in providers for what in ("max", "RMS", "ulp")]
+    return Table(title, ("dtype", letter, "of", *numbers), lines, frozenset({0, 2}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the errors and write the page."""
-    parser = argparse.ArgumentParser(description="Write the errors of the recurrences against float64 as a page.")
+    parser = argparse.ArgumentParser(description="Write the errors against float64 as a page.")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "errors.md", help="the page (%(default)s)")
-    parser.add_argument("--cells", nargs="+", choices=GATES, default=list(GATES), help="which cells (all)")
+    parser.add_argument("--cells", nargs="*", choices=GATES, default=list(GATES), help="which cells (all)")
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS), help="lengths of sequences (%(default)s)")
+    parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="of attention (all)")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=list(LENGTHS), help="queries and keys of attention (%(default)s)"
+    )
     parser.add_argument("--allow-missing", action="store_true", help="go on where the compiled module is missing")
     options = parser.parse_args(arguments)
-    if min(options.steps) < 1:
-        parser.error(f"--steps: at least 1 each, not {min(options.steps)}")
+    for name in ("steps", "lengths"):
+        if min(getattr(options, name)) < 1:
+            parser.error(f"--{name}: at least 1 each, not {min(getattr(options, name))}")
     if load_error() is not None and not options.allow_missing:
         parser.error(f"native has no errors to show ({load_error()}); build it, or pass --allow-missing")
 
-    cases = [
-        Recurrence(cell, steps, BATCH, SIZE, SIZE, dtype=dtype)
-        for cell in options.cells
-        for dtype in DTYPES
-        for steps in options.steps
-    ]
-    rows: list[Row] = []
     reasons: dict[str, str] = {}
-    for case in tqdm(cases, desc="errors", unit="layer"):
-        found, missing = measure(case)
-        rows += found
-        # "backend 'name' cannot run <call>: <reason>"
-        reasons |= {provider: reason.partition(": ")[2] for provider, reason in missing.items()}
+    parts = [HEADER]
+    if options.cells:
+        parts.append(RECURRENCES.format(batch=BATCH, size=SIZE))
+    for cell in tqdm(options.cells, desc="errors", unit="cell"):
+        rows = []
+        for dtype in DTYPES:
+            for steps in options.steps:
+                found, missing = measure(Recurrence(cell, steps, BATCH, SIZE, SIZE, dtype=dtype))
+                rows += found
+                # "backend 'name' cannot run <call>: <reason>"
+                reasons |= {provider: reason.partition(": ")[2] for provider, reason in missing.items()}
+        parts.append(render(table(cell, "T", PROVIDERS, rows), markdown=True))
+    if options.forms:
+        parts.append(ATTENTION.format(size=HEAD))
+    for form in tqdm(options.forms, desc="errors", unit="form"):
+        found = [row for length in options.lengths for row in measure_attention(form, length)]
+        found.sort(key=lambda row: ATTENTION_DTYPES.index(row.dtype))
+        parts.append(render(table(f"{form}: {FORMS[form]}", "N", ATTENTION_PROVIDERS, found), markdown=True))
 
     isa = extension().isa() if load_error() is None else "no compiled module"
-    parts = [HEADER.format(batch=BATCH, size=SIZE)]
-    parts += [render(table(cell, [r for r in rows if r.case.cell == cell]), markdown=True) for cell in options.cells]
     parts.append(f"torch {torch.__version__}, seqkernels {seqkernels.__version__}, {isa}.")
     parts += [f"{provider} has no errors where it cannot run: {reason}." for provider, reason in reasons.items()]
     options.output.parent.mkdir(parents=True, exist_ok=True)

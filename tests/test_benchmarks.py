@@ -647,6 +647,7 @@ def test_error_in_units_in_the_last_place():
     found = errors.error(results, exact)
     # One unit in the last place of 3 is 2 eps.
     assert found == pytest.approx((2 * eps / 3, 2 * eps / 3 / 2**0.5, 1.0))
+    assert errors.error(results, exact, torch.float16).ulp == pytest.approx(2.0**-13)
     assert errors.error(exact, exact) == (0, 0, 0)
     assert errors.error([torch.ones(2), torch.ones(2)], exact).ulp == float("inf")
     with pytest.raises(ValueError, match="result 1: not finite"):
@@ -655,7 +656,7 @@ def test_error_in_units_in_the_last_place():
 
 def test_the_table_of_errors(tmp_path, capsys):
     page = tmp_path / "docs" / "errors.md"
-    arguments = ["--cells", "lstm", "--steps", "1", "3", "--allow-missing", "--output", str(page)]
+    arguments = ["--cells", "lstm", "--steps", "1", "3", "--forms", "--allow-missing", "--output", str(page)]
     assert errors.main(arguments) == 0
     assert str(page) in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
@@ -673,3 +674,30 @@ def test_the_table_of_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         errors.main(["--steps", "0", "--allow-missing"])
     assert "--steps: at least 1 each, not 0" in capsys.readouterr().err
+
+
+def test_the_table_of_errors_of_attention(tmp_path, compiled):
+    page = tmp_path / "errors.md"
+    assert errors.main(["--cells", "--lengths", "5", "9", "--allow-missing", "--output", str(page)]) == 0
+    parts = page.read_text().split("\n**")
+    assert [part.split(":")[0] for part in parts[1:]] == list(errors.FORMS)
+    for form, part in zip(errors.FORMS, parts[1:], strict=True):
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if "|" in line][2:]
+        results = ["out", "lse", "dq", "dk", "dv", *{"bias": ["dbias"], "sink": ["dsink"]}.get(form, [])]
+        named = list(itertools.product(("float32", "bfloat16", "float16"), ("5", "9"), results))
+        assert [tuple(row[:3]) for row in rows] == named
+        for row in rows:
+            assert all(float(number) < 100 for number in row[3:6])
+            assert all(float(number) < 100 for number in row[6:]) if compiled else row[6:] == ["-"] * 3
+    with pytest.raises(SystemExit):
+        errors.main(["--lengths", "0", "--allow-missing"])
+
+
+def test_errors_of_attention_see_another_formula():
+    softcap = errors._attend(errors.torch_attention, "softcap", 9, torch.float32, torch.float64)
+    full = errors._attend(errors.torch_attention, "full", 9, torch.float32, torch.float32)
+    assert errors.error([full["out"]], [softcap["out"]]).ulp > 1000
+    for values in (torch.bfloat16, torch.float16):
+        exact = errors._attend(errors.torch_attention, "bias", 9, values, torch.float64)
+        own = errors._attend(errors.torch_attention, "bias", 9, values, values)
+        assert errors.error([own["dbias"]], [exact["dbias"]]).ulp < 10
