@@ -8,51 +8,6 @@
 namespace seqkernels {
 namespace {
 
-// Bytes ahead of the reading that are asked for: the processor's own streams are too short for rows this wide.
-constexpr std::int64_t kAhead = 8192;
-
-inline void fetch(const void* p, std::int64_t bytes) {
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + i, 0, 2);
-}
-
-// s[r][j] = a[r] . key[j] for kRows rows (kRows, lda), padded to whole vectors with 0, and `keys` rows as they lie, each
-// of which is read once. A few scores behind the last are written.
-template <class T, int kRows, class S>
-void dot_rows(const S* key, std::int64_t stride, std::int64_t keys, std::int64_t depth, const T* a, std::int64_t lda,
-              T* s, std::int64_t lds) {
-  constexpr int n = kLanes<T>, kKeys = n / kRows;
-  const std::int64_t whole = depth / n * n;
-  for (std::int64_t j = 0; j < keys; j += kKeys) {
-    const S* row[kKeys];
-#pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) {
-      row[i] = key + min_of(j + i, keys - 1) * stride;
-      fetch(row[i], depth * static_cast<std::int64_t>(sizeof(S)));
-    }
-    Vec<T> sum[n];
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) sum[i] = Vec<T>{};
-    const auto add = [&](std::int64_t d, std::int64_t count) {
-      Vec<T> x[kKeys];
-#pragma GCC unroll 16
-      for (int i = 0; i < kKeys; ++i) x[i] = count >= n ? load(row[i] + d) : load(row[i] + d, count);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec<T> y = load_full(a + r * lda + d);
-#pragma GCC unroll 16
-        for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += x[i] * y;
-      }
-    };
-    for (std::int64_t d = 0; d < whole; d += n) add(d, n);
-    if (whole < depth) add(whole, depth - whole);
-    const Vec<T> sums = reduce_each<T>(sum);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      std::memcpy(s + r * lds + j, reinterpret_cast<const char*>(&sums) + r * kKeys * sizeof(T), kKeys * sizeof(T));
-    }
-  }
-}
-
 // out[r] (kRows, ldo) += sum over j of s[r][j] value[j], of `keys` rows as they lie, each of which is read once.
 template <class T, int kRows, class S>
 void add_rows(const S* value, std::int64_t stride, std::int64_t keys, std::int64_t size, const T* s, std::int64_t lds,
@@ -205,21 +160,12 @@ class Decode {
     const void* from = element(p_.k.data, document.key_at(p_.k.stride, kv_head, first + begin), p_.dtype);
     const void* values = element(p_.v.data, document.key_at(p_.v.stride, kv_head, first), p_.dtype);
     const void* read = element(values, begin * p_.v.stride[2], p_.dtype);
-    with_rows(rows, [&](auto count) {
-      constexpr int kRows = decltype(count)::kValue;
-      with_storage<T>(p_.dtype, [&](auto tag) {
-        using S = decltype(tag);
-        for (std::int64_t r = 0; r < rows; r += kRows) {
-          dot_rows<T, kRows>(static_cast<const S*>(from), p_.k.stride[2], width, p_.head_size, q + r * size_ld_,
-                             size_ld_, w.s + r * tile_ld_ + begin, tile_ld_);
-        }
-      });
-    });
+    multiply_rows(p_.dtype, from, p_.k.stride[2], width, p_.head_size, q, size_ld_, w.s + begin, tile_ld_, rows);
     const bool dirty = clean_ && !rows_are_finite<T>(p_.dtype, read, p_.v.stride[2], width, p_.value_size);
     softmax_.tile(w, rows, first, keys, kept, uniform, dirty, values, p_.v.stride[2]);
     T* copy = q + row_space_ * size_ld_;
     if (dirty) pack_depth(p_.dtype, read, p_.v.stride[2], width, p_.value_size, copy, value_ld_, true);
-    with_rows(rows, [&](auto count) {
+    with_rows<T>(rows, [&](auto count) {
       constexpr int kRows = decltype(count)::kValue;
       for (std::int64_t r = 0; r < rows; r += kRows) {
         const T* weights = w.s + r * tile_ld_ + begin;
@@ -234,24 +180,6 @@ class Decode {
         }
       }
     });
-  }
-
-  template <int kCount>
-  struct Count {
-    static constexpr int kValue = kCount;
-  };
-  // Calls f with how many rows go at once; rows that are none lie in the space behind.
-  template <class F>
-  static void with_rows(std::int64_t rows, const F& f) {
-    if (rows == 1) {
-      f(Count<1>());
-    } else if (rows == 2 || n == 2) {
-      f(Count<2>());
-    } else if (rows <= 4 || n == 4) {
-      f(Count<(n < 4 ? n : 4)>());
-    } else {
-      f(Count<(n < 8 ? n : 8)>());
-    }
   }
 
   const AttentionForward& p_;

@@ -315,32 +315,83 @@ inline void product(std::int64_t rows, std::int64_t vectors, const T* a, std::in
   }
 }
 
-// s (size, keys) = rows a (size, depth), padded to a whole vector with 0, times `keys` rows as they lie in memory.
+template <int kCount>
+struct Count {
+  static constexpr int kValue = kCount;
+};
+// Calls f with how many of a few rows go at once.
+template <class T, class F>
+inline void with_rows(std::int64_t rows, const F& f) {
+  constexpr int n = kLanes<T>;
+  if (rows == 1) {
+    f(Count<1>());
+  } else if (rows == 2 || n == 2) {
+    f(Count<2>());
+  } else if (rows <= 4 || n == 4) {
+    f(Count<(n < 4 ? n : 4)>());
+  } else {
+    f(Count<(n < 8 ? n : 8)>());
+  }
+}
+
+// Bytes ahead of the reading that are asked for: the processor's own streams are too short for rows this wide.
+constexpr std::int64_t kAhead = 8192;
+
+inline void fetch(const void* p, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + i, 0, 2);
+}
+
+// s[r][j] = a[r] . key[j] for kRows rows (kRows, lda), padded to whole vectors with 0, and `keys` rows as they lie, each
+// of which is read once. A few scores behind the last are written.
+template <class T, int kRows, class S>
+void dot_rows(const S* key, std::int64_t stride, std::int64_t keys, std::int64_t depth, const T* a, std::int64_t lda,
+              T* s, std::int64_t lds) {
+  constexpr int n = kLanes<T>, kKeys = n / kRows;
+  const std::int64_t whole = depth / n * n;
+  for (std::int64_t j = 0; j < keys; j += kKeys) {
+    const S* row[kKeys];
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+      row[i] = key + min_of(j + i, keys - 1) * stride;
+      fetch(row[i], depth * static_cast<std::int64_t>(sizeof(S)));
+    }
+    Vec<T> sum[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) sum[i] = Vec<T>{};
+    const auto add = [&](std::int64_t d, std::int64_t count) {
+      Vec<T> x[kKeys];
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) x[i] = count >= n ? load(row[i] + d) : load(row[i] + d, count);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> y = load_full(a + r * lda + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] += x[i] * y;
+      }
+    };
+    for (std::int64_t d = 0; d < whole; d += n) add(d, n);
+    if (whole < depth) add(whole, depth - whole);
+    const Vec<T> sums = reduce_each<T>(sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      std::memcpy(s + r * lds + j, reinterpret_cast<const char*>(&sums) + r * kKeys * sizeof(T), kKeys * sizeof(T));
+    }
+  }
+}
+
+// s (rows, keys) = a few rows a (rows, depth), padded to a whole vector with 0, times `keys` rows as they lie in memory.
+// Up to the next power of 2 there has to be space for rows that are none.
 template <class T>
 void multiply_rows(DType dtype, const void* from, std::int64_t stride, std::int64_t keys, std::int64_t depth,
-                   const T* a, std::int64_t lda, T* s, std::int64_t lds, std::int64_t size) {
-  constexpr int n = kLanes<T>;
-  const std::int64_t whole = depth / n * n;
+                   const T* a, std::int64_t lda, T* s, std::int64_t lds, std::int64_t rows) {
   with_storage<T>(dtype, [&](auto tag) {
-    using S = decltype(tag);
-    for (std::int64_t j = 0; j < keys; j += n) {
-      const S* key[n];
-      for (int i = 0; i < n; ++i) key[i] = static_cast<const S*>(from) + min_of(j + i, keys - 1) * stride;
-      for (std::int64_t r = 0; r < size; ++r) {
-        const T* row = a + r * lda;
-        Vec<T> sum[n];
-        for (int i = 0; i < n; ++i) sum[i] = Vec<T>{};
-        for (std::int64_t d = 0; d < whole; d += n) {
-          const Vec<T> x = load_full(row + d);
-          for (int i = 0; i < n; ++i) sum[i] += load(key[i] + d) * x;
-        }
-        if (whole < depth) {
-          const Vec<T> x = load_full(row + whole);
-          for (int i = 0; i < n; ++i) sum[i] += load(key[i] + whole, depth - whole) * x;
-        }
-        store_full(s + r * lds + j, reduce_each<T>(sum));
+    const auto* key = static_cast<const decltype(tag)*>(from);
+    with_rows<T>(rows, [&](auto count) {
+      constexpr int kRows = decltype(count)::kValue;
+      for (std::int64_t r = 0; r < rows; r += kRows) {
+        dot_rows<T, kRows>(key, stride, keys, depth, a + r * lda, lda, s + r * lds, lds);
       }
-    }
+    });
   });
 }
 

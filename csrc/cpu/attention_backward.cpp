@@ -45,7 +45,7 @@ class Backward {
         key_blocks_(ceil_div(p.keys, key_block_)),
         parts_(static_cast<int>(max_of<std::int64_t>(1, min_of<std::int64_t>(wanted_parts_, key_blocks_)))),
         tile_ld_(key_block_ + n),
-        row_space_(round_up(RowBlocks(row_total_, p.queries, kRowBlock).size, n)),
+        row_space_(round_up(min_of(kRowBlock, row_total_), n)),
         direct_(!kPairs && is_compute<T>(p.dtype) && p.head_size % n == 0 && (few_ || p.k.stride[2] == p.head_size)),
         bias_shared_(p.grad_bias != nullptr &&
                      ((p.batch > 1 && p.grad_bias_stride[0] == 0) || (p.kv_heads > 1 && p.grad_bias_stride[1] == 0) ||

@@ -43,7 +43,7 @@ class Forward {
                                           static_cast<double>(p.head_size + p.value_size))),
         direct_(!kPairs && is_compute<T>(p.dtype) && p.value_size % n == 0 && p.v.stride[2] == p.value_size),
         own_(threads_ == 1 || kv_total_ >= 8 * threads_),
-        row_space_(round_up(RowBlocks(group_ * p.queries, p.queries, kRowBlock).size, n)),
+        row_space_(round_up(min_of(kRowBlock, group_ * p.queries), n)),
         softmax_(p, scores_, tile_ld_, value_ld_, row_space_),
         panel_size_(round_up(p.keys, n) * padded_depth<E>(p.head_size)),
         values_size_(direct_ && !clean_ ? 0 : round_up(p.keys, 2) * value_ld_),
