@@ -15,9 +15,11 @@ from torch import Tensor
 from . import backends
 from .cells import DTYPES, accumulate_dtype
 from .ops.attention import attend as fused_attention
-from .ops.attention import check
+from .ops.attention import attend_plainly, check
 from .ops.weights import dense_attention, weights
 from .scores import UNBOUNDED, Scores
+
+_autocast = torch.is_autocast_enabled
 
 
 def scaled_dot_product_attention(
@@ -69,6 +71,15 @@ def scaled_dot_product_attention(
         ValueError: a ``CausalBias`` together with `is_causal`.
         RuntimeError: shapes, dtypes, devices or `dropout_p` do not fit; the message names the argument.
     """
+    if (
+        attn_mask is None
+        and not dropout_p
+        and not _autocast("cpu")
+        and type(query) is type(key) is type(value) is Tensor
+    ):
+        found = attend_plainly(query, key, value, scale, is_causal, enable_gqa)
+        if found is not None:
+            return found
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")

@@ -46,7 +46,7 @@ struct AttentionScores {
 
 struct AttentionForward : AttentionScores {
   StridedOut out;  // (B, Hq, M, Dv)
-  void* lse;       // (B, Hq, M) compute
+  void* lse;       // (B, Hq, M) compute, or null
 };
 
 struct AttentionBackward : AttentionScores {

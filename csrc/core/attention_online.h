@@ -131,6 +131,7 @@ class OnlineSoftmax {
                 write_rows<T>(p_.dtype, w.out + at * value_ld_, value_ld_, count, p_.value_size, w.fade + at, 1,
                               element(p_.out.data, document.query_at(p_.out.stride, head, query), p_.dtype),
                               p_.out.stride[2]);
+                if (lse == nullptr) return;
                 std::memcpy(lse + document.lse_at(p_, head, query), w.top + at,
                             static_cast<std::size_t>(count) * sizeof(T));
               });

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "core/kernels.h"
+#include "python/positional.h"
 #include "python/tensor.h"
 
 namespace seqkernels {
@@ -178,32 +179,41 @@ StridedOut written(const Tensor& x, const AttentionScores& p) {
   return result;
 }
 
-void attention_forward(py::handle q_, py::handle k_, py::handle v_, py::handle scores_, py::handle out_,
-                       py::handle lse_, int threads) {
-  const Tensor q(q_, "q"), k(k_, "k"), v(v_, "v"), out(out_, "out"), lse(lse_, "lse");
-  const py::tuple scores = check_fields(scores_);
+// Runs `kernel` without the interpreter's lock where it takes long enough to be worth the handover.
+template <class Kernel, class Params>
+void run(Kernel kernel, const Params& p) {
+  constexpr std::int64_t kShort = 32768;  // scores times head sizes; some microseconds
+  const std::int64_t sizes = p.head_size + p.value_size;
+  if (p.batch * p.heads * p.queries < kShort && p.batch * p.heads * p.queries * p.keys * sizes < kShort) {
+    return kernel(p);
+  }
+  const py::gil_scoped_release release;
+  kernel(p);
+}
+
+// q, k, v, scores, out, lse, threads
+void attention_forward(PyObject* const* args) {
+  const Tensor q(args[0], "q"), k(args[1], "k"), v(args[2], "v"), out(args[4], "out"), lse(args[5], "lse", true);
+  const py::tuple scores = check_fields(args[3]);
   const Extras extras(scores);
   AttentionForward p{};
-  fill(p, q, k, &v, extras, scores, threads);
+  fill(p, q, k, &v, extras, scores, thread_count(args[6]));
   check_rows(out, q, p.value_size);
   check_lse(lse, q);
   p.out = written(out, p);
   p.lse = lse.data();
-  const Kernels& table = kernels();
-  py::gil_scoped_release release;
-  table.attention_forward(p);
+  run(kernels().attention_forward, p);
 }
 
-void attention_backward(py::handle grad_out_, py::handle grad_lse_, py::handle q_, py::handle k_, py::handle v_,
-                        py::handle out_, py::handle lse_, py::handle scores_, py::handle grad_q_, py::handle grad_k_,
-                        py::handle grad_v_, py::handle grad_bias_, int threads) {
-  const Tensor grad_out(grad_out_, "grad_out"), grad_lse(grad_lse_, "grad_lse", true), q(q_, "q"), k(k_, "k");
-  const Tensor v(v_, "v"), out(out_, "out"), lse(lse_, "lse"), grad_bias(grad_bias_, "grad_bias", true);
-  const Tensor grad_q(grad_q_, "grad_q", true), grad_k(grad_k_, "grad_k", true), grad_v(grad_v_, "grad_v", true);
-  const py::tuple scores = check_fields(scores_);
+// grad_out, grad_lse, q, k, v, out, lse, scores, grad_q, grad_k, grad_v, grad_bias, threads
+void attention_backward(PyObject* const* args) {
+  const Tensor grad_out(args[0], "grad_out"), grad_lse(args[1], "grad_lse", true), q(args[2], "q"), k(args[3], "k");
+  const Tensor v(args[4], "v"), out(args[5], "out"), lse(args[6], "lse"), grad_bias(args[11], "grad_bias", true);
+  const Tensor grad_q(args[8], "grad_q", true), grad_k(args[9], "grad_k", true), grad_v(args[10], "grad_v", true);
+  const py::tuple scores = check_fields(args[7]);
   const Extras extras(scores);
   AttentionBackward p{};
-  fill(p, q, k, &v, extras, scores, threads);
+  fill(p, q, k, &v, extras, scores, thread_count(args[12]));
   check_rows(grad_out, q, p.value_size);
   check_rows(out, q, p.value_size);
   check_lse(lse, q);
@@ -228,9 +238,7 @@ void attention_backward(py::handle grad_out_, py::handle grad_lse_, py::handle q
       p.grad_bias_size *= grad_bias.size(i);
     }
   }
-  const Kernels& table = kernels();
-  py::gil_scoped_release release;
-  table.attention_backward(p);
+  run(kernels().attention_backward, p);
 }
 
 void attention_weights(py::handle q_, py::handle k_, py::handle lse_, py::handle scores_, py::handle weights_,
@@ -249,22 +257,23 @@ void attention_weights(py::handle q_, py::handle k_, py::handle lse_, py::handle
     weights.expect({p.batch, p.heads, p.queries, p.keys});
   }
   p.weights = weights.expect(compute_dtype(p.dtype)).expect_contiguous().data();
-  const Kernels& table = kernels();
-  py::gil_scoped_release release;
-  table.attention_weights(p);
+  run(kernels().attention_weights, p);
 }
 
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scores"),
-        py::arg("out"), py::arg("lse"), py::arg("threads"),
-        "Attention into out and lse. scores: a seqkernels.scores.Scores. Rows of no document are left as they are.");
-  m.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("grad_lse"), py::arg("q"), py::arg("k"),
-        py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("scores"), py::arg("grad_q"), py::arg("grad_k"),
-        py::arg("grad_v"), py::arg("grad_bias"), py::arg("threads"),
-        "Back-propagate through attention into those of grad_q, grad_k, grad_v and grad_bias (zero on entry) that are"
-        " not None.");
+  define<&attention_forward, 7>(
+      m, "attention_forward",
+      "attention_forward(q, k, v, scores, out, lse, threads)\n--\n\n"
+      "Attention into out and, unless None, lse. scores: a seqkernels.scores.Scores. Rows of no document are left as "
+      "they are.");
+  define<&attention_backward, 13>(
+      m, "attention_backward",
+      "attention_backward(grad_out, grad_lse, q, k, v, out, lse, scores, grad_q, grad_k, grad_v, grad_bias, "
+      "threads)\n--\n\n"
+      "Back-propagate through attention into those of grad_q, grad_k, grad_v and grad_bias (zero on entry) that are "
+      "not None.");
   m.def("attention_weights", &attention_weights, py::arg("q"), py::arg("k"), py::arg("lse"), py::arg("scores"),
         py::arg("weights"), py::arg("threads"),
         "The weights after dropout (B, Hq, M, N), or their mean over the heads (B, M, N).");

@@ -9,7 +9,8 @@ B batch, Hq query heads, Hk key/value heads (Hq a multiple of Hk), M queries, N 
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..cells import DTYPES, accumulate_dtype
 from ..scores import UNBOUNDED, Scores
+from ._eager import batched, eager, records
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _PACKED = "Tensor?[] tensors, float[] numbers, int[] settings"
@@ -140,35 +142,56 @@ _BIAS, _SINK = 1, 6
 
 
 class _Attention(torch.autograd.Function):
+    """Arguments: q, k, v, the packed scores, and the compiled module to call at once, or ``None`` for the ops."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, numbers, settings = args
-        out, lse = forward_op(q, k, v, tensors, numbers, settings)
+        *tensors, numbers, settings, module = args
+        if module is None:
+            out, lse = forward_op(q, k, v, tensors, numbers, settings)
+        else:
+            out, lse = module.attention_forward(q, k, v, Scores.unpack(tensors, numbers, settings))
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
-        ctx.numbers, ctx.settings = numbers, settings
+        ctx.numbers, ctx.settings, ctx.module = numbers, settings, module
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        given = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * len(given)
         if grad_out is None and grad_lse is None:
             return tuple(grads)
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        places = (0, 1, 2, 3 + _BIAS, 3 + _SINK)
-        needs = [ctx.needs_input_grad[place] for place in places]
+        needs = [given[0], given[1], given[2], given[3 + _BIAS]]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            needs.append(given[3 + _SINK])
             found = _differentiable_backward(ctx, needs, grad_out, grad_lse)
+            grads[3 + _SINK] = found[4]
         else:
+            q, k, v, out, lse, *tensors = ctx.saved_tensors
+            packed = (tensors, ctx.numbers, ctx.settings)
             found = (None,) * 4
-            if any(needs[:4]):
-                both = [grad_out, grad_lse]
-                found = backward_op(both, q, k, v, out, lse, tensors, ctx.numbers, ctx.settings, needs[:4])
-            sink = tensors[_SINK]
-            found = (*found, _sink_gradient(sink, grad_out, grad_lse, out, lse) if needs[4] else None)
-        for place, need, grad in zip(places, needs, found, strict=True):
-            grads[place] = grad if need else None
+            if True in needs:
+                if ctx.module is not None and backends.unobserved() and _passes(grad_out) and _passes(grad_lse):
+                    scores = Scores.unpack(*packed)
+                    found = ctx.module.attention_backward(grad_out, grad_lse, q, k, v, out, lse, scores, needs)
+                else:
+                    found = backward_op([grad_out, grad_lse], q, k, v, out, lse, *packed, needs)
+            if given[3 + _SINK]:
+                grads[3 + _SINK] = _sink_gradient(tensors[_SINK], grad_out, grad_lse, out, lse)
+        for place, need, grad in zip((0, 1, 2, 3 + _BIAS), needs, found, strict=False):
+            if need:
+                grads[place] = grad
         return tuple(grads)
+
+
+def _passes(grad: Tensor | None) -> bool:
+    """Whether the compiled module may have a gradient as it is."""
+    return grad is None or (eager(grad) and not grad.is_neg() and not batched(grad))
+
+
+# `Function.apply` without what it does for functional transforms, of which there are none.
+_apply = super(torch.autograd.Function, _Attention).apply
 
 
 def _sink_gradient(sink: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
@@ -339,18 +362,79 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Ten
     if scores.bottom_right and scores.cu_seqlens_q is None and scores.key_lengths is None and q.shape[2] == k.shape[2]:
         scores = scores._replace(bottom_right=False)
     bias, sink = scores.bias, scores.sink
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sink is not None and sink.requires_grad)
-    ):
+    module = _compiled(q, k, v, scores)
+    if torch.is_grad_enabled() and records(q, k, v, bias, sink):
         if torch.compiler.is_compiling():
             # Dynamo takes no tensor twice as an argument of a Function.
             k, v = k.view_as(k), v.view_as(v)
-            if scores.cu_seqlens_k is not None:
-                scores = scores._replace(cu_seqlens_k=scores.cu_seqlens_k.view_as(scores.cu_seqlens_k))
         tensors, numbers, settings = scores.pack()
-        return _Attention.apply(q, k, v, *tensors, numbers, settings)
+        if module is not None:
+            found: tuple[Tensor, Tensor] = _apply(q, k, v, *tensors, numbers, settings, module)
+            return found
+        return _Attention.apply(q, k, v, *tensors, numbers, settings, None)
+    if module is not None:
+        found = module.attention_forward(q, k, v, scores)
+        return found
     return forward_op(q, k, v, *scores.pack())
+
+
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_causal: bool, grouped: bool
+) -> Tensor | None:
+    """The output of plain attention where the way to the kernel takes as long as a small kernel.
+
+    Args:
+        q, k, v, scale, is_causal: as in `attention`; they need not be right, nor have four dimensions.
+        grouped: whether q may have more heads than k.
+
+    Returns:
+        ``out``, or ``None`` where the call has to go through `attention`, which then says what is wrong with it: other
+        devices, subclasses, strides that the compiled module does not take, transforms and the like.
+    """
+    if not eager(q, k, v) or not backends.unobserved():
+        return None
+    try:
+        batch, heads, queries, size = q.shape
+        _, kv_heads, _, value_size = v.shape
+        call = (q.dtype, is_causal, size, scale)
+        found = _plain_calls.get(call)
+        if found is None:
+            scores = Scores(size**-0.5 if scale is None else float(scale), right=0 if is_causal else UNBOUNDED)
+            found = _plain_calls[call] = (scores, _compiled(q, k, v, scores))
+            if len(_plain_calls) > _PLAIN_CALLS:
+                _plain_calls.clear()
+        scores, module = found
+        if module is None or not 1 < size <= 512 or not 1 < value_size <= 512 or (heads != kv_heads and not grouped):
+            return None
+        if torch.is_grad_enabled() and records(q, k, v):
+            tensors, numbers, settings = scores.pack()
+            return cast(Tensor, _apply(q, k, v, *tensors, numbers, settings, module)[0])
+        return cast(Tensor, module.attention_forward(q, k, v, scores, False)[0])
+    except (TypeError, ValueError, AttributeError):
+        return None
+
+
+_plain_calls: dict[Any, tuple[Scores, ModuleType | None]] = {}
+_PLAIN_CALLS = 256
+_modules: dict[Any, ModuleType | None] = {}
+
+
+def _compiled(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> ModuleType | None:
+    """The module to call at once, without the dispatcher: for plain tensors in eager mode, where it is native's."""
+    _, mask, bias, left, right, bottom_right, key_lengths, cu_q, cu_k, _, _, slopes, softcap, sink, _, seed = scores
+    plain = mask is bias is key_lengths is cu_q is slopes is sink is seed is None
+    if not (eager(q, k, v) if plain else eager(q, k, v, mask, bias, key_lengths, cu_q, cu_k, slopes, sink, seed)):
+        return None
+    # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
+    if q.shape[-1] <= 1 or v.shape[-1] <= 1 or not backends.unobserved():
+        return None
+    if not plain and any(x is not None and x.is_neg() for x in (bias, slopes, sink)):
+        return None
+    if plain and softcap == 0.0 and left < 0 and not bottom_right:
+        key: Any = (q.dtype, right, q.shape[1] == k.shape[1])
+    else:
+        key = (q.dtype, scores.features(q, k))
+    if key not in _modules:
+        chosen = backends.choice(backends.Call("attention", "cpu", q.dtype, "", scores.features(q, k)))
+        _modules[key] = backends.module("native", "attention") if chosen == "native" else None
+    return _modules[key]

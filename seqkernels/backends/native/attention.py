@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...cells import accumulate_dtype
+from ...cells import DTYPES, accumulate_dtype
 from ...scores import Scores
 from .extension import extension
 
 _C = extension()
+_empty = torch.empty
+_empty_like = torch.empty_like
+_empty_strided = torch.empty_strided
+_threads = torch.get_num_threads
+_ACCUMULATE = {dtype: accumulate_dtype(dtype) for dtype in DTYPES}
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -19,42 +24,45 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _rows_of_heads(x: Tensor, size: int, clear: bool) -> Tensor:
-    """(B, H, L, size) in memory as (B, L, H, size); zero where documents may leave rows between them."""
-    batch, heads, length = x.shape[:3]
-    shape = (batch, length, heads, size)
-    return (x.new_zeros(shape) if clear else x.new_empty(shape)).transpose(1, 2)
+def _rows_of_heads(x: Tensor, size: int) -> Tensor:
+    """An empty (B, H, L, size) like `x` (B, H, L, ...), in memory (B, L, H, size)."""
+    batch, heads, length, own = x.shape
+    if (length == 1 or heads == 1) and own == size and x.is_contiguous():
+        return _empty_like(x)
+    strides = (length * heads * size, size, heads * size, 1)
+    return _empty_strided((batch, heads, length, size), strides, dtype=x.dtype, device="cpu")
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """``seqkernels::attention_forward`` in one call of the compiled module."""
-    documents = scores.cu_seqlens_q is not None
-    out = _rows_of_heads(q, v.shape[3], documents)
-    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-    if documents:
-        lse.fill_(-torch.inf)
-    _C.attention_forward(
-        _last_contiguous(q),
-        _last_contiguous(k),
-        _last_contiguous(v),
-        _contiguous(scores),
-        out,
-        lse,
-        torch.get_num_threads(),
-    )
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, save: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """``seqkernels::attention_forward`` in one call of the compiled module; no log-sum-exp without `save`."""
+    out = _rows_of_heads(q, v.shape[3])
+    lse = _empty(q.shape[:3], dtype=_ACCUMULATE[q.dtype], device="cpu") if save else None
+    if scores.cu_seqlens_q is not None:
+        # Documents may leave rows before and behind them.
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+    try:
+        _C.attention_forward(q, k, v, scores, out, lse, _threads())
+    except ValueError:
+        given = [_last_contiguous(x) for x in (q, k, v)]
+        flat = _contiguous(scores)
+        if flat is scores and all(x is y for x, y in zip(given, (q, k, v), strict=True)):
+            raise
+        _C.attention_forward(*given, flat, out, lse, _threads())
     return out, lse
 
 
 def _contiguous(scores: Scores) -> Scores:
     """`scores` with what is one-dimensional contiguous."""
-    if scores.key_lengths is None and scores.cu_seqlens_q is None and scores.sink is None:
-        return scores
     made = {
         name: x.contiguous()
         for name in ("key_lengths", "cu_seqlens_q", "cu_seqlens_k", "sink")
-        if (x := getattr(scores, name)) is not None
+        if (x := getattr(scores, name)) is not None and not x.is_contiguous()
     }
-    return scores._replace(**made)
+    return scores._replace(**made) if made else scores
 
 
 def attention_backward(
@@ -69,27 +77,32 @@ def attention_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``seqkernels::attention_backward`` in one call of the compiled module."""
-    bias, documents = scores.bias, scores.cu_seqlens_q is not None
-    grads = [
-        _rows_of_heads(x, x.shape[3], documents) if need else None for x, need in zip((q, k, v), needs, strict=False)
-    ]
+    bias = scores.bias
+    grad_q = _rows_of_heads(q, q.shape[3]) if needs[0] else None
+    grad_k = _rows_of_heads(k, k.shape[3]) if needs[1] else None
+    grad_v = _rows_of_heads(v, v.shape[3]) if needs[2] else None
+    if scores.cu_seqlens_q is not None:
+        # Documents may leave rows before and behind them.
+        for grad in (grad_q, grad_k, grad_v):
+            if grad is not None:
+                grad.zero_()
     grad_bias = None
     if bias is not None and needs[3]:
         grad_bias = bias.new_zeros(bias.shape, dtype=lse.dtype)
-    _C.attention_backward(
-        _last_contiguous(torch.zeros_like(out) if grad_out is None else grad_out),
-        None if grad_lse is None else grad_lse.contiguous(),
-        _last_contiguous(q),
-        _last_contiguous(k),
-        _last_contiguous(v),
-        _last_contiguous(out),
-        lse.contiguous(),
-        _contiguous(scores),
-        *grads,
-        grad_bias,
-        torch.get_num_threads(),
-    )
-    found = [q.new_empty(0) if x is None else x for x in grads]
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    results = (grad_q, grad_k, grad_v, grad_bias, _threads())
+    try:
+        _C.attention_backward(grad_out, grad_lse, q, k, v, out, lse, scores, *results)
+    except ValueError:
+        given = [_last_contiguous(x) for x in (grad_out, q, k, v)]
+        flat = _contiguous(scores)
+        flat_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
+        unchanged = all(x is y for x, y in zip(given, (grad_out, q, k, v), strict=True))
+        if unchanged and flat is scores and flat_lse is grad_lse:
+            raise
+        _C.attention_backward(given[0], flat_lse, *given[1:], out, lse, flat, *results)
+    found = [q.new_empty(0) if x is None else x for x in (grad_q, grad_k, grad_v)]
     if bias is None or grad_bias is None:
         return found[0], found[1], found[2], q.new_empty(0)
     return found[0], found[1], found[2], grad_bias.to(bias.dtype)
@@ -105,6 +118,6 @@ def attention_weights(q: Tensor, k: Tensor, lse: Tensor, scores: Scores, average
         lse.contiguous(),
         _contiguous(scores),
         weights,
-        torch.get_num_threads(),
+        _threads(),
     )
     return weights
