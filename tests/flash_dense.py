@@ -155,4 +155,6 @@ def judge(
     own = [run(to, variant) for to in dtypes for variant in VARIANTS]
     for name, x in found.items():
         assert x.dtype == (accumulate_dtype(dtype) if name == "lse" else dtype), name
-        testing.assert_within_budget(x, exact[name], [results[name] for results in own], name)
+        # A log-sum-exp near 0 is the difference of a score and a logarithm, and has their errors.
+        lift = 1.0 if name == "lse" else 0.0
+        testing.assert_within_budget(x + lift, exact[name] + lift, [results[name] + lift for results in own], name)

@@ -50,7 +50,7 @@ class Backward {
         bias_shared_(p.grad_bias != nullptr &&
                      ((p.batch > 1 && p.grad_bias_stride[0] == 0) || (p.kv_heads > 1 && p.grad_bias_stride[1] == 0) ||
                       (parts_ > 1 && p.grad_bias_stride[3] == 0))),
-        work_size_(round_up(row_space_ * (2 * tile_ld_ + 2) + key_block_ * (size_ld_ + value_ld_) + 3 * tile_ld_, n)),
+        work_size_(round_up(row_space_ * (2 * tile_ld_ + 3) + key_block_ * (size_ld_ + value_ld_) + 3 * tile_ld_, n)),
         left_size_(row_space_ * (left_ld_ + value_left_ld_)),
         depth_size_(kPairs ? row_space_ * (size_ld_ + value_ld_ + 3 * tile_ld_) : 0),
         operand_size_(round_up(left_size_ + depth_size_ + key_block_ * (left_ld_ + value_left_ld_ + size_ld_), 64)),
@@ -92,7 +92,8 @@ class Backward {
     T* s;        // (rows, keys of a tile) products, then scores, then weights
     T* grad_s;   // (rows, keys of a tile) gradient of the weights, then of the products
     T* lse;      // (rows) 0 for -inf
-    T* delta;    // (rows)
+    T* delta;    // (rows) of the output and its gradient
+    T* of_lse;   // (rows) gradients of the log-sum-exp; apart, so that delta cancels to the last bit
     T* grad_k;   // (keys of a tile, D)
     T* grad_v;   // (keys of a tile, Dv)
     T* add;      // (keys of a tile)
@@ -119,7 +120,8 @@ class Backward {
     w.grad_s = w.s + row_space_ * tile_ld_;
     w.lse = w.grad_s + row_space_ * tile_ld_;
     w.delta = w.lse + row_space_;
-    w.grad_k = w.delta + row_space_;
+    w.of_lse = w.delta + row_space_;
+    w.grad_k = w.of_lse + row_space_;
     w.grad_v = w.grad_k + key_block_ * size_ld_;
     w.add = w.grad_v + key_block_ * value_ld_;
     w.slopes = w.add + tile_ld_;
@@ -373,7 +375,8 @@ class Backward {
                 const std::int64_t place = document.lse_at(p_, head, query);
                 for (std::int64_t i = 0; i < count; ++i) {
                   w.lse[at + i] = lse[place + i] == -kInfinity<T> ? T(0) : lse[place + i];
-                  w.delta[at + i] = grad_lse == nullptr ? T(0) : -grad_lse[place + i];
+                  w.of_lse[at + i] = grad_lse == nullptr ? T(0) : grad_lse[place + i];
+                  w.delta[at + i] = T(0);
                 }
                 if (of_scores_) add_delta(grad, out, count, w.delta + at);
                 if (p_.grad_bias == nullptr) return;
@@ -400,7 +403,7 @@ class Backward {
         for (std::int64_t i = 0; i < p_.value_size; i += n) {
           sum += load(g + i, p_.value_size - i) * load(o + i, p_.value_size - i);
         }
-        delta[r] += reduce_add<T>(sum);
+        delta[r] = reduce_add<T>(sum);
       }
     });
   }
@@ -437,10 +440,10 @@ class Backward {
         V x = weight_of<T>(score * factor - w.lse[r]);
         if (scores_.dropout()) {
           store_full(s + j, scores_.drop(x, w.words + (j - read)));
-          x *= scores_.drop(load_full(grad + j), w.words + (j - read)) - w.delta[r];
+          x *= (scores_.drop(load_full(grad + j), w.words + (j - read)) - w.delta[r]) + w.of_lse[r];
         } else {
           store_full(s + j, x);
-          x *= load_full(grad + j) - w.delta[r];
+          x *= (load_full(grad + j) - w.delta[r]) + w.of_lse[r];
         }
         if (edge) x = score == -kInfinity<T> ? V{} : x;
         store_full(grad + j, x);

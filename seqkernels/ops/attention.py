@@ -391,9 +391,9 @@ def attend_plainly(
         ``out``, or ``None`` where the call has to go through `attention`, which then says what is wrong with it: other
         devices, subclasses, strides that the compiled module does not take, transforms and the like.
     """
-    if not eager(q, k, v) or not backends.unobserved():
-        return None
     try:
+        if not eager(q, k, v) or not k.is_cpu or not v.is_cpu or not backends.unobserved():
+            return None
         batch, heads, queries, size = q.shape
         _, kv_heads, _, value_size = v.shape
         call = (q.dtype, is_causal, size, scale)

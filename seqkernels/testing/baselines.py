@@ -299,13 +299,19 @@ def _composite(q: Tensor, k: Tensor, v: Tensor, dense: _Dense) -> tuple[Tensor, 
     return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), columns.logsumexp(-1)
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor, dense: _Dense) -> tuple[Tensor, Tensor]:
-    """The last term of the output is zero and has the gradient ``-delta`` for the log-sum-exp, of rounded rows."""
+def _tiled(q: Tensor, k: Tensor, v: Tensor, dense: _Dense, narrow: bool = False) -> tuple[Tensor, Tensor]:
+    """The last term of the output is zero and has the gradient ``-delta`` for the log-sum-exp, of rounded rows.
+
+    With `narrow` the weights are rounded to the dtype of q where they are multiplied, as 16-bit products take them.
+    """
     columns = _columns(q, k, dense)
     lse = columns.logsumexp(-1)
     level = torch.where(lse.isfinite(), lse, 0).unsqueeze(-1)
     values = v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(columns.dtype)
-    out = _drop((columns[..., : k.shape[2]] - level.detach()).exp(), dense) @ values
+    weights = _drop((columns[..., : k.shape[2]] - level.detach()).exp(), dense)
+    if narrow:
+        weights = weights + (weights.to(q.dtype).to(weights.dtype) - weights).detach()
+    out = weights @ values
     return (out - out.detach().to(q.dtype) * (level - level.detach())).to(q.dtype), lse
 
 
@@ -335,8 +341,13 @@ def _columns(q: Tensor, k: Tensor, dense: _Dense) -> Tensor:
 
 
 def _reversed(core: _Core) -> _Core:
-    """`core` with the keys and the elements of q and k in reverse order: the same, with other rounding errors."""
-    return lambda q, k, v, dense: core(q.flip(3), k.flip(2, 3), v.flip(2), dense.flip())
+    """`core` with the keys and all elements in reverse order: the same, with other rounding errors."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, dense: _Dense) -> tuple[Tensor, Tensor]:
+        out, lse = core(q.flip(3), k.flip(2, 3), v.flip(2, 3), dense.flip())
+        return out.flip(3), lse
+
+    return run
 
 
 def reversed_recurrence(fn: Recurrence) -> Recurrence:
@@ -385,4 +396,5 @@ ATTENTIONS = (
     torch_tiled_attention,
     functools.partial(_attention, _reversed(_fused)),
     functools.partial(_attention, _reversed(_tiled)),
+    functools.partial(_attention, functools.partial(_tiled, narrow=True)),
 )

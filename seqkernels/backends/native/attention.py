@@ -95,13 +95,15 @@ def attention_backward(
     try:
         _C.attention_backward(grad_out, grad_lse, q, k, v, out, lse, scores, *results)
     except ValueError:
-        given = [_last_contiguous(x) for x in (grad_out, q, k, v)]
+        rows = (grad_out, q, k, v, out)
+        flat_rows = [_last_contiguous(x) for x in rows]
+        sums = (grad_lse, lse)
+        flat_sums = [x if x is None else x.contiguous() for x in sums]
         flat = _contiguous(scores)
-        flat_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
-        unchanged = all(x is y for x, y in zip(given, (grad_out, q, k, v), strict=True))
-        if unchanged and flat is scores and flat_lse is grad_lse:
+        pairs = zip((*flat_rows, *flat_sums, flat), (*rows, *sums, scores), strict=True)
+        if all(x is y for x, y in pairs):
             raise
-        _C.attention_backward(given[0], flat_lse, *given[1:], out, lse, flat, *results)
+        _C.attention_backward(flat_rows[0], flat_sums[0], *flat_rows[1:], flat_sums[1], flat, *results)
     found = [q.new_empty(0) if x is None else x for x in (grad_q, grad_k, grad_v)]
     if bias is None or grad_bias is None:
         return found[0], found[1], found[2], q.new_empty(0)
