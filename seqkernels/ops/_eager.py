@@ -51,6 +51,11 @@ def batched(x: Tensor | None) -> bool:
     return x is not None and (functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x))
 
 
+def apart(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Views: one argument may be another, or come from it, and yet gets a gradient of its own."""
+    return [x if x is None else x.view_as(x) for x in tensors]
+
+
 def gradients(
     outs: Sequence[Tensor], grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:

@@ -163,7 +163,9 @@ class _Attention(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return tuple(grads)
         needs = [given[0], given[1], given[2], given[3 + _BIAS]]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grad_out, grad_lse = _resolved(grad_out), _resolved(grad_lse)
+        many = batched(grad_out) or batched(grad_lse)
+        if (torch.is_grad_enabled() or many) and not torch.compiler.is_compiling():
             needs.append(given[3 + _SINK])
             found = _differentiable_backward(ctx, needs, grad_out, grad_lse)
             grads[3 + _SINK] = found[4]
@@ -187,7 +189,12 @@ class _Attention(torch.autograd.Function):
 
 def _passes(grad: Tensor | None) -> bool:
     """Whether the compiled module may have a gradient as it is."""
-    return grad is None or (eager(grad) and not grad.is_neg() and not batched(grad))
+    return grad is None or eager(grad)
+
+
+def _resolved(x: Tensor | None) -> Tensor | None:
+    """`x` in memory as it is: of tensors in lists the dispatcher does not resolve the negative bit."""
+    return x if x is None or torch.compiler.is_compiling() or not x.is_neg() else x.resolve_neg()
 
 
 # `Function.apply` without what it does for functional transforms, of which there are none.
@@ -207,7 +214,10 @@ def _sink_gradient(sink: Tensor, grad_out: Tensor | None, grad_lse: Tensor | Non
 def _differentiable_backward(
     ctx: Any, needs: list[bool], grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients as a graph, for the second order: the dense reference, recomputed from the saved inputs."""
+    """Gradients by operations, for the second order and for many at once, from the saved inputs.
+
+    A graph if gradients are recorded.
+    """
     from ..backends.reference.attention import attention as reference
 
     q, k, v, _, _, *tensors = ctx.saved_tensors
@@ -225,7 +235,8 @@ def _differentiable_backward(
                 [out for out, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=True, allow_unused=True
             )
         )
-    return tuple(next(found) if needed else None for needed in needs)
+    made = tuple(next(found) if needed else None for needed in needs)
+    return made if torch.is_grad_enabled() else tuple(x if x is None else x.clone() for x in made)
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -361,7 +372,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Ten
     """`attention` of arguments that are known to be right."""
     if scores.bottom_right and scores.cu_seqlens_q is None and scores.key_lengths is None and q.shape[2] == k.shape[2]:
         scores = scores._replace(bottom_right=False)
-    bias, sink = scores.bias, scores.sink
+    bias, sink, slopes = _resolved(scores.bias), _resolved(scores.sink), _resolved(scores.alibi_slopes)
+    if bias is not scores.bias or sink is not scores.sink or slopes is not scores.alibi_slopes:
+        scores = scores._replace(bias=bias, sink=sink, alibi_slopes=slopes)
     module = _compiled(q, k, v, scores)
     if torch.is_grad_enabled() and records(q, k, v, bias, sink):
         if torch.compiler.is_compiling():
@@ -394,7 +407,7 @@ def attend_plainly(
     try:
         if not eager(q, k, v) or not k.is_cpu or not v.is_cpu or not backends.unobserved():
             return None
-        batch, heads, queries, size = q.shape
+        _, heads, _, size = q.shape
         _, kv_heads, _, value_size = v.shape
         call = (q.dtype, is_causal, size, scale)
         found = _plain_calls.get(call)
@@ -427,8 +440,6 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> ModuleType | N
         return None
     # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
     if q.shape[-1] <= 1 or v.shape[-1] <= 1 or not backends.unobserved():
-        return None
-    if not plain and any(x is not None and x.is_neg() for x in (bias, slopes, sink)):
         return None
     if plain and softcap == 0.0 and left < 0 and not bottom_right:
         key: Any = (q.dtype, right, q.shape[1] == k.shape[1])

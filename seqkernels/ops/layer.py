@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._eager import batched, compiled, eager, gradients, records
+from ._eager import apart, batched, compiled, eager, gradients, records
 from .recurrence import recurrence
 
 
@@ -103,10 +103,11 @@ def _gradients(
     cell: str, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients by operations, for the second order and for many at once, through `recurrence`."""
-    input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh = tensors
-    assert input is not None
-    assert weight_hh is not None
     with torch.enable_grad():
+        tensors = apart(tensors)
+        input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+        assert input is not None
+        assert weight_hh is not None
         zeros = input.new_zeros(1, input.shape[1], weight_hh.shape[1])
         states = [zeros if x is None else x for x in ((hidden, cells) if cell == "lstm" else (hidden,))]
         output, _, state_n = recurrence(

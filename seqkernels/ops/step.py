@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from ._eager import batched, compiled, gradients, records, undisturbed
+from ._eager import apart, batched, compiled, gradients, records, undisturbed
 from .recurrence import recurrence
 
 #: Rows up to which a step is quicker without packing.
@@ -116,10 +116,11 @@ def _gradients(
     cell: str, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients by operations, for the second order and for many at once, through `recurrence`."""
-    input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh = tensors
-    assert input is not None
-    assert weight_hh is not None
     with torch.enable_grad():
+        tensors = apart(tensors)
+        input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+        assert input is not None
+        assert weight_hh is not None
         layer = input.dim() == 3
         zeros = input.new_zeros(*input.shape[:-1], weight_hh.shape[1])
         states = [zeros if x is None else x for x in ((hidden, cells) if cell == "lstm" else (hidden,))]

@@ -155,6 +155,14 @@ def test_second_order(cell: str) -> None:
     assert torch.autograd.gradgradcheck(run, values)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_second_order_of_one_tensor_in_two_places(steps: int) -> None:
+    layer = seqkernels.nn.LSTM(6, 6, dtype=torch.float64)
+    x = torch.randn(steps, 2, 6, dtype=torch.float64)
+    state = torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda both: layer(x, (both, both))[0], (state,))
+
+
 @pytest.mark.parametrize("name", ["input", "hidden", "cells", "weight_ih", "weight_hh", "bias_ih", "bias_hh"])
 def test_one_gradient_alone(name: str) -> None:
     arguments = _arguments("lstm")
