@@ -151,11 +151,12 @@ class Decode {
   void attend(const Work& w, T* q, const Document& document, std::int64_t kv_head, std::int64_t block,
               std::int64_t rows) const {
     const std::int64_t first = block * key_block_;
-    const Range keys = set_counts(w.rows, rows, first, min_of(key_block_, document.keys - first));
-    if (keys.begin >= keys.end) return;
+    const Range given = set_counts(w.rows, rows, first, min_of(key_block_, document.keys - first));
+    if (given.begin >= given.end) return;
     const bool uniform = scores_.uniform(document, rows, 0);
-    const Kept kept = scores_.look(w.rows, rows, first, uniform);
-    if (!kept.any) return;
+    const Kept kept = scores_.look(w.rows, rows, first, given, uniform);
+    const Range keys = kept.keys;
+    if (keys.begin >= keys.end) return;
     const std::int64_t begin = keys.begin / n * n, width = keys.end - begin;
     const void* from = element(p_.k.data, document.key_at(p_.k.stride, kv_head, first + begin), p_.dtype);
     const void* values = element(p_.v.data, document.key_at(p_.v.stride, kv_head, first), p_.dtype);

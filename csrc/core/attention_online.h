@@ -60,7 +60,7 @@ class OnlineSoftmax {
   // brought to the new maxima. `values` and `stride`: of the tile's first key, to find those that poison where `dirty`.
   void tile(const Work& w, std::int64_t rows, std::int64_t first, Range keys, Kept kept, bool uniform, bool dirty,
             const void* values, std::int64_t stride) const {
-    const bool mask = p_.mask.data != nullptr && !kept.all_mask, plain = scores_.plain();
+    const bool mask = p_.mask.data != nullptr && !kept.all_mask, plain = scores_.plain(mask);
     const bool shared = uniform && (mask || p_.bias.data != nullptr);
     if (shared) scores_.additive(w.rows[0], first, keys, mask, w.add);
     for (std::int64_t r = 0; r < rows; ++r) {

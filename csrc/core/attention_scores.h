@@ -27,8 +27,8 @@ inline void multiply_panels(std::int64_t keys, Range wanted, std::int64_t depth,
 
 // What masks and biases leave of a tile.
 struct Kept {
-  bool any;       // some row may read some key
-  bool all_mask;  // the mask, if there is one, takes nothing away
+  Range keys;     // that some row may read
+  bool all_mask;  // the mask, if there is one, takes nothing away of the keys of each row
 };
 
 template <class T>
@@ -41,8 +41,6 @@ class Scores {
   Scores(const AttentionScores& p, bool scaled)
       : p_(p),
         softcap_(p.softcap != 0.0),
-        // A window alone needs nothing here: it is in the ranges of the rows.
-        plain_(!softcap_ && p.mask.data == nullptr && p.bias.data == nullptr && p.slopes == nullptr),
         same_for_queries_((p.mask.data == nullptr || p.mask.stride[2] == 0) &&
                           (p.bias.data == nullptr || p.bias.stride[2] == 0)),
         same_for_heads_((p.mask.data == nullptr || p.mask.stride[1] == 0) &&
@@ -53,10 +51,12 @@ class Scores {
         after_(static_cast<T>(softcap_ ? p.softcap : scaled ? 1.0 : p.scale)),
         of_grad_k_(static_cast<T>(!scaled ? p.scale : softcap_ ? p.softcap : 1.0)) {}
 
-  bool plain() const { return plain_; }
+  // Whether scores are products times `after`, with a mask or without. A window alone needs nothing more than the ranges
+  // of the rows.
+  bool plain(bool mask) const { return !softcap_ && !mask && p_.bias.data == nullptr && p_.slopes == nullptr; }
   bool softcap() const { return softcap_; }
   T of_q() const { return of_q_; }            // factor of q in the operands
-  T after() const { return after_; }          // from a product to a score, where the call is plain
+  T after() const { return after_; }          // from a product to a score, where it is plain
   T of_grad_k() const { return of_grad_k_; }  // from sums with the operands of q to the gradient of k
   bool dropout() const { return p_.threshold != 0; }
   T kept_share() const { return p_.dropout < 1.0 ? static_cast<T>(1.0 / (1.0 - p_.dropout)) : T(0); }
@@ -67,22 +67,23 @@ class Scores {
            (same_for_heads_ || first / document.queries == (first + rows - 1) / document.queries);
   }
 
-  // Looks at the masks of a tile before anything is computed: whole tiles are often masked, or not at all.
+  // Looks at the masks of a tile before anything is computed: of a row's keys those that are masked at either end go,
+  // which with padding and triangular masks are all of them.
   template <class Row>
-  Kept look(const Row* rows, std::int64_t size, std::int64_t first, bool uniform) const {
-    Kept kept{!masked_, true};
-    if (!masked_) return kept;
-    bool any_mask = p_.mask.data == nullptr, any_bias = p_.bias.data == nullptr;
-    const std::int64_t count = uniform ? 1 : size;
-    const Range all = uniform ? range_of_rows(rows, static_cast<int>(size), 1) : Range{0, 0};
-    for (std::int64_t r = 0; r < count; ++r) {
-      const Range keys = uniform ? all : Range{rows[r].from, rows[r].count};
-      if (keys.begin >= keys.end) continue;
-      if (p_.mask.data != nullptr) look_at_mask(rows[r].mask, first, keys, any_mask, kept.all_mask);
-      if (!any_bias) any_bias = has_finite_bias(rows[r].bias, first, keys);
-      if (any_mask && any_bias && !kept.all_mask) break;
+  Kept look(Row* rows, std::int64_t size, std::int64_t first, Range keys, bool uniform) const {
+    if (!masked_) return {keys, true};
+    Kept kept{{keys.end, keys.begin}, true};
+    if (uniform) {
+      const Range left = trim(rows[0], first, keys);
+      if (p_.mask.data != nullptr) kept.all_mask = keeps_all(rows[0].mask, first, left);
+      for (std::int64_t r = 0; r < size; ++r) clip(rows[r], left, kept.keys);
+      return kept;
     }
-    kept.any = any_mask && any_bias;
+    for (std::int64_t r = 0; r < size; ++r) {
+      const Range left = trim(rows[r], first, {rows[r].from, rows[r].count});
+      clip(rows[r], left, kept.keys);
+      if (p_.mask.data != nullptr && kept.all_mask) kept.all_mask = keeps_all(rows[r].mask, first, left);
+    }
     return kept;
   }
 
@@ -90,61 +91,45 @@ class Scores {
   // not count. `add` has the masks and biases of all rows, or is null. slope_of_cap, unless null: the derivative of the
   // softcap.
   T modify(const ScoreRow& row, std::int64_t first, bool mask, const T* add, T* s, T* slope_of_cap) const {
-    V top = splat(-kInfinity<T>);
-    const T slope = static_cast<T>(row.slope), level = static_cast<T>(row.level - first);
-    with_bias([&](auto tag) {
-      const auto* bias = static_cast<const decltype(tag)*>(row.bias);
-      for (std::int64_t j = row.from / n * n; j < row.count; j += n) {
-        V x = load_full(s + j);
-        if (softcap_) {
-          const V t = tanh<T>(x * before_);
-          if (slope_of_cap != nullptr) store_full(slope_of_cap + j, T(1) - t * t);
-          x = t;
-        }
-        x = x * after_;
-        if (add != nullptr) {
-          const V a = load_full(add + j);
-          x = a == -kInfinity<T> ? a : x + a;
-        } else {
-          if (bias != nullptr) {
-            const V b = strided(bias, p_.bias.stride[3], first + j, row.count - j);
-            x = b == -kInfinity<T> ? b : x + b;
-          }
-          if (mask) x = kept(row.mask, p_.mask.stride[3], first + j, row.count - j) ? x : splat(-kInfinity<T>);
-        }
-        if (p_.slopes != nullptr) {
-          const V distance = lanes() + (static_cast<T>(j) - level);
-          x -= slope * (distance < T(0) ? -distance : distance);
-        }
-        x = inside(x, row, j);
-        store_full(s + j, x);
-        top = max<T>(x, top);
+    const std::int64_t begin = row.from / n * n;
+    T factor = after_;  // until the first step has taken it in
+    if (softcap_) {
+      for (std::int64_t j = begin; j < row.count; j += n) {
+        const V t = tanh<T>(load_full(s + j) * before_);
+        if (slope_of_cap != nullptr) store_full(slope_of_cap + j, T(1) - t * t);
+        store_full(s + j, t * factor);
       }
-    });
-    return reduce_max<T>(top);
+      factor = T(1);
+    }
+    if (p_.slopes != nullptr) {
+      const T slope = static_cast<T>(row.slope);
+      V distance = lanes() + static_cast<T>(begin + first - row.level);
+      for (std::int64_t j = begin; j < row.count; j += n, distance += T(n)) {
+        store_full(s + j, load_full(s + j) * factor - slope * (distance < T(0) ? -distance : distance));
+      }
+      factor = T(1);
+    }
+    if (add != nullptr) {
+      for (std::int64_t j = begin; j < row.count; j += n) {
+        store_full(s + j, plus(load_full(s + j) * factor, load_full(add + j)));
+      }
+      factor = T(1);
+    } else if (row.bias != nullptr) {
+      add_bias(row, first, begin, factor, s);
+      factor = T(1);
+    }
+    if (mask) {
+      for (std::int64_t j = begin; j < row.count; j += n) {
+        const IntVec<T> keep = kept(row.mask, p_.mask.stride[3], first + j, row.count - j);
+        store_full(s + j, keep ? load_full(s + j) * factor : splat(-kInfinity<T>));
+      }
+      factor = T(1);
+    }
+    return top_of(row, s, T(1));
   }
 
-  // The same for a call that is plain: the products stay as they are, but for -inf.
-  T top_of(const ScoreRow& row, T* s) const {
-    V top = splat(-kInfinity<T>), other = top;
-    std::int64_t j = row.from / n * n;
-    if (j < row.from && j < row.count) {
-      top = inside(load_full(s + j), row, j);
-      store_full(s + j, top);
-      top = max<T>(top, other);
-      j += n;
-    }
-    for (; j + 2 * n <= row.count; j += 2 * n) {
-      top = max<T>(load_full(s + j), top);
-      other = max<T>(load_full(s + j + n), other);
-    }
-    for (; j < row.count; j += n) {
-      const V x = inside(load_full(s + j), row, j);
-      store_full(s + j, x);
-      top = max<T>(x, top);
-    }
-    return reduce_max<T>(max<T>(top, other)) * after_;
-  }
+  // The same for scores that are plain: the products stay as they are, but for -inf.
+  T top_of(const ScoreRow& row, T* s) const { return top_of(row, s, after_); }
 
   // Masks and biases of keys that all rows have alike.
   void additive(const ScoreRow& row, std::int64_t first, Range keys, bool mask, T* out) const {
@@ -211,42 +196,100 @@ class Scores {
     }
   }
 
-  void look_at_mask(const std::uint8_t* mask, std::int64_t first, Range keys, bool& any, bool& all) const {
-    const std::int64_t stride = p_.mask.stride[3];
-    if (stride == 0) {
-      const bool one = mask[0] != 0;
-      any |= one;
-      all &= one;
+  static T top_of(const ScoreRow& row, T* s, T factor) {
+    V top = splat(-kInfinity<T>), other = top;
+    std::int64_t j = row.from / n * n;
+    if (j < row.from && j < row.count) {
+      top = inside(load_full(s + j), row, j);
+      store_full(s + j, top);
+      top = max<T>(top, other);
+      j += n;
+    }
+    for (; j + 2 * n <= row.count; j += 2 * n) {
+      top = max<T>(load_full(s + j), top);
+      other = max<T>(load_full(s + j + n), other);
+    }
+    for (; j < row.count; j += n) {
+      const V x = inside(load_full(s + j), row, j);
+      store_full(s + j, x);
+      top = max<T>(x, top);
+    }
+    return reduce_max<T>(max<T>(top, other)) * factor;
+  }
+
+  // A score that is masked is -inf, whatever it was.
+  static V plus(V score, V bias) { return bias == -kInfinity<T> ? bias : score + bias; }
+
+  void add_bias(const ScoreRow& row, std::int64_t first, std::int64_t begin, T factor, T* s) const {
+    with_bias([&](auto tag) {
+      const auto* bias = static_cast<const decltype(tag)*>(row.bias) + first;
+      std::int64_t j = begin;
+      if (p_.bias.stride[3] == 1) {
+        for (; j + n <= row.count; j += n) store_full(s + j, plus(load_full(s + j) * factor, load(bias + j)));
+      }
+      for (; j < row.count; j += n) {
+        store_full(s + j, plus(load_full(s + j) * factor,
+                               strided(bias - first, p_.bias.stride[3], first + j, row.count - j)));
+      }
+    });
+  }
+
+  static void clip(ScoreRow& row, Range left, Range& all) {
+    row.from = max_of(row.from, left.begin);
+    row.count = min_of(row.count, left.end);
+    if (row.from >= row.count) {
+      row.from = row.count = 0;
       return;
     }
-    std::int64_t left = 0;
+    all.begin = min_of(all.begin, row.from);
+    all.end = max_of(all.end, row.count);
+  }
+
+  // The keys of the tile without those that the row's mask or bias takes away at either end.
+  Range trim(const ScoreRow& row, std::int64_t first, Range keys) const {
+    if (p_.mask.data != nullptr) {
+      const std::int64_t stride = p_.mask.stride[3];
+      const std::uint8_t* mask = row.mask + first * stride;
+      if (stride == 1) {
+        std::uint64_t word;
+        for (; keys.end - keys.begin >= 8; keys.end -= 8) {
+          std::memcpy(&word, mask + keys.end - 8, 8);
+          if (word != 0) break;
+        }
+        for (; keys.end - keys.begin >= 8; keys.begin += 8) {
+          std::memcpy(&word, mask + keys.begin, 8);
+          if (word != 0) break;
+        }
+      }
+      while (keys.end > keys.begin && mask[(keys.end - 1) * stride] == 0) --keys.end;
+      while (keys.end > keys.begin && mask[keys.begin * stride] == 0) ++keys.begin;
+    }
+    if (p_.bias.data != nullptr) {
+      with_storage<T>(p_.bias_dtype, [&](auto tag) {
+        const std::int64_t stride = p_.bias.stride[3];
+        const auto* bias = static_cast<const decltype(tag)*>(row.bias) + first * stride;
+        while (keys.end > keys.begin && load_one(bias + (keys.end - 1) * stride) == -kInfinity<T>) --keys.end;
+        while (keys.end > keys.begin && load_one(bias + keys.begin * stride) == -kInfinity<T>) ++keys.begin;
+      });
+    }
+    return keys;
+  }
+
+  bool keeps_all(const std::uint8_t* mask, std::int64_t first, Range keys) const {
+    const std::int64_t stride = p_.mask.stride[3];
     std::int64_t j = keys.begin;
     if (stride == 1) {
       for (; j + 8 <= keys.end; j += 8) {
         std::uint64_t word;
         std::memcpy(&word, mask + first + j, 8);
-        any |= word != 0;
-        all &= ((word - 0x0101010101010101u) & ~word & 0x8080808080808080u) == 0;
-        if (any && !all) return;
+        // Whether one of the eight bytes is 0.
+        if (((word - 0x0101010101010101u) & ~word & 0x8080808080808080u) != 0) return false;
       }
     }
-    for (; j < keys.end; ++j) left += mask[(first + j) * stride] != 0;
-    const std::int64_t rest = stride == 1 ? (keys.end - keys.begin) % 8 : keys.end - keys.begin;
-    any |= left > 0;
-    all &= left == rest;
-  }
-
-  bool has_finite_bias(const void* bias, std::int64_t first, Range keys) const {
-    bool any = false;
-    with_storage<T>(p_.bias_dtype, [&](auto tag) {
-      const auto* x = static_cast<const decltype(tag)*>(bias);
-      const std::int64_t stride = p_.bias.stride[3];
-      for (std::int64_t j = keys.begin; j < keys.end && !any; ++j) {
-        any = load_one(x + (first + j) * stride) != -kInfinity<T>;
-        if (stride == 0) break;
-      }
-    });
-    return any;
+    for (; j < keys.end; ++j) {
+      if (mask[(first + j) * stride] == 0) return false;
+    }
+    return true;
   }
 
   template <class S>
@@ -269,7 +312,7 @@ class Scores {
   }
 
   const AttentionScores& p_;
-  const bool softcap_, plain_, same_for_queries_, same_for_heads_, masked_;
+  const bool softcap_, same_for_queries_, same_for_heads_, masked_;
   const T of_q_, before_, after_, of_grad_k_;
 };
 

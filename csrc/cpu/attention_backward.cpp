@@ -278,11 +278,12 @@ class Backward {
   void run_tile(const Work& w, const Document& document, std::int64_t kv_head, Keys& k, std::int64_t first_row,
                 std::int64_t rows, T* grad_q) {
     describe(p_, document, kv_head, first_row, rows, w.rows);
-    const Range keys = set_counts(w.rows, rows, k.first, k.count);
-    if (keys.begin >= keys.end) return;
+    const Range given = set_counts(w.rows, rows, k.first, k.count);
+    if (given.begin >= given.end) return;
     const bool uniform = scores_.uniform(document, rows, first_row);
-    const Kept kept = scores_.look(w.rows, rows, k.first, uniform);
-    if (!kept.any) return;
+    const Kept kept = scores_.look(w.rows, rows, k.first, given, uniform);
+    const Range keys = kept.keys;
+    if (keys.begin >= keys.end) return;
     if (!k.packed) pack(w, k);
     begin(w, document, kv_head, first_row, rows);
     if constexpr (!kPairs) {
@@ -410,7 +411,7 @@ class Backward {
 
   // From products and gradients of the weights to weights after dropout and gradients of the products.
   void differentiate(const Work& w, std::int64_t rows, std::int64_t first, Range keys, Kept kept, bool uniform) const {
-    const bool mask = p_.mask.data != nullptr && !kept.all_mask, plain = scores_.plain();
+    const bool mask = p_.mask.data != nullptr && !kept.all_mask, plain = scores_.plain(mask);
     const bool shared = uniform && (mask || p_.bias.data != nullptr);
     if (shared) scores_.additive(w.rows[0], first, keys, mask, w.add);
     const T factor = plain ? scores_.after() : T(1);

@@ -161,10 +161,11 @@ class Forward {
     const Range read = keys_of_block(p_, document, first_row, rows);
     for (std::int64_t block = read.begin / key_block_; block * key_block_ < read.end; ++block) {
       const std::int64_t first = block * key_block_, width = width_of(block, document);
-      const Range keys = set_counts(w.rows, rows, first, width);
+      const Range given = set_counts(w.rows, rows, first, width);
+      if (given.begin >= given.end) continue;
+      const Kept kept = scores_.look(w.rows, rows, first, given, uniform);
+      const Range keys = kept.keys;
       if (keys.begin >= keys.end) continue;
-      const Kept kept = scores_.look(w.rows, rows, first, uniform);
-      if (!kept.any) continue;
       multiply_panels(width, keys, p_.head_size, w.q, size_ld_,
                       panels(slot) + first * padded_depth<E>(p_.head_size), w.s, tile_ld_, w.rows, rows);
       const std::uint8_t state = state_.get()[slot * key_blocks_ + block];

@@ -93,10 +93,11 @@ class Weights {
     const Range read = document.span(p_, query, query + rows - 1);
     for (std::int64_t first = read.begin / key_block_ * key_block_; first < read.end; first += key_block_) {
       const std::int64_t width = min_of(key_block_, document.keys - first);
-      const Range keys = set_counts(w.rows, rows, first, width);
+      const Range given = set_counts(w.rows, rows, first, width);
+      if (given.begin >= given.end) continue;
+      const Kept kept = scores_.look(w.rows, rows, first, given, uniform);
+      const Range keys = kept.keys;
       if (keys.begin >= keys.end) continue;
-      const Kept kept = scores_.look(w.rows, rows, first, uniform);
-      if (!kept.any) continue;
       multiply_panels(width, keys, p_.head_size, w.q, left_ld_,
                       panels(batch * p_.kv_heads + kv_head, first), w.s, tile_ld_, w.rows, rows);
       write(w, rows, first, keys, kept, uniform, lse, out + first);
@@ -105,7 +106,7 @@ class Weights {
 
   void write(const Work& w, std::int64_t rows, std::int64_t first, Range keys, Kept kept, bool uniform, const T* lse,
              T* out) const {
-    const bool mask = p_.mask.data != nullptr && !kept.all_mask, plain = scores_.plain();
+    const bool mask = p_.mask.data != nullptr && !kept.all_mask, plain = scores_.plain(mask);
     const bool shared = uniform && (mask || p_.bias.data != nullptr);
     if (shared) scores_.additive(w.rows[0], first, keys, mask, w.add);
     const T factor = plain ? scores_.after() : T(1), part = p_.average ? T(1) / static_cast<T>(p_.heads) : T(1);
