@@ -44,7 +44,7 @@ bench-engines: $(VENV)/.engines
 	$(RUN) benchmarks/run.py --providers torch,native,onnxruntime,openvino --json report/bench-engines.json \
 		-k "not attention and not forward_backward"
 
-# docs/errors.md: the recurrences against float64.
+# docs/errors.md: recurrences and attention against float64.
 errors: build
 	$(RUN) -m benchmarks.errors
 

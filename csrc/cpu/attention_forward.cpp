@@ -1,7 +1,7 @@
 // Attention's forward pass on the CPU: tiles of scores with online softmax.
 //
 // Keys are transposed into panels, once for all query heads that share them, and a block of rows goes through the
-// keys tile by tile: products by the micro-kernel, scores, maximum, weights 2^(score - maximum), and the product with
+// keys tile by tile: products by the micro-kernel, scores, maximum, weights e^(score - maximum), and the product with
 // the values added to the output that is kept in float. With one key head per task the panels are the thread's own and
 // stay in its cache; with few key heads they are packed by all threads together, which then share out the blocks of
 // rows. Tiles that no row of a block may read are passed over. A handful of rows go to attention_decode.h.

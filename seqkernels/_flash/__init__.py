@@ -2,7 +2,7 @@
 
 Names, order of arguments, defaults, layouts and semantics are those of ``flash_attn.flash_attn_interface`` (Dao,
 "FlashAttention-2", 2023; https://github.com/Dao-AILab/flash-attention); `flash_attn_with_kvcache` is in
-`seqkernels._flash_cache`. In shapes, ``nheads`` is a multiple of ``nheads_k``: query head h reads key head
+`seqkernels._flash.kvcache`. In shapes, ``nheads`` is a multiple of ``nheads_k``: query head h reads key head
 ``h // (nheads // nheads_k)``. Different here:
 
 * float32 and float64 are allowed beside float16 and bfloat16, head sizes from 1 to 512, values of another head size
