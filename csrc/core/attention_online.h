@@ -81,7 +81,7 @@ class OnlineSoftmax {
       const Row& row = w.rows[r];
       T* s = w.s + r * tile_ld_;
       const T top = w.top[r] == -kInfinity<T> ? T(0) : w.top[r];
-      V sum = load_full(w.sum + r * n) * w.fade[r];
+      V sum{};
       std::int64_t j = begin;
       for (; j + n <= row.from; j += n) store_full(s + j, V{});
       const std::int64_t read = j;
@@ -97,7 +97,8 @@ class OnlineSoftmax {
         }
       }
       for (; j < end; j += n) store_full(s + j, V{});
-      store_full(w.sum + r * n, sum);
+      // A sum of sums is more exact than one long sum.
+      store_full(w.sum + r * n, load_full(w.sum + r * n) * w.fade[r] + sum);
       if (w.fade[r] != T(1)) {
         T* out = w.out + r * value_ld_;
         for (std::int64_t i = 0; i < value_ld_; i += n) store_full(out + i, load_full(out + i) * w.fade[r]);

@@ -164,8 +164,8 @@ class _Attention(torch.autograd.Function):
             return tuple(grads)
         needs = [given[0], given[1], given[2], given[3 + _BIAS]]
         grad_out, grad_lse = _resolved(grad_out), _resolved(grad_lse)
-        many = batched(grad_out) or batched(grad_lse)
-        if (torch.is_grad_enabled() or many) and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (torch.is_grad_enabled() or batched(grad_out) or batched(grad_lse)):
             needs.append(given[3 + _SINK])
             found = _differentiable_backward(ctx, needs, grad_out, grad_lse)
             grads[3 + _SINK] = found[4]
