@@ -30,18 +30,18 @@ struct AttentionScores {
   std::int64_t left, right;  // keys on either side of the diagonal; negative: all
   bool bottom_right;
   Strided q, k, v;
-  Strided mask;      // bool, broadcast to (B, Hq, M, N) by strides of 0, or absent
-  Strided bias;      // likewise
-  DType bias_dtype;  // dtype, or float32
-  const std::int32_t* key_lengths;               // (B,), or null
+  Strided mask;                                     // bool, broadcast to (B, Hq, M, N) by strides of 0, or absent
+  Strided bias;                                     // likewise
+  DType bias_dtype;                                 // dtype, or float32
+  const std::int32_t* key_lengths;                  // (B,), or null
   const std::int32_t *cu_seqlens_q, *cu_seqlens_k;  // (B + 1,), or null
-  const float* slopes;                           // or null
-  std::int64_t slope_stride[2];                  // of batch and head
-  const void* sink;                              // (Hq,) compute, or null
-  double dropout;                                // probability
-  std::uint64_t threshold;                       // random words of 32 bits below it drop a weight; 0: no dropout
+  const float* slopes;                              // or null
+  std::int64_t slope_stride[2];                     // of batch and head
+  const void* sink;                                 // (Hq,) compute, or null
+  double dropout;                                   // probability
+  std::uint64_t threshold;                          // random words of 32 bits below it drop a weight; 0: no dropout
   std::uint64_t seed;
-  std::int64_t lse_stride[2];                    // of batch and head; 1 along the queries
+  std::int64_t lse_stride[2];  // of batch and head; 1 along the queries
 };
 
 struct AttentionForward : AttentionScores {

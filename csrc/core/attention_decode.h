@@ -44,9 +44,7 @@ void add_rows(const S* value, std::int64_t stride, std::int64_t keys, std::int64
       if (left >= kVectors * n) {
         run([](const S* at, int v) { return load(at + v * n); });
       } else {
-        run([left](const S* at, int v) {
-          return left > v * n ? load(at + v * n, left - v * n) : Vec<T>{};
-        });
+        run([left](const S* at, int v) { return left > v * n ? load(at + v * n, left - v * n) : Vec<T>{}; });
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -140,7 +138,8 @@ class Decode {
     const Range read = document.all(p_);
     const std::int64_t first = read.begin / key_block_, blocks = ceil_div(read.end, key_block_) - first;
     const Share mine = share(max_of<std::int64_t>(0, blocks), static_cast<int>(task % parts_), parts_);
-    for (std::int64_t block = mine.begin; block < mine.end; ++block) attend(w, q, document, kv_head, first + block, rows);
+    for (std::int64_t block = mine.begin; block < mine.end; ++block)
+      attend(w, q, document, kv_head, first + block, rows);
     if (parts_ == 1) {
       softmax_.finish(w, document, kv_head, 0, rows);
     } else {

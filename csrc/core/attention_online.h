@@ -17,12 +17,12 @@ class OnlineSoftmax {
   };
   // A thread's memory.
   struct Work {
-    T* s;        // (rows, tile_ld) products, then scores, then weights
-    T* out;      // (rows, value_ld) not yet divided by the sum
-    T* sum;      // (rows, lanes) of weights
-    T* top;      // (rows) maximum of the scores
-    T* fade;     // (rows) what a new maximum multiplies out and sum by
-    T* add;      // (tile_ld)
+    T* s;     // (rows, tile_ld) products, then scores, then weights
+    T* out;   // (rows, value_ld) not yet divided by the sum
+    T* sum;   // (rows, lanes) of weights
+    T* top;   // (rows) maximum of the scores
+    T* fade;  // (rows) what a new maximum multiplies out and sum by
+    T* add;   // (tile_ld)
     Row* rows;
     std::uint32_t* words;  // (tile_ld) random ones of a row
   };

@@ -49,7 +49,8 @@ inline void pack_panels(DType, const void* from, std::int64_t stride, std::int64
       for (std::int64_t d = 0; d < pairs; d += n) {
         Vec<float> block[n];
         for (int i = 0; i < n; ++i) {
-          block[i] = row + i < rows ? load_pairs(bfloats(from) + (row + i) * stride + 2 * d, size - 2 * d) : Vec<float>{};
+          block[i] =
+              row + i < rows ? load_pairs(bfloats(from) + (row + i) * stride + 2 * d, size - 2 * d) : Vec<float>{};
         }
         transpose<float>(block);
         const std::int64_t deep = min_of<std::int64_t>(n, pairs - d);
@@ -61,8 +62,8 @@ inline void pack_panels(DType, const void* from, std::int64_t stride, std::int64
   }
 }
 
-// Rows that are the depth of a product, as its right operand: [pairs of rows][ld][2]. Lanes behind `size` are 0. What is
-// not finite becomes 0 where `cleaned`.
+// Rows that are the depth of a product, as its right operand: [pairs of rows][ld][2]. Lanes behind `size` are 0. What
+// is not finite becomes 0 where `cleaned`.
 inline void pack_depth(DType, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, BFloat16* to,
                        std::int64_t ld, bool cleaned) {
   constexpr int n = kLanes<float>;

@@ -159,15 +159,17 @@ inline void describe(const AttentionScores& p, const Document& document, std::in
                 const std::int64_t* bias = p.bias.stride;
                 row.keys = document.span(p, query + i, query + i);
                 row.level = query + i + document.diagonal;
-                row.mask = p.mask.data == nullptr ? nullptr
-                                                  : static_cast<const std::uint8_t*>(p.mask.data) +
-                                                        document.batch * mask[0] + head * mask[1] + (query + i) * mask[2];
+                row.mask = p.mask.data == nullptr
+                               ? nullptr
+                               : static_cast<const std::uint8_t*>(p.mask.data) + document.batch * mask[0] +
+                                     head * mask[1] + (query + i) * mask[2];
                 row.bias = p.bias.data == nullptr
                                ? nullptr
                                : element(p.bias.data, document.batch * bias[0] + head * bias[1] + (query + i) * bias[2],
                                          p.bias_dtype);
-                row.slope = p.slopes == nullptr ? 0.0f
-                                                : p.slopes[document.batch * p.slope_stride[0] + head * p.slope_stride[1]];
+                row.slope = p.slopes == nullptr
+                                ? 0.0f
+                                : p.slopes[document.batch * p.slope_stride[0] + head * p.slope_stride[1]];
                 row.place = (document.batch * p.heads + head) * p.queries + query + i;
               }
             });

@@ -46,13 +46,19 @@ class Scores {
         same_for_heads_((p.mask.data == nullptr || p.mask.stride[1] == 0) &&
                         (p.bias.data == nullptr || p.bias.stride[1] == 0)),
         masked_(p.mask.data != nullptr || p.bias.data != nullptr),
-        of_q_(static_cast<T>(!scaled ? 1.0 : softcap_ ? p.scale / p.softcap : p.scale)),
+        of_q_(static_cast<T>(!scaled    ? 1.0
+                             : softcap_ ? p.scale / p.softcap
+                                        : p.scale)),
         before_(static_cast<T>(scaled || !softcap_ ? 1.0 : p.scale / p.softcap)),
-        after_(static_cast<T>(softcap_ ? p.softcap : scaled ? 1.0 : p.scale)),
-        of_grad_k_(static_cast<T>(!scaled ? p.scale : softcap_ ? p.softcap : 1.0)) {}
+        after_(static_cast<T>(softcap_ ? p.softcap
+                              : scaled ? 1.0
+                                       : p.scale)),
+        of_grad_k_(static_cast<T>(!scaled    ? p.scale
+                                  : softcap_ ? p.softcap
+                                             : 1.0)) {}
 
-  // Whether scores are products times `after`, with a mask or without. A window alone needs nothing more than the ranges
-  // of the rows.
+  // Whether scores are products times `after`, with a mask or without. A window alone needs nothing more than the
+  // ranges of the rows.
   bool plain(bool mask) const { return !softcap_ && !mask && p_.bias.data == nullptr && p_.slopes == nullptr; }
   bool softcap() const { return softcap_; }
   T of_q() const { return of_q_; }            // factor of q in the operands
@@ -228,8 +234,8 @@ class Scores {
         for (; j + n <= row.count; j += n) store_full(s + j, plus(load_full(s + j) * factor, load(bias + j)));
       }
       for (; j < row.count; j += n) {
-        store_full(s + j, plus(load_full(s + j) * factor,
-                               strided(bias - first, p_.bias.stride[3], first + j, row.count - j)));
+        store_full(s + j,
+                   plus(load_full(s + j) * factor, strided(bias - first, p_.bias.stride[3], first + j, row.count - j)));
       }
     });
   }

@@ -205,8 +205,8 @@ void write_rows(DType dtype, const T* from, std::int64_t ld, std::int64_t rows, 
 
 // Rows as the left operand of a product.
 template <class T>
-void read_left(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T factor, T* to,
-               std::int64_t ld) {
+void read_left(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T factor,
+               T* to, std::int64_t ld) {
   read_rows<T>(dtype, from, stride, rows, size, factor, to, ld);
 }
 
@@ -341,8 +341,8 @@ inline void fetch(const void* p, std::int64_t bytes) {
   for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + i, 0, 2);
 }
 
-// s[r][j] = a[r] . key[j] for kRows rows (kRows, lda), padded to whole vectors with 0, and `keys` rows as they lie, each
-// of which is read once. A few scores behind the last are written.
+// s[r][j] = a[r] . key[j] for kRows rows (kRows, lda), padded to whole vectors with 0, and `keys` rows as they lie,
+// each of which is read once. A few scores behind the last are written.
 template <class T, int kRows, class S>
 void dot_rows(const S* key, std::int64_t stride, std::int64_t keys, std::int64_t depth, const T* a, std::int64_t lda,
               T* s, std::int64_t lds) {
@@ -379,8 +379,8 @@ void dot_rows(const S* key, std::int64_t stride, std::int64_t keys, std::int64_t
   }
 }
 
-// s (rows, keys) = a few rows a (rows, depth), padded to a whole vector with 0, times `keys` rows as they lie in memory.
-// Up to the next power of 2 there has to be space for rows that are none.
+// s (rows, keys) = a few rows a (rows, depth), padded to a whole vector with 0, times `keys` rows as they lie in
+// memory. Up to the next power of 2 there has to be space for rows that are none.
 template <class T>
 void multiply_rows(DType dtype, const void* from, std::int64_t stride, std::int64_t keys, std::int64_t depth,
                    const T* a, std::int64_t lda, T* s, std::int64_t lds, std::int64_t rows) {

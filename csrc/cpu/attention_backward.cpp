@@ -89,15 +89,15 @@ class Backward {
   };
 
   struct Work {
-    T* s;        // (rows, keys of a tile) products, then scores, then weights
-    T* grad_s;   // (rows, keys of a tile) gradient of the weights, then of the products
-    T* lse;      // (rows) 0 for -inf
-    T* delta;    // (rows) of the output and its gradient
-    T* of_lse;   // (rows) gradients of the log-sum-exp; apart, so that delta cancels to the last bit
-    T* grad_k;   // (keys of a tile, D)
-    T* grad_v;   // (keys of a tile, Dv)
-    T* add;      // (keys of a tile)
-    T* slopes;   // (keys of a tile) of the softcap
+    T* s;       // (rows, keys of a tile) products, then scores, then weights
+    T* grad_s;  // (rows, keys of a tile) gradient of the weights, then of the products
+    T* lse;     // (rows) 0 for -inf
+    T* delta;   // (rows) of the output and its gradient
+    T* of_lse;  // (rows) gradients of the log-sum-exp; apart, so that delta cancels to the last bit
+    T* grad_k;  // (keys of a tile, D)
+    T* grad_v;  // (keys of a tile, Dv)
+    T* add;     // (keys of a tile)
+    T* slopes;  // (keys of a tile) of the softcap
     T* grad_bias;
     std::uint32_t* words;
     Row* rows;
@@ -363,30 +363,29 @@ class Backward {
              std::int64_t rows) const {
     const T* lse = static_cast<const T*>(p_.lse);
     const T* grad_lse = static_cast<const T*>(p_.grad_lse);
-    for_heads(group_, document.queries, kv_head, first, rows,
-              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-                const void* q = element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype);
-                const void* grad =
-                    element(p_.grad_out.data, document.query_at(p_.grad_out.stride, head, query), p_.dtype);
-                const void* out = element(p_.out.data, document.query_at(p_.out.stride, head, query), p_.dtype);
-                read_left(p_.dtype, q, p_.q.stride[2], count, p_.head_size, scores_.of_q(), w.q + at * left_ld_,
-                          left_ld_);
-                read_left(p_.dtype, grad, p_.grad_out.stride[2], count, p_.value_size, T(1),
-                          w.grad_out + at * value_left_ld_, value_left_ld_);
-                const std::int64_t place = document.lse_at(p_, head, query);
-                for (std::int64_t i = 0; i < count; ++i) {
-                  w.lse[at + i] = lse[place + i] == -kInfinity<T> ? T(0) : lse[place + i];
-                  w.of_lse[at + i] = grad_lse == nullptr ? T(0) : grad_lse[place + i];
-                  w.delta[at + i] = T(0);
-                }
-                if (of_scores_) add_delta(grad, out, count, w.delta + at);
-                if (p_.grad_bias == nullptr) return;
-                const std::int64_t* stride = p_.grad_bias_stride;
-                for (std::int64_t i = 0; i < count; ++i) {
-                  w.rows[at + i].grad_bias =
-                      w.grad_bias + document.batch * stride[0] + head * stride[1] + (query + i) * stride[2];
-                }
-              });
+    for_heads(
+        group_, document.queries, kv_head, first, rows,
+        [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+          const void* q = element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype);
+          const void* grad = element(p_.grad_out.data, document.query_at(p_.grad_out.stride, head, query), p_.dtype);
+          const void* out = element(p_.out.data, document.query_at(p_.out.stride, head, query), p_.dtype);
+          read_left(p_.dtype, q, p_.q.stride[2], count, p_.head_size, scores_.of_q(), w.q + at * left_ld_, left_ld_);
+          read_left(p_.dtype, grad, p_.grad_out.stride[2], count, p_.value_size, T(1), w.grad_out + at * value_left_ld_,
+                    value_left_ld_);
+          const std::int64_t place = document.lse_at(p_, head, query);
+          for (std::int64_t i = 0; i < count; ++i) {
+            w.lse[at + i] = lse[place + i] == -kInfinity<T> ? T(0) : lse[place + i];
+            w.of_lse[at + i] = grad_lse == nullptr ? T(0) : grad_lse[place + i];
+            w.delta[at + i] = T(0);
+          }
+          if (of_scores_) add_delta(grad, out, count, w.delta + at);
+          if (p_.grad_bias == nullptr) return;
+          const std::int64_t* stride = p_.grad_bias_stride;
+          for (std::int64_t i = 0; i < count; ++i) {
+            w.rows[at + i].grad_bias =
+                w.grad_bias + document.batch * stride[0] + head * stride[1] + (query + i) * stride[2];
+          }
+        });
     if constexpr (kPairs) {
       // The rows as the depth of a product, from the copies, which are contiguous over heads.
       pack_depth(p_.dtype, w.q, left_ld_, rows, p_.head_size, w.q_depth, size_ld_, false);
@@ -504,8 +503,8 @@ class Backward {
   const std::int64_t group_, kv_total_, row_total_, size_ld_, value_ld_;
   const std::int64_t left_ld_, value_left_ld_;  // of q and grad_out as left operands
   const bool few_;                              // rows, so that packing keys and values does not pay
-  const bool clean_;      // keys that are not finite must not reach rows that do not read them
-  const bool of_scores_;  // gradients that go through the scores are wanted
+  const bool clean_;                            // keys that are not finite must not reach rows that do not read them
+  const bool of_scores_;                        // gradients that go through the scores are wanted
   const int threads_;
   const std::int64_t wanted_parts_, key_block_, key_blocks_;
   const int parts_;  // ranges of keys of one key head

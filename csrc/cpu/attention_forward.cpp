@@ -166,8 +166,8 @@ class Forward {
       const Kept kept = scores_.look(w.rows, rows, first, given, uniform);
       const Range keys = kept.keys;
       if (keys.begin >= keys.end) continue;
-      multiply_panels(width, keys, p_.head_size, w.q, size_ld_,
-                      panels(slot) + first * padded_depth<E>(p_.head_size), w.s, tile_ld_, w.rows, rows);
+      multiply_panels(width, keys, p_.head_size, w.q, size_ld_, panels(slot) + first * padded_depth<E>(p_.head_size),
+                      w.s, tile_ld_, w.rows, rows);
       const std::uint8_t state = state_.get()[slot * key_blocks_ + block];
       const void* from = values_at(document, kv, first);
       softmax_.tile(w, rows, first, keys, kept, uniform, state == Softmax::kDirty, from, p_.v.stride[2]);

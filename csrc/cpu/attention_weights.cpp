@@ -79,8 +79,8 @@ class Weights {
   void run_head(const Work& w, const Document& document, std::int64_t head, std::int64_t block) const {
     const std::int64_t query = block * kRowBlock, all = min_of(kRowBlock, p_.queries - query);
     const std::int64_t batch = document.batch;
-    T* out = static_cast<T*>(p_.weights) +
-             ((p_.average ? batch : batch * p_.heads + head) * p_.queries + query) * p_.keys;
+    T* out =
+        static_cast<T*>(p_.weights) + ((p_.average ? batch : batch * p_.heads + head) * p_.queries + query) * p_.keys;
     if (head == 0 || !p_.average) std::memset(out, 0, static_cast<std::size_t>(all * p_.keys) * sizeof(T));
     const std::int64_t rows = min_of(all, document.queries - query);
     if (rows <= 0) return;
@@ -98,8 +98,8 @@ class Weights {
       const Kept kept = scores_.look(w.rows, rows, first, given, uniform);
       const Range keys = kept.keys;
       if (keys.begin >= keys.end) continue;
-      multiply_panels(width, keys, p_.head_size, w.q, left_ld_,
-                      panels(batch * p_.kv_heads + kv_head, first), w.s, tile_ld_, w.rows, rows);
+      multiply_panels(width, keys, p_.head_size, w.q, left_ld_, panels(batch * p_.kv_heads + kv_head, first), w.s,
+                      tile_ld_, w.rows, rows);
       write(w, rows, first, keys, kept, uniform, lse, out + first);
     }
   }
