@@ -71,21 +71,22 @@ class Decode {
   explicit Decode(const AttentionForward& p)
       : p_(p),
         scores_(p, true),
+        longest_(p),
         group_(p.heads / p.kv_heads),
         kv_total_(p.batch * p.kv_heads),
         size_ld_(round_up(p.head_size, n)),
         value_ld_(round_up(p.value_size, n)),
         clean_(masks_keys(p)),
-        key_block_(min_of(kBlock, round_up(max_of<std::int64_t>(p.keys, 1), n))),
+        key_block_(min_of(kBlock, round_up(max_of<std::int64_t>(longest_.keys, 1), n))),
         tile_ld_(key_block_ + n),
         threads_(team_size(p.threads, 2.0 * static_cast<double>(p.batch * p.heads * p.queries) *
                                           static_cast<double>(keys_read(p)) *
                                           static_cast<double>(p.head_size + p.value_size))),
         parts_(parts()),
-        row_space_(round_up(group_ * p.queries, n)),
+        row_space_(round_up(group_ * longest_.queries, n)),
         softmax_(p, scores_, tile_ld_, value_ld_, row_space_),
         work_size_(round_up(softmax_.size() + row_space_ * size_ld_ + (clean_ ? key_block_ * value_ld_ : 0), 64)),
-        partial_size_(group_ * p.queries * softmax_.partial_size()),
+        partial_size_(group_ * longest_.queries * softmax_.partial_size()),
         work_(threads_ * work_size_),
         partial_(parts_ > 1 ? kv_total_ * parts_ * partial_size_ : 0),
         rows_(threads_ * row_space_) {}
@@ -117,7 +118,7 @@ class Decode {
  private:
   // Ranges of keys of one key head.
   int parts() const {
-    const int most = static_cast<int>(min_of<std::int64_t>(ceil_div(p_.keys, key_block_), 4 * threads_));
+    const int most = static_cast<int>(min_of<std::int64_t>(ceil_div(longest_.keys, key_block_), 4 * threads_));
     int parts = 1;
     while (parts < most && kv_total_ * parts % threads_ != 0 && kv_total_ * parts < 4 * threads_) ++parts;
     return parts;
@@ -184,6 +185,7 @@ class Decode {
 
   const AttentionForward& p_;
   const Scores<T> scores_;
+  const Longest longest_;
   const std::int64_t group_, kv_total_, size_ld_, value_ld_;
   const bool clean_;
   const std::int64_t key_block_, tile_ld_;

@@ -51,6 +51,24 @@ struct Document {
   }
 };
 
+// The most queries and keys that an entry has: what memory is taken for. There may be fewer than the call says.
+struct Longest {
+  std::int64_t queries = 0, keys = 0;
+
+  explicit Longest(const AttentionScores& p) {
+    if (p.cu_seqlens_q == nullptr && p.key_lengths == nullptr) {
+      queries = p.queries;
+      keys = p.keys;
+      return;
+    }
+    for (std::int64_t b = 0; b < p.batch; ++b) {
+      const Document document(p, b);
+      queries = max_of(queries, document.queries);
+      keys = max_of(keys, document.keys);
+    }
+  }
+};
+
 // One row of scores.
 struct ScoreRow {
   Range keys;                // it may read

@@ -27,9 +27,10 @@ class Backward {
   explicit Backward(const AttentionBackward& p)
       : p_(p),
         scores_(p, !kPairs),
+        longest_(p),
         group_(p.heads / p.kv_heads),
         kv_total_(p.batch * p.kv_heads),
-        row_total_(group_ * p.queries),
+        row_total_(group_ * longest_.queries),
         size_ld_(round_up(p.head_size, n)),
         value_ld_(round_up(p.value_size, n)),
         left_ld_(kPairs ? padded_depth<E>(p.head_size) : size_ld_),
@@ -42,7 +43,7 @@ class Backward {
                                           static_cast<double>(p.head_size + p.value_size))),
         wanted_parts_(wanted_parts()),
         key_block_(key_block()),
-        key_blocks_(ceil_div(p.keys, key_block_)),
+        key_blocks_(ceil_div(longest_.keys, key_block_)),
         parts_(static_cast<int>(max_of<std::int64_t>(1, min_of<std::int64_t>(wanted_parts_, key_blocks_)))),
         tile_ld_(key_block_ + n),
         row_space_(round_up(min_of(kRowBlock, row_total_), n)),
@@ -157,8 +158,8 @@ class Backward {
   // Small enough that each range of keys has some, more where they differ in work.
   std::int64_t key_block() const {
     const std::int64_t ranges = wanted_parts_ == 1 ? 1 : wanted_parts_ * (p_.left >= 0 || p_.right >= 0 ? 4 : 1);
-    const std::int64_t even = round_up(max_of<std::int64_t>(1, ceil_div(p_.keys, ranges)), kPanel<T>);
-    return min_of(kKeyBlock, min_of(even, round_up(max_of<std::int64_t>(1, p_.keys), n)));
+    const std::int64_t even = round_up(max_of<std::int64_t>(1, ceil_div(longest_.keys, ranges)), kPanel<T>);
+    return min_of(kKeyBlock, min_of(even, round_up(max_of<std::int64_t>(1, longest_.keys), n)));
   }
 
   // How many queries read the keys of a block, about.
@@ -500,6 +501,7 @@ class Backward {
 
   const AttentionBackward& p_;
   const Scores<T> scores_;
+  const Longest longest_;
   const std::int64_t group_, kv_total_, row_total_, size_ld_, value_ld_;
   const std::int64_t left_ld_, value_left_ld_;  // of q and grad_out as left operands
   const bool few_;                              // rows, so that packing keys and values does not pay
@@ -524,7 +526,8 @@ class Backward {
 void SEQKERNELS_ENTRY(attention_backward)(const AttentionBackward& p) {
   if (p.dtype == DType::kFloat64) return Backward<double, double>(p).run();
 #if defined(SEQKERNELS_DOT16)
-  if (multiplies_bfloat16(p) && p.heads / p.kv_heads * p.queries > kFewRows) return Backward<float, BFloat16>(p).run();
+  if (multiplies_bfloat16(p) && p.heads / p.kv_heads * Longest(p).queries > kFewRows)
+    return Backward<float, BFloat16>(p).run();
 #endif
   Backward<float, float>(p).run();
 }

@@ -30,23 +30,24 @@ class Forward {
   explicit Forward(const AttentionForward& p)
       : p_(p),
         scores_(p, !kPairs),
+        longest_(p),
         group_(p.heads / p.kv_heads),
         kv_total_(p.batch * p.kv_heads),
         size_ld_(kPairs ? padded_depth<E>(p.head_size) : round_up(p.head_size, n)),
         value_ld_(round_up(p.value_size, n)),
         clean_(masks_keys(p)),
-        key_block_(min_of(kKeyBlock, round_up(max_of<std::int64_t>(p.keys, 1), n))),
-        key_blocks_(ceil_div(p.keys, key_block_)),
+        key_block_(min_of(kKeyBlock, round_up(max_of<std::int64_t>(longest_.keys, 1), n))),
+        key_blocks_(ceil_div(longest_.keys, key_block_)),
         tile_ld_(key_block_ + n),
         threads_(team_size(p.threads, 2.0 * static_cast<double>(p.batch * p.heads * p.queries) *
                                           static_cast<double>(keys_read(p)) *
                                           static_cast<double>(p.head_size + p.value_size))),
         direct_(!kPairs && is_compute<T>(p.dtype) && p.value_size % n == 0 && p.v.stride[2] == p.value_size),
         own_(threads_ == 1 || kv_total_ >= 8 * threads_),
-        row_space_(round_up(min_of(kRowBlock, group_ * p.queries), n)),
+        row_space_(round_up(min_of(kRowBlock, group_ * longest_.queries), n)),
         softmax_(p, scores_, tile_ld_, value_ld_, row_space_),
-        panel_size_(round_up(p.keys, n) * padded_depth<E>(p.head_size)),
-        values_size_(direct_ && !clean_ ? 0 : round_up(p.keys, 2) * value_ld_),
+        panel_size_(round_up(longest_.keys, n) * padded_depth<E>(p.head_size)),
+        values_size_(direct_ && !clean_ ? 0 : round_up(longest_.keys, 2) * value_ld_),
         slots_(own_ ? threads_ : slots()),
         rounds_(own_ ? 1 : ceil_div(kv_total_, slots_)),
         work_size_(softmax_.size()),
@@ -117,7 +118,7 @@ class Forward {
     }
     barrier_.wait(threads);
     // Last blocks first: under causality they have the most keys.
-    const std::int64_t most = RowBlocks(group_ * p_.queries, p_.queries, kRowBlock).count;
+    const std::int64_t most = RowBlocks(group_ * longest_.queries, longest_.queries, kRowBlock).count;
     for (std::int64_t i; (i = take(round)) < count * most;) {
       const std::int64_t kv = first + i % count, index = most - 1 - i / count;
       const Document document(p_, kv / p_.kv_heads);
@@ -199,6 +200,7 @@ class Forward {
 
   const AttentionForward& p_;
   const Scores<T> scores_;
+  const Longest longest_;
   const std::int64_t group_, kv_total_, size_ld_, value_ld_;
   const bool clean_;  // values that are not finite must not reach rows that do not read them
   const std::int64_t key_block_, key_blocks_, tile_ld_;
@@ -220,7 +222,7 @@ class Forward {
 
 template <class T, class E>
 void forward(const AttentionForward& p) {
-  if (p.heads / p.kv_heads * p.queries <= kFewRows) {
+  if (p.heads / p.kv_heads * Longest(p).queries <= kFewRows) {
     Decode<T>(p).run();
   } else {
     Forward<T, E>(p).run();

@@ -75,3 +75,16 @@ def test_values_behind_masks_do_not_show(queries, dtype):
             k[:, :, hidden], v[:, :, hidden] = torch.nan, torch.inf
             found = attention(inputs.q, k, v, inputs.mask)
         assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+
+
+def test_memory_is_taken_for_what_there_is():
+    lengths = torch.tensor([0, 3, 20, 21], dtype=torch.int32)
+    q, k, v = (torch.randn(1, 4, 21, 8, requires_grad=True) for _ in range(3))
+    found = []
+    for longest in (17, 2**40):
+        out, _ = attention(
+            q, k, v, cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=longest, max_seqlen_k=longest, right=0
+        )
+        found.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
