@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..cells import accumulate_dtype
-from ..scores import Scores, dropout_threshold
+from ..scores import Scores
+from ._eager import apart, gradients
 from .attention import _BIAS, _PACKED, _SINK, _library, _sink_gradient, _Tensors, attend, forward_op, weights_op
 from .attention import backward_op as attention_backward_op
 
@@ -38,10 +39,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Te
 
 def _dense_weights(q: Tensor, k: Tensor, scores: Scores) -> Tensor:
     """(B, Hq, M, N) weights after dropout, differentiable any number of times."""
-    from ..backends.reference.attention import attention, attention_weights
+    from ..backends.reference.attention import drop, weigh
 
-    _, lse = attention(q, k, k[..., :1], scores)
-    return attention_weights(q, k, lse, scores, False)
+    scored, weights, _ = weigh(q, k, k[..., :1], scores)
+    return drop(weights, scored.dropped, scores.dropout_p)
 
 
 def of_heads(scores: Scores, heads: slice) -> Scores:
@@ -59,22 +60,6 @@ def of_heads(scores: Scores, heads: slice) -> Scores:
     )
 
 
-def _dropped_of_head(scores: Scores, shape: tuple[int, int, int, int], head: int) -> Tensor:
-    """(B, 1, M, N) of `seqkernels.backends.reference.attention.dropped`, without the other heads."""
-    from ..backends.reference.attention import DROPOUT_BLOCK
-    from ..backends.reference.philox import words
-
-    assert scores.seed is not None
-    batch, heads, queries, keys = shape
-    device = scores.seed.device
-    blocks, counters = -(-keys // DROPOUT_BLOCK), DROPOUT_BLOCK // 4
-    first = (torch.arange(batch, device=device) * heads + head) * queries
-    rows = first.view(-1, 1, 1, 1) + torch.arange(queries, device=device).view(-1, 1, 1)
-    place = torch.arange(blocks * counters, device=device).view(blocks, 1, counters)
-    found = torch.cat(words(scores.seed, rows.unsqueeze(-1) * (blocks * counters) + place), -2)
-    return found.view(batch, 1, queries, blocks * DROPOUT_BLOCK)[..., :keys] < dropout_threshold(scores.dropout_p)
-
-
 def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, scores: Scores, average: bool, needs: list[bool]
 ) -> list[Tensor | None]:
@@ -83,42 +68,36 @@ def _gradients(
     The log-sum-exp is computed again: one that was rounded otherwise than the scores here makes the difference
     ``dP - sum_j p dP`` wrong by as much as the sum is larger than it.
     """
-    from ..backends.reference.attention import attention, attention_weights, pad, unpad
+    from ..backends.reference.attention import drop, dropped, unpad, weigh
 
-    acc = accumulate_dtype(q.dtype)
     group = q.shape[1] // max(k.shape[1], 1)
     parts: list[list[Tensor]] = [[], [], [], []]
     for head in range(q.shape[1]):
         one = slice(head, head + 1)
-        query, key = q[:, one].to(acc), k[:, head // group : head // group + 1].to(acc)
+        key = k[:, head // group : head // group + 1]
         part = of_heads(scores, one)._replace(dropout_p=0.0, seed=None)
-        _, level = attention(query, key, key[..., :1], part)
-        weights = attention_weights(query, key, level, part, False)
+        scored, weights, level = weigh(q[:, one], key, key[..., :1], part)
         cotangent = grad.unsqueeze(1) / q.shape[1] if average else grad[:, one]
-        if scores.dropout_p > 0.0:
-            drop = _dropped_of_head(scores, scores.shape(q, k), head)
-            cotangent = torch.where(drop, 0, cotangent / max(1.0 - scores.dropout_p, 2.0**-60))
+        if scores.dropout_p > 0.0 and scores.seed is not None:
+            gone = dropped(scores.seed, scores.shape(q, k), scores.dropout_p, head)
+            cotangent = drop(cotangent, gone, scores.dropout_p)
         weighed = torch.where(weights != 0, weights * cotangent, 0)
         sums = weighed.sum(-1)
         grad_scores = weighed - weights * sums.unsqueeze(-1)
         if needs[2] and part.bias is not None:
             parts[2].append(grad_scores.sum_to_size(part.bias.shape))
-        rows, keys = part.cu_seqlens_q, part.cu_seqlens_k
         if needs[3] and part.sink is not None:
-            sums = sums if rows is None else unpad(sums, rows, q.shape[2])
             alone = torch.where(level == -torch.inf, -torch.inf, part.sink.view(-1, 1) - level).exp()
             parts[3].append(-(alone * sums).sum((0, 2)))
-        if rows is not None and keys is not None:
-            query, key = pad(query, rows, part.max_seqlen_q), pad(key, keys, part.max_seqlen_k)
-        key = torch.where(key.isfinite(), key, 0)
         if part.softcap != 0.0:
-            slope = 1 - (query @ key.transpose(2, 3) * (part.scale / part.softcap)).tanh().square()
+            slope = 1 - (scored.raw / part.softcap).tanh().square()
             grad_scores = torch.where(weights != 0, grad_scores * slope, 0)
+        rows, keys = part.cu_seqlens_q, part.cu_seqlens_k
         if needs[0]:
-            found = grad_scores @ key * part.scale
+            found = grad_scores @ scored.keys * part.scale
             parts[0].append(found if rows is None else unpad(found, rows, q.shape[2]))
         if needs[1]:
-            found = grad_scores.transpose(2, 3) @ query * part.scale
+            found = grad_scores.transpose(2, 3) @ scored.q * part.scale
             parts[1].append(found if keys is None else unpad(found, keys, k.shape[2]))
     return [
         _join(column, x) if need and x is not None else None
@@ -229,13 +208,12 @@ class _ColumnSums(torch.autograd.Function):
         rows = q.new_ones(()).expand(*q.shape[:3], 1)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             scores = Scores.unpack(tensors, ctx.numbers, ctx.settings)
-            # Views: one input may be another, or `grad` come from it, and yet gets a gradient of its own.
-            q, k = q.view_as(q), k.view_as(k)
-            bias, sink = (None if x is None else x.view_as(x) for x in (scores.bias, scores.sink))
+            inputs = apart((q, k, scores.bias, scores.sink))
+            q, k, bias, sink = inputs
+            assert q is not None
+            assert k is not None
             out, _ = attend(q, k, values, scores._replace(bias=bias, sink=sink))
-            wanted = [x for x, need in zip((q, k, bias, sink), needs, strict=True) if need and x is not None]
-            every = iter(torch.autograd.grad(out, wanted, rows, create_graph=True, materialize_grads=True))
-            return _placed(ctx, needs, [next(every) if need else None for need in needs])
+            return _placed(ctx, needs, gradients([out], [rows], inputs, needs))
         out, lse = forward_op(q, k, values, tensors, ctx.numbers, ctx.settings)
         some = [needs[0], needs[1], False, needs[2]]
         found = attention_backward_op([rows, None], q, k, values, out, lse, tensors, ctx.numbers, ctx.settings, some)

@@ -21,7 +21,7 @@ from .philox import words
 DROPOUT_BLOCK = 64
 
 
-def dropped(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
+def dropped(seed: Tensor, shape: Sequence[int], dropout_p: float, head: int | None = None) -> Tensor:
     """Which weights of attention the dropout takes: a function of the seed and of the place of a weight alone.
 
     Weight (b, h, i, j) has row ``r = (b Hq + h) M + i``; its random word is word ``(j % 64) // 16`` of Philox4x32-10
@@ -32,17 +32,23 @@ def dropped(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
         seed: () int64.
         shape: (B, Hq, M, N).
         dropout_p: probability to drop a weight.
+        head: the only one of the Hq heads that is wanted; all of them by default.
 
     Returns:
-        (B, Hq, M, N) bool.
+        (B, Hq, M, N) bool, or of one head (B, 1, M, N).
     """
     batch, heads, queries, keys = shape
-    blocks = -(-keys // DROPOUT_BLOCK)
-    rows = batch * heads * queries
-    counters = DROPOUT_BLOCK // 4
-    counter = torch.arange(rows * blocks * counters, device=seed.device).view(rows, blocks, 1, counters)
-    found = torch.cat(words(seed, counter), 2).view(batch, heads, queries, blocks * DROPOUT_BLOCK)
+    blocks, counters = -(-keys // DROPOUT_BLOCK), DROPOUT_BLOCK // 4
+    rows = torch.arange(batch * heads * queries, device=seed.device).view(batch, heads, queries, 1, 1, 1)
+    rows = rows if head is None else rows[:, head : head + 1]
+    counter = rows * (blocks * counters) + torch.arange(blocks * counters, device=seed.device).view(blocks, 1, counters)
+    found = torch.cat(words(seed, counter), 4).view(*rows.shape[:3], blocks * DROPOUT_BLOCK)
     return found[..., :keys] < dropout_threshold(dropout_p)
+
+
+def drop(x: Tensor, gone: Tensor | None, dropout_p: float) -> Tensor:
+    """Weights, or their gradient, after dropout of those that are `gone`; without dropout as they are."""
+    return x if gone is None else torch.where(gone, 0, x / max(1.0 - dropout_p, 2.0**-60))
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -90,16 +96,12 @@ class _Scored(NamedTuple):
     """What both directions compute first, with all N keys of every query, in the accumulation dtype."""
 
     q: Tensor  # (B, Hq, M, D)
-    keys: Tensor  # (B, Hq, N, D)
+    keys: Tensor  # (B, Hq, N, D), 0 where not finite
     values: Tensor  # (B, Hq, N, Dv)
     keep: Tensor  # (B, Hq, M, N) bool: which keys each query may read
-    raw: Tensor  # scale q k^T
+    raw: Tensor  # scale q k^T of these keys
     scores: Tensor  # -inf where not kept
     dropped: Tensor | None
-
-
-def _diagonal(scores: Scores, queries: Tensor | int, keys: Tensor | int) -> Tensor | int:
-    return keys - queries if scores.bottom_right else 0
 
 
 def _keep(scores: Scores, shape: tuple[int, int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,7 @@ def _keep(scores: Scores, shape: tuple[int, int, int, int], device: torch.device
         # A document's length is never less than what it was said to have.
         keys = torch.clamp(scores.key_lengths.view(-1, 1, 1, 1), max=keys)
         keep = keep & (j < keys)
-    behind = j - i - _diagonal(scores, queries, keys)
+    behind = j - i - (keys - queries if scores.bottom_right else 0)
     if scores.left != UNBOUNDED:
         keep = keep & (behind >= -scores.left)
     if scores.right != UNBOUNDED:
@@ -137,18 +139,20 @@ def _score(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> _Scored:
     q, k, v = q.to(acc), _heads(k, shape[1]).to(acc), _heads(v, shape[1]).to(acc)
     keep, behind = _keep(scores, shape, q.device)
     poison = torch.where(k.isfinite().all(-1), 0.0, torch.nan).to(acc).unsqueeze(2)
-    raw = q @ _finite(k).transpose(2, 3) * scores.scale + poison
-    found = raw if scores.softcap == 0.0 else scores.softcap * (raw / scores.softcap).tanh()
+    k = _finite(k)
+    raw = q @ k.transpose(2, 3) * scores.scale
+    # The derivative of tanh is not to meet what is not finite.
+    found = (raw if scores.softcap == 0.0 else scores.softcap * (raw / scores.softcap).tanh()) + poison
     if scores.bias is not None:
         bias = scores.bias.to(acc)
         found = found + torch.where(bias == -torch.inf, 0, bias)
     if scores.alibi_slopes is not None:
         slopes = scores.alibi_slopes.to(acc).expand(shape[0], -1)[..., None, None]
         found = found - slopes * behind.abs()
-    drop = None
+    gone = None
     if scores.dropout_p > 0.0 and scores.seed is not None:
-        drop = dropped(scores.seed, shape, scores.dropout_p)
-    return _Scored(q, k, v, keep, raw, torch.where(keep, found, -torch.inf), drop)
+        gone = dropped(scores.seed, shape, scores.dropout_p)
+    return _Scored(q, k, v, keep, raw, torch.where(keep, found, -torch.inf), gone)
 
 
 def _log_sum_exp(scored: _Scored, sink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -166,14 +170,16 @@ def _log_sum_exp(scored: _Scored, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     return alive | (rows != -torch.inf), torch.where(alive, torch.where(alive, lse, 0).logaddexp(rows), rows)
 
 
-def _keeping(scored: _Scored, x: Tensor, dropout_p: float) -> Tensor:
-    """Weights, or their gradient, after dropout."""
-    return x if scored.dropped is None else torch.where(scored.dropped, 0, x / max(1.0 - dropout_p, 2.0**-60))
-
-
 def _weigh(scored: _Scored, alive: Tensor, lse: Tensor) -> Tensor:
     """Weights before dropout."""
     return torch.where(scored.keep, (scored.scores - torch.where(alive, lse, 0).unsqueeze(-1)).exp(), 0)
+
+
+def weigh(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[_Scored, Tensor, Tensor]:
+    """The scores, the weights before dropout, and the log-sum-exp (B, Hq, M); documents are padded."""
+    scored = _score(q, k, v, scores)
+    alive, lse = _log_sum_exp(scored, scores.sink)
+    return scored, _weigh(scored, alive, lse), lse
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -186,10 +192,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, 
     Returns:
         ``out`` (B, Hq, M, Dv) and ``lse`` (B, Hq, M).
     """
-    scored = _score(q, k, v, scores)
-    alive, lse = _log_sum_exp(scored, scores.sink)
-    weights = _keeping(scored, _weigh(scored, alive, lse), scores.dropout_p)
-    out = weights @ _finite(scored.values)
+    scored, weights, lse = weigh(q, k, v, scores)
+    out = drop(weights, scored.dropped, scores.dropout_p) @ _finite(scored.values)
     leaks = scored.keep.to(out.dtype) @ (~scored.values.isfinite()).to(out.dtype) > 0
     out = torch.where(leaks, torch.nan, out)
     if scores.cu_seqlens_q is not None:
@@ -257,14 +261,14 @@ def attention_backward(
     delta = (grad * padded_out).sum(-1)
     if padded_lse is not None:
         delta = delta - padded_lse
-    grad_weights = _keeping(scored, grad @ _finite(scored.values).transpose(2, 3), scores.dropout_p)
+    grad_weights = drop(grad @ _finite(scored.values).transpose(2, 3), scored.dropped, scores.dropout_p)
     grad_scores = torch.where(scored.keep, weights * (grad_weights - delta.unsqueeze(-1)), 0)
     grad_raw = grad_scores
     if scores.softcap != 0.0:
         grad_raw = torch.where(scored.keep, grad_scores * (1 - (scored.raw / scores.softcap).tanh() ** 2), 0)
-    grad_q = grad_raw @ _finite(scored.keys) * scores.scale
+    grad_q = grad_raw @ scored.keys * scores.scale
     grad_k = _ungroup(grad_raw.transpose(2, 3) @ scored.q * scores.scale, k)
-    grad_v = _ungroup(_keeping(scored, weights, scores.dropout_p).transpose(2, 3) @ grad, v)
+    grad_v = _ungroup(drop(weights, scored.dropped, scores.dropout_p).transpose(2, 3) @ grad, v)
     if rows is not None and keys is not None:
         grad_q = unpad(grad_q, rows, q.shape[2])
         grad_k, grad_v = unpad(grad_k, keys, k.shape[2]), unpad(grad_v, keys, k.shape[2])
@@ -292,7 +296,7 @@ def attention_weights(q: Tensor, k: Tensor, lse: Tensor, scores: Scores, average
     scored = _score(q, k, k[..., :1], scores)
     rows = _rows(lse, scores)
     assert rows is not None
-    weights = _keeping(scored, _weigh(scored, rows != -torch.inf, rows), scores.dropout_p)
+    weights = drop(_weigh(scored, rows != -torch.inf, rows), scored.dropped, scores.dropout_p)
     return weights.mean(1) if average else weights
 
 
