@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._rotary import rotate
 from ..cells import accumulate_dtype
 from ..ops.attention import check
 from .arguments import (
@@ -139,8 +140,8 @@ def flash_attn_with_kvcache(
             # Without causality and a window all queries are at the first place.
             turned = q.shape[1] if local else min(1, q.shape[1])
             cos, sin = (_angles(x, filled, max(new, turned), q.dtype) for x in (rotary_cos, rotary_sin))
-            k = _rotate(k, cos[:, :new], sin[:, :new], rotary_interleaved)
-            q = _rotate(q, cos[:, :turned], sin[:, :turned], rotary_interleaved)
+            k = rotate(k, cos[:, :new], sin[:, :new], rotary_interleaved)
+            q = rotate(q, cos[:, :turned], sin[:, :turned], rotary_interleaved)
         if k is not None and v is not None:
             _append(k_cache, k, filled, rows, pages)
             _append(v_cache, v, filled, rows, pages)
@@ -266,17 +267,6 @@ def _angles(table: Tensor, filled: _Filled, count: int, dtype: torch.dtype) -> T
     else:
         found = table[filled.lengths[:, None] + torch.arange(count, device=table.device)]
     return found.to(accumulate_dtype(dtype)).unsqueeze(2)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """`x` (B, L, H, D) with its first elements rotated by angles (B or 1, L or 1, 1, half)."""
-    size = 2 * cos.shape[-1]
-    head = x[..., :size].to(cos.dtype)
-    a, b = (head[..., 0::2], head[..., 1::2]) if interleaved else head.chunk(2, -1)
-    pair = a * cos - b * sin, a * sin + b * cos
-    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    turned = turned.to(x.dtype)
-    return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), -1)
 
 
 def _append(cache: Tensor, x: Tensor, filled: _Filled, rows: Tensor | None, pages: Tensor | None) -> None:

@@ -9,14 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cells import DTYPES
+from .._rotary import rotate
+from ..cells import DTYPES, accumulate_dtype
 
 _SCALINGS = (None, "linear", "dynamic", "yarn")
 _FIRST_ROWS = 64
-
-
-def _table_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_encoding_input(name: str, x: Any) -> None:
@@ -222,7 +219,7 @@ class RotaryEmbedding(_Tables):
                     f" on {k.device}"
                 )
             _check_places(positions, offset, k, length)
-        dtype = _table_dtype(q.dtype)
+        dtype = accumulate_dtype(q.dtype)
         if positions is None:
             cos, sin = self._rows(offset, offset + length, q.device, dtype)
         else:
@@ -262,12 +259,7 @@ class RotaryEmbedding(_Tables):
         if cos.dim() > 2:
             shape = (*cos.shape[:-2], *(1,) * (x.dim() - cos.dim()), *cos.shape[-2:])
             cos, sin = cos.view(shape), sin.view(shape)
-        turned = x[..., : self.dim]
-        pairs, sizes = (-1, (self.dim // 2, 2)) if self.interleaved else (-2, (2, self.dim // 2))
-        a, b = turned.to(cos.dtype).unflatten(-1, sizes).unbind(pairs)
-        both = (torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin))
-        turned = torch.stack(both, pairs).flatten(-2).to(x.dtype)
-        return turned if self.dim == x.shape[-1] else torch.cat((turned, x[..., self.dim :]), -1)
+        return rotate(x, cos, sin, self.interleaved)
 
     def _depends_on_length(self, length: int) -> bool:
         return self.scaling == "dynamic" and length > (self.original_max_position or 0)
@@ -432,7 +424,7 @@ class SinusoidalEncoding(_Tables):
             ValueError, TypeError: the message names the argument, what it was and what is allowed.
         """
         length_dim = _check_encoded(x, self.dim, positions, offset, self.batch_first)
-        dtype = _table_dtype(x.dtype)
+        dtype = accumulate_dtype(x.dtype)
         if positions is None:
             (rows,) = self._rows(offset, offset + x.shape[length_dim], x.device, dtype)
         else:
