@@ -235,18 +235,17 @@ class AdditiveAttention(nn.Module):
         dtype = value.dtype
         if keep is not None:
             unread = ~keep.any(-2).unsqueeze(-1)
-            key, value = key.masked_fill(unread, 0), value.masked_fill(unread, 0)
-            projected = None if projected is None else projected.masked_fill(unread, 0)
+            same, value = value is key, value.masked_fill(unread, 0)
+            if projected is not None:
+                projected = projected.masked_fill(unread, 0)
+            else:
+                key = value if same else key.masked_fill(unread, 0)
         q, k = self._projections(query, key, projected)
-        value = value.to(accumulate_dtype(dtype))
-        score, grads = self.weight_score, torch.is_grad_enabled()
-        grads = grads and any(x.requires_grad for x in (q, k, score, value))
+        score, value = self.weight_score, value.to(k.dtype)
+        grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, score, value))
         parts = []
-        step = self._step(k)
-        for start in range(0, max(q.shape[-2], 1), step):
-            rows = slice(start, start + step)
-            mask = keep if keep is None or keep.shape[-2] == 1 else keep[..., rows, :]
-            inputs = (q[..., rows, :], k, score, value, mask)
+        for rows, mask in self._chunks(q, k, keep):
+            inputs = (rows, k, score, value, mask)
             if grads:
                 parts.append(checkpoint(_additive, *inputs, use_reentrant=False, preserve_rng_state=False))
             else:
@@ -268,11 +267,7 @@ class AdditiveAttention(nn.Module):
         """
         keep = self._check(query, key, key, keep, lengths, projected)
         q, k = self._projections(query, key, projected)
-        step, parts = self._step(k), []
-        for start in range(0, max(q.shape[-2], 1), step):
-            rows = slice(start, start + step)
-            mask = keep if keep is None or keep.shape[-2] == 1 else keep[..., rows, :]
-            parts.append(_softmax(_additive_scores(q[..., rows, :], k, self.weight_score), mask, -1))
+        parts = [_additive_weights(rows, k, self.weight_score, mask) for rows, mask in self._chunks(q, k, keep)]
         return torch.cat(parts, -2).to(key.dtype)
 
     def extra_repr(self) -> str:
@@ -286,8 +281,13 @@ class AdditiveAttention(nn.Module):
         acc = accumulate_dtype(q.dtype)
         return q.to(acc), k.to(acc)
 
-    def _step(self, k: Tensor) -> int:
-        return self.chunk_size or max(1, _CHUNK_ELEMENTS // max(1, k.numel()))
+    def _chunks(self, q: Tensor, k: Tensor, keep: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """Queries, some at a time, and the mask of these."""
+        step = self.chunk_size or max(1, _CHUNK_ELEMENTS // max(1, k.numel()))
+        queries = q.split(step, -2)
+        if keep is None or keep.shape[-2] == 1:
+            return [(rows, keep) for rows in queries]
+        return list(zip(queries, keep.split(step, -2), strict=True))
 
     def _check(
         self,
@@ -317,14 +317,13 @@ class AdditiveAttention(nn.Module):
         return there if keep is None else keep & there
 
 
-def _additive_scores(q: Tensor, k: Tensor, score: Tensor) -> Tensor:
+def _additive_weights(q: Tensor, k: Tensor, score: Tensor, keep: Tensor | None) -> Tensor:
     # The sum is fresh memory and its value needed by nobody.
-    return (q.unsqueeze(-2) + k.unsqueeze(-3)).tanh_() @ score.to(k.dtype)
+    return _softmax((q.unsqueeze(-2) + k.unsqueeze(-3)).tanh_() @ score.to(k.dtype), keep, -1)
 
 
 def _additive(q: Tensor, k: Tensor, score: Tensor, value: Tensor, keep: Tensor | None) -> Tensor:
-    weights = _softmax(_additive_scores(q, k, score), keep, -1)
-    return weights @ value.to(weights.dtype)
+    return _additive_weights(q, k, score, keep) @ value
 
 
 def _softmax(scores: Tensor, keep: Tensor | None, dim: int) -> Tensor:
