@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..ops.attention import check, weights_op
+from ..ops.attention import check
+from ..ops.weights import weights
 from ..scores import Scores
 from .arguments import build_scores, check_heads, check_int32, check_pages, integer, readable, run
 
@@ -310,10 +311,9 @@ def _signed_weights(q: Tensor, k: Tensor, lse: Tensor, scores: Scores) -> Tensor
     if scores.dropout_p == 0.0:
         return q.new_empty(0)
     with torch.no_grad():
-        q, k, lse = q.detach(), k.detach(), lse.detach()
-        kept = weights_op(q, k, lse, *scores.pack(), False)
-        weights = weights_op(q, k, lse, *scores._replace(dropout_p=0.0, seed=None).pack(), False)
-        return torch.where(kept == 0, -weights, weights).to(q.dtype)
+        kept = weights(q, k, lse, scores)
+        every = weights(q, k, lse, scores._replace(dropout_p=0.0, seed=None))
+        return torch.where(kept == 0, -every, every).to(q.dtype)
 
 
 def _check_documents(cu_seqlens_q: Any, cu_seqlens_k: Any, q: Tensor) -> int:

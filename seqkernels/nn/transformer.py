@@ -162,7 +162,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         is_causal = _is_causal(mask, is_causal, src, first.self_attn.batch_first)
         if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
             # Layers of others were written for what torch's encoder hands on.
-            mask, padding = (_floating(x, src.dtype) for x in (mask, padding))
+            mask, padding = (None if x is None else _floating(x, src.dtype) for x in (mask, padding))
         for layer in self.layers:
             src = layer(src, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding)
         return src if self.norm is None else self.norm(src)
@@ -310,9 +310,9 @@ class Transformer(nn.Transformer):
         )
 
 
-def _floating(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _floating(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask as one of `dtype` with -inf where nothing is read; others as they are."""
-    if mask is None or mask.dtype != torch.bool:
+    if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
 
@@ -339,6 +339,4 @@ def _is_causal(mask: Tensor | None, is_causal: bool | None, x: Tensor, batch_fir
     if mask.shape != (size, size):
         return False
     later = torch.ones(size, size, dtype=torch.bool, device=mask.device).triu(1)
-    if mask.dtype == torch.bool:
-        return torch.equal(mask, later)
-    return torch.equal(mask, torch.zeros_like(mask).masked_fill_(later, -torch.inf))
+    return torch.equal(mask, later if mask.dtype == torch.bool else _floating(later, mask.dtype))
