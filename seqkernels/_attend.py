@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cells import DTYPES, accumulate_dtype
 from .ops import weights
-from .ops.attention import attend, check
+from .ops.attention import FARTHEST, LONGEST, attend, check
 from .scores import UNBOUNDED, Scores
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -139,7 +139,7 @@ def attention(
     )
     full = scores.shape(q, k)
     scores = scores._replace(
-        mask=_mask(keep, drop, full),
+        mask=_mask(keep, drop, full, q.device),
         bias=None if bias is None else _broadcastable("bias", bias, full),
         key_lengths=_key_lengths(key_lengths, scores, full),
         alibi_slopes=None if alibi_slopes is None else _floating("alibi_slopes", alibi_slopes).to(torch.float32),
@@ -212,7 +212,7 @@ def _window(window: Any, is_causal: bool) -> tuple[int, int]:
         raise TypeError(f"window: expected an integer, a pair (left, right) of integers or None, got {window!r}")
     if any(side is not None and side < 0 for side in sides):
         raise ValueError(f"window: expected at least 0, or None for no bound, got {window!r}")
-    left, right = (UNBOUNDED if side is None else side for side in sides)
+    left, right = (UNBOUNDED if side is None else min(side, FARTHEST) for side in sides)
     return left, 0 if is_causal else right
 
 
@@ -227,7 +227,7 @@ def _broadcastable(name: str, x: Tensor, full: tuple[int, ...]) -> Tensor:
     return x[(None,) * missing] if missing else x
 
 
-def _mask(keep: Tensor | None, drop: Tensor | None, full: tuple[int, ...]) -> Tensor | None:
+def _mask(keep: Tensor | None, drop: Tensor | None, full: tuple[int, ...], device: torch.device) -> Tensor | None:
     if keep is not None and drop is not None:
         raise ValueError("keep, drop: expected at most one of the two, got both")
     for name, x in (("keep", keep), ("drop", drop)):
@@ -236,6 +236,8 @@ def _mask(keep: Tensor | None, drop: Tensor | None, full: tuple[int, ...]) -> Te
         mask = _broadcastable(name, x, full)
         if mask.dtype != torch.bool:
             raise TypeError(f"{name}: expected torch.bool, got {mask.dtype}")
+        if mask.device != device:
+            raise ValueError(f"{name}: expected on {device} as q, got {mask.device}")
         return mask if name == "keep" else ~mask
     return None
 
@@ -339,8 +341,8 @@ def _starts(
         return starts.to(torch.int32), int(lengths.max()) if lengths.shape[0] else 0
     if not _is_integer(most):
         raise TypeError(f"{name_of_most}: expected an integer or None, got {type(most).__name__}")
-    if most < 0:
-        raise ValueError(f"{name_of_most}: expected at least 0, got {most}")
+    if not 0 <= most <= LONGEST:
+        raise ValueError(f"{name_of_most}: expected from 0 to {LONGEST}, got {most}")
     _require(lengths <= most, lengths, f"{name_of_most}: expected no document of {name} longer than {most}")
     return starts.to(torch.int32), most
 

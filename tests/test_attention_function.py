@@ -274,7 +274,7 @@ WRONG_DOCUMENTS = [
     ({"cu_seqlens_k": STARTS_K + 1}, r"cu_seqlens_k: .* at most 12, .*, got \[1, 4, 6, 13\]"),
     ({"max_seqlen_q": 4}, r"max_seqlen_q: expected no document of cu_seqlens_q longer than 4, got \[3, 0, 5\]"),
     ({"max_seqlen_k": 6}, r"max_seqlen_k: .* of cu_seqlens_k longer than 6, got \[3, 2, 7\]"),
-    ({"max_seqlen_q": -1}, "max_seqlen_q: expected at least 0, got -1"),
+    ({"max_seqlen_q": -1}, "max_seqlen_q: expected from 0 to 2147483647, got -1"),
     ({"max_seqlen_q": 5.0}, "max_seqlen_q: expected an integer or None, got float"),
     ({"key_lengths": torch.tensor([3, 3, 7])}, r"key_lengths: .* number of keys of each document, got \[3, 3, 7\]"),
     ({"cu_seqlens_q": STARTS.to("meta")}, "cu_seqlens_q: expected on cpu as q, got meta"),

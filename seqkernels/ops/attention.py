@@ -31,6 +31,11 @@ _library.define(f"attention_weights(Tensor q, Tensor k, Tensor lse, {_PACKED}, b
 
 _Tensors = list[Tensor | None]
 
+#: The most that a bound of a window may be, so that sums with places of keys are numbers of 64 bits.
+FARTHEST = 1 << 62
+#: The most rows of a document: where documents begin are numbers of 32 bits.
+LONGEST = (1 << 31) - 1
+
 
 def _implementation(q: Tensor, k: Tensor, scores: Scores, *more: str) -> Any:
     features = scores.features(q, k)
@@ -39,10 +44,14 @@ def _implementation(q: Tensor, k: Tensor, scores: Scores, *more: str) -> Any:
     return backends.implementation(backends.Call("attention", q.device.type, q.dtype, "", features))
 
 
+def _unpacked(tensors: _Tensors, numbers: list[float], settings: list[int]) -> Scores:
+    return Scores.unpack([_resolved(x) for x in tensors], numbers, settings)
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, tensors: _Tensors, numbers: list[float], settings: list[int]
 ) -> tuple[Tensor, Tensor]:
-    scores = Scores.unpack(tensors, numbers, settings)
+    scores = _unpacked(tensors, numbers, settings)
     found: tuple[Tensor, Tensor] = _implementation(q, k, scores).attention_forward(q, k, v, scores)
     return found
 
@@ -59,9 +68,9 @@ def _backward(
     settings: list[int],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scores = Scores.unpack(tensors, numbers, settings)
+    scores = _unpacked(tensors, numbers, settings)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(q, k, scores).attention_backward(
-        *grads, q, k, v, out, lse, scores, needs
+        *map(_resolved, grads), q, k, v, out, lse, scores, needs
     )
     return found
 
@@ -75,7 +84,7 @@ def _weights(
     settings: list[int],
     average: bool,
 ) -> Tensor:
-    scores = Scores.unpack(tensors, numbers, settings)
+    scores = _unpacked(tensors, numbers, settings)
     found: Tensor = _implementation(q, k, scores, "weights").attention_weights(q, k, lse, scores, average)
     return found
 
@@ -291,8 +300,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> None:
         if extra.dim() != 4 or any(have != 1 and have != want for have, want in zip(extra.shape, full, strict=True)):
             raise ValueError(f"{name}: expected 4 dimensions, each 1 or as in {full}, got {tuple(extra.shape)}")
     for name, bound in (("left", scores.left), ("right", scores.right)):
-        if bound < UNBOUNDED:
-            raise ValueError(f"{name}: expected at least 0, or {UNBOUNDED} for no bound, got {bound}")
+        if not UNBOUNDED <= bound <= FARTHEST:
+            raise ValueError(f"{name}: expected from 0 to {FARTHEST}, or {UNBOUNDED} for no bound, got {bound}")
     batch, heads = full[:2]
     if scores.key_lengths is not None:
         _check_tensor("key_lengths", scores.key_lengths, (torch.int32,), ((batch,),), q)
@@ -302,8 +311,13 @@ def check(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> None:
             raise ValueError("alibi_slopes: has no gradient; a bias has one")
     if scores.sink is not None:
         _check_tensor("sink", scores.sink, (acc,), ((heads,),), q)
-    if not 0.0 <= scores.softcap < float("inf"):
-        raise ValueError(f"softcap: expected a positive number, or 0 for none, got {scores.softcap}")
+    # What is more or less has no inverse in the accumulation dtype.
+    least = torch.finfo(acc).tiny
+    if scores.softcap != 0.0 and not least <= scores.softcap <= 1 / least:
+        raise ValueError(
+            f"softcap: expected a positive number, or 0 for none, got {scores.softcap}; with {q.dtype} from"
+            f" {least:.3g} to {1 / least:.3g}"
+        )
     if not 0.0 <= scores.dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {scores.dropout_p}")
     if scores.dropout_p > 0.0:
@@ -326,8 +340,8 @@ def _check_documents(q: Tensor, scores: Scores) -> None:
                 f" {tuple(scores.cu_seqlens_q.shape)} as cu_seqlens_q, got {shape}"
             )
     for name, most in (("max_seqlen_q", scores.max_seqlen_q), ("max_seqlen_k", scores.max_seqlen_k)):
-        if most < 0:
-            raise ValueError(f"{name}: expected at least 0, got {most}")
+        if not 0 <= most <= LONGEST:
+            raise ValueError(f"{name}: expected from 0 to {LONGEST}, got {most}")
 
 
 def attention(
