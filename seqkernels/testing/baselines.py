@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.reference.attention import attention as reference_attention
-from ..backends.reference.attention import dropped
+from ..backends.reference.attention import drop, dropped
 from ..backends.reference.recurrence import recurrence as reference_recurrence
 from ..backends.reference.recurrence_step import States, recurrent_part, step, zone_out
 from ..cells import CELLS, DETACH, HOLD, RESET, Weights, accumulate_dtype
@@ -117,61 +117,45 @@ def _torch_cell(x: Tensor, state: States, weights: Weights, cell: str) -> States
     return tuple(new) if cell == "lstm" else (new,)
 
 
-def attention_oracle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
+def attention_oracle(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`seqkernels.ops.attention.attention` by the differentiable reference, without ops or a registry between."""
-    if is_causal:
-        options["right"] = 0
-    scores = Scores(q.shape[3] ** -0.5 if scale is None else scale, mask, bias, **options)
-    return reference_attention(q, k, v, scores)
+    return reference_attention(*_arguments(*tensors, **options))
 
 
-def torch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
+def torch_attention(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`seqkernels.ops.attention.attention` by ``F.scaled_dot_product_attention``, document by document.
 
     Caps, sinks and dropout, which that function lacks or draws otherwise, are operations as in it: scores and softmax
     in the accumulation dtype, weights rounded to that of v. So is the log-sum-exp, which it does not return.
     """
-    return _attention(_fused, q, k, v, mask, bias, scale=scale, is_causal=is_causal, **options)
+    return _attention(_fused, *tensors, **options)
 
 
-def torch_tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
+def torch_tiled_attention(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`seqkernels.ops.attention.attention` by dense torch operations that round as tiled kernels do.
 
     Tiled kernels take the gradient of a score as ``p (dp - delta)`` with ``delta`` from the rounded rows of ``out``
     and their gradient, as torch's own fused kernels; the dense softmax does not, and its rounding errors cancel where
     few keys dominate.
     """
-    return _attention(_tiled, q, k, v, mask, bias, scale=scale, is_causal=is_causal, **options)
+    return _attention(_tiled, *tensors, **options)
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Scores]:
+    """Those of `seqkernels.ops.attention.attention`, as its implementations get them."""
+    if is_causal:
+        options["right"] = 0
+    return q, k, v, Scores(q.shape[3] ** -0.5 if scale is None else scale, mask, bias, **options)
 
 
 class _Dense(NamedTuple):
@@ -190,40 +174,27 @@ class _Dense(NamedTuple):
 
     def flip(self) -> _Dense:
         """The same for keys in reverse order."""
-        keep, bias, distance, drop = (None if x is None else x.flip(3) for x in self[:4])
-        return _Dense(keep, bias, distance, drop, self.sink, self.scores, False)
+        keep, bias, distance, gone = (None if x is None else x.flip(3) for x in self[:4])
+        return _Dense(keep, bias, distance, gone, self.sink, self.scores, False)
 
 
 _Core = Callable[[Tensor, Tensor, Tensor, _Dense], tuple[Tensor, Tensor]]
 
 
-def _attention(
-    core: _Core,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
+def _attention(core: _Core, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """The contract by a computation that knows no places and no documents."""
-    if is_causal:
-        options["right"] = 0
-    scores = Scores(q.shape[3] ** -0.5 if scale is None else scale, mask, bias, **options)
-    drop = None
+    q, k, v, scores = _arguments(*tensors, **options)
+    gone = None
     if scores.dropout_p > 0.0 and scores.seed is not None:
-        drop = dropped(scores.seed, scores.shape(q, k), scores.dropout_p)
+        gone = dropped(scores.seed, scores.shape(q, k), scores.dropout_p)
     if scores.cu_seqlens_q is None or scores.cu_seqlens_k is None:
-        return core(q, k, v, _dense(q, k, scores, drop))
+        return core(q, k, v, _dense(q, k, scores, gone))
     starts_q, starts_k = scores.cu_seqlens_q.tolist(), scores.cu_seqlens_k.tolist()
     parts = [_unread(q[:, :, : starts_q[0]], v)]
     for b, (first, end, first_k, end_k) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)):
         rows, keys, values = q[:, :, first:end], k[:, :, first_k:end_k], v[:, :, first_k:end_k]
-        one = (_of_document(x, b, end - first, end_k - first_k) for x in (scores.mask, scores.bias, drop))
-        mask, bias, drop_of_one = one
+        one = (_of_document(x, b, end - first, end_k - first_k) for x in (scores.mask, scores.bias, gone))
+        mask, bias, gone_of_one = one
         slopes = scores.alibi_slopes
         of_document = scores._replace(
             mask=mask,
@@ -231,7 +202,7 @@ def _attention(
             key_lengths=None if scores.key_lengths is None else scores.key_lengths[b : b + 1],
             alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b],
         )
-        parts.append(core(rows, keys, values, _dense(rows, keys, of_document, drop_of_one)))
+        parts.append(core(rows, keys, values, _dense(rows, keys, of_document, gone_of_one)))
     parts.append(_unread(q[:, :, starts_q[-1] :], v))
     out, lse = (torch.cat(column, 2) for column in zip(*parts, strict=True))
     return out, lse
@@ -247,7 +218,7 @@ def _of_document(x: Tensor | None, b: int, queries: int, keys: int) -> Tensor | 
     return None if x is None else (x if x.shape[0] == 1 else x[b : b + 1])[:, :, :queries, :keys]
 
 
-def _dense(q: Tensor, k: Tensor, scores: Scores, drop: Tensor | None) -> _Dense:
+def _dense(q: Tensor, k: Tensor, scores: Scores, gone: Tensor | None) -> _Dense:
     queries, keys = q.shape[2], k.shape[2]
     there: Tensor | int = keys
     tests: list[Tensor] = []
@@ -270,7 +241,7 @@ def _dense(q: Tensor, k: Tensor, scores: Scores, drop: Tensor | None) -> _Dense:
         slopes = scores.alibi_slopes.to(accumulate_dtype(q.dtype))
         distance = slopes.view(-1, q.shape[1], 1, 1) * behind.abs()
     causal = len(tests) == 1 and scores.right == 0 and (not scores.bottom_right or queries == keys)
-    return _Dense(keep, scores.bias, distance, drop, scores.sink, scores, causal)
+    return _Dense(keep, scores.bias, distance, gone, scores.sink, scores, causal)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, dense: _Dense) -> tuple[Tensor, Tensor]:
@@ -295,7 +266,7 @@ def _composite(q: Tensor, k: Tensor, v: Tensor, dense: _Dense) -> tuple[Tensor, 
     columns = _columns(q, k, dense)
     dead = (columns == -torch.inf).all(-1, keepdim=True)
     weights = columns.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0)[..., : k.shape[2]]
-    weights = _drop(weights, dense).to(q.dtype)
+    weights = drop(weights, dense.dropped, dense.scores.dropout_p).to(q.dtype)
     return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), columns.logsumexp(-1)
 
 
@@ -308,17 +279,12 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, dense: _Dense, narrow: bool = False)
     lse = columns.logsumexp(-1)
     level = torch.where(lse.isfinite(), lse, 0).unsqueeze(-1)
     values = v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(columns.dtype)
-    weights = _drop((columns[..., : k.shape[2]] - level.detach()).exp(), dense)
+    weights = (columns[..., : k.shape[2]] - level.detach()).exp()
+    weights = drop(weights, dense.dropped, dense.scores.dropout_p)
     if narrow:
         weights = weights + (weights.to(q.dtype).to(weights.dtype) - weights).detach()
     out = weights @ values
     return (out - out.detach().to(q.dtype) * (level - level.detach())).to(q.dtype), lse
-
-
-def _drop(weights: Tensor, dense: _Dense) -> Tensor:
-    if dense.dropped is None:
-        return weights
-    return weights.masked_fill(dense.dropped, 0) / max(1.0 - dense.scores.dropout_p, 2.0**-60)
 
 
 def _columns(q: Tensor, k: Tensor, dense: _Dense) -> Tensor:
