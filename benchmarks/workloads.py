@@ -148,11 +148,7 @@ def _recurrence(
         first, last = returned
         return (first, last) if isinstance(last, Tensor) else (first, *last)
 
-    def forward_backward() -> tuple[Tensor, ...]:
-        results = forward()
-        return (*results, *torch.autograd.grad(results[: len(grads)], wanted, grads))
-
-    return forward_backward if training else forward
+    return _differentiated(forward, wanted, grads) if training else forward
 
 
 def _layer(case: Recurrence, provider: str, generator: torch.Generator) -> nn.Module:
@@ -197,26 +193,33 @@ def _attention(
         forward = functools.partial(_torch(case, training, exact, dtype), q, k, v)
         if case.option == "dropout" and not exact:
             # torch drops other weights: the formula with the same ones stands in for it.
-            stand_in = _differentiated(
+            stand_in = _one_result(
                 functools.partial(_torch(case, training, True, dtype), q, k, v), wanted, grad, training
             )
 
             def compared(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 return stand_in()
 
-    return _differentiated(forward, wanted, grad, training), compared
+    return _one_result(forward, wanted, grad, training), compared
 
 
-def _differentiated(
-    forward: Callable[[], Tensor], wanted: Sequence[Tensor], grad: Tensor, training: bool
-) -> Callable[[], tuple[Tensor, ...]]:
-    """`forward`, and where wanted the gradients for `grad`."""
+def _one_result(forward: Callable[[], Tensor], wanted: Sequence[Tensor], grad: Tensor, training: bool) -> _Run:
+    """A call with one result, and in training the gradients for `grad`."""
+
+    def results() -> tuple[Tensor, ...]:
+        return (forward(),)
+
+    return _differentiated(results, wanted, [grad]) if training else results
+
+
+def _differentiated(forward: _Run, wanted: Sequence[Tensor], grads: Sequence[Tensor]) -> _Run:
+    """`forward`, and the gradients of its first results for `grads`."""
 
     def forward_backward() -> tuple[Tensor, ...]:
-        out = forward()
-        return (out, *torch.autograd.grad(out, wanted, grad))
+        results = forward()
+        return (*results, *torch.autograd.grad(results[: len(grads)], wanted, grads))
 
-    return forward_backward if training else lambda: (forward(),)
+    return forward_backward
 
 
 def _seed(case: Attention) -> Tensor:
@@ -308,7 +311,7 @@ def _documents(
         attention: Any = functools.partial(
             seqkernels.functional.attention, cu_seqlens=starts, max_seqlen_q=case.queries
         )
-        return _differentiated(lambda: attention(q, k, v, is_causal=case.causal), (q, k, v), rows[3], training), tuple
+        return _one_result(lambda: attention(q, k, v, is_causal=case.causal), (q, k, v), rows[3], training), tuple
     real = torch.arange(case.keys) < lengths[:, None]
     padded = []
     for x in rows:
@@ -317,7 +320,7 @@ def _documents(
         padded.append(of_batch.transpose(1, 2).contiguous())
     q, k, v = (x.requires_grad_(training) for x in padded[:3])
     mask = real[:, None, None, :]
-    run = _differentiated(
+    run = _one_result(
         lambda: F.scaled_dot_product_attention(q, k, v, mask, is_causal=case.causal), (q, k, v), padded[3], training
     )
     return run, lambda results: tuple(x.transpose(1, 2)[real] for x in results)
