@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkernels
 from seqkernels.functional import scaled_dot_product_attention
 from seqkernels.nn import AdditiveAttention, BilinearAttention
 from seqkernels.testing import assert_within_budget, torch_tiled_attention
 
+from ..sizes import Largest
 from ..twins import applies, judge, leaves
 
 ATTENTIONS = [scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention]
@@ -339,22 +339,6 @@ def test_additive_second_order() -> None:
     inputs = [x.detach().double().requires_grad_() for x in (*module.parameters(), query[:3], key[:4], key[:4, :2])]
     assert torch.autograd.gradcheck(functional_additive(module), (*inputs, mask[:3, :4]))
     assert torch.autograd.gradgradcheck(functional_additive(module), (*inputs, mask[:3, :4]))
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that a tensor made inside has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor):
-                # A view counts as what it is a view of.
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 def test_additive_memory_is_that_of_a_chunk() -> None:

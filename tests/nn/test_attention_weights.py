@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkernels
 from seqkernels import backends
 from seqkernels.nn import MultiheadAttention
 from seqkernels.testing import assert_within_budget, poisoned_empty
+
+from ..sizes import Largest
 
 SIZE, HEADS, QUERIES, KEYS, BATCH = 12, 3, 5, 7, 2
 FORMS = ("batch_first", "sequence_first", "unbatched")
@@ -139,36 +140,21 @@ def test_autocast_dtype(able: str, dtype: torch.dtype) -> None:
     assert results[0].equal(results[1])
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for x in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(x, Tensor):
-                self.numel = max(self.numel, x.numel())
-        return found
-
-
 @pytest.mark.parametrize("need_weights", [True, "lazy", False])
 def test_weights_of_all_heads_are_never_stored(able: str, need_weights: bool | str) -> None:
     """Outside of the op, and in its gradient; dropout included."""
     heads, length = 8, 48
     ours = MultiheadAttention(heads, heads, 0.3, batch_first=True)
     x = torch.randn(1, length, heads, requires_grad=True)
-    with _Largest() as largest:
+    with Largest() as largest:
         out, weights = ours(x, x, x, need_weights=need_weights)
         loss = out.sum() + (weights.square().sum() if need_weights is True else 0)
         loss.backward()
     if need_weights is True:
         # Three tensors of random words of one head at most, where there are 64 for 48 keys.
-        assert length * length <= largest.numel <= length * 64
+        assert length * length <= largest.elements <= length * 64
     else:
-        assert largest.numel <= length * heads * 3
+        assert largest.elements <= length * heads * 3
 
 
 def test_explain_tells_who_computes_weights(able: str) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkernels
 from seqkernels import backends, testing
@@ -20,6 +19,8 @@ from seqkernels.ops import weights as ops
 from seqkernels.ops.attention import attend, check
 from seqkernels.ops.weights import column_sums, weights
 from seqkernels.scores import Scores
+
+from ..sizes import Largest
 
 FEATURES = (
     *("alibi", "bias", "bottom_right", "causal", "dropout", "grouped", "key_lengths", "mask", "sink", "softcap"),
@@ -319,21 +320,6 @@ def test_column_sums_add_up_to_the_weights_before_dropout() -> None:
     testing.assert_within_budget(found, of_all, of_all.float())
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for x in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(x, Tensor):
-                self.numel = max(self.numel, x.numel())
-        return found
-
-
 def test_memory_is_that_of_the_result(plain_runner: object) -> None:
     """Of column sums O(N), of averaged weights (B, M, N), outside of the ops; gradients included."""
     length, heads, size = 100, 12, 4
@@ -344,10 +330,10 @@ def test_memory_is_that_of_the_result(plain_runner: object) -> None:
     for what in ("sums", "average"):
         if what == "average" and not able(plain_runner.backend, "weights", "causal", "grouped"):
             continue
-        with _Largest() as largest:
+        with Largest() as largest:
             found = column_sums(q, k, lse, scores) if what == "sums" else weights(q, k, lse, scores, True)
             found.square().sum().backward()
-        assert largest.numel == (q.numel() if what == "sums" else length * length)
+        assert largest.elements == (q.numel() if what == "sums" else length * length)
 
 
 def test_dropout_of_one_head_is_that_of_all() -> None:
