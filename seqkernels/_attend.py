@@ -373,7 +373,7 @@ def _dropout(dropout_p: float, training: bool | None, seed: int | Tensor | None,
     if p == 0.0 or not training:
         return {}
     if seed is None:
-        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64).to(device)
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu").to(device)
     elif not isinstance(seed, Tensor):
         if not _is_integer(seed):
             raise TypeError(f"seed: expected an integer, a Tensor or None, got {type(seed).__name__}")

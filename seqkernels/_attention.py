@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import backends
 from .cells import DTYPES, accumulate_dtype
+from .ops._eager import transformed
 from .ops.attention import attend as fused_attention
-from .ops.attention import attend_plainly, check
+from .ops.attention import attend_plainly, check, plain_weights
 from .ops.weights import dense_attention, weights
 from .scores import UNBOUNDED, Scores
 
@@ -141,7 +142,8 @@ class LazyWeights(NamedTuple):
             keys are all masked are 0.
         """
         with torch.autocast(_autocast_device(self.q), enabled=False):
-            found = weights(self.q, self.k, self.lse, self.scores, average).to(self.dtype)
+            compute = plain_weights if transformed() else weights
+            found = compute(self.q, self.k, self.lse, self.scores, average).to(self.dtype)
         return found if self.is_batched else found.squeeze(0)
 
 

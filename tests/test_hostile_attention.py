@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+import seqkernels
 from seqkernels import functional as F
 from seqkernels import testing
 from seqkernels.ops import attention as ops
@@ -105,3 +109,98 @@ def test_negated_options_of_weights_and_sums(name: str) -> None:
     found = ops.backward_op([torch._neg_view(-grad), None], q, k, k, out, lse, *negated.pack(), needs)
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + bias
+    return scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -math.inf).softmax(-1) @ v
+
+
+def by_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return attention(q, k, v, is_causal=True, bias=bias)
+
+
+def by_torchs_name(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # of make_dual itself
+@pytest.mark.parametrize("function", [by_attention, by_torchs_name])
+@pytest.mark.parametrize("place", range(4))
+def test_transforms(function: Callable[..., Tensor], place: int) -> None:
+    """Values and derivatives of every kind, as those of plain operations."""
+    given = (*inputs(requires_grad=False), torch.randn(5, 7, dtype=torch.float64))
+    x = given[place]
+    few = torch.stack([x, x.flip(-1)])
+
+    def of_one(f: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return f(*given[:place], x, *given[place + 1 :])
+
+    def loss(f: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return of_one(f, x).square().sum()
+
+    def every(f: Callable[..., Tensor]) -> list[Tensor]:
+        gradient = torch.func.grad(partial(loss, f))
+        return [
+            gradient(x),
+            torch.func.jvp(partial(of_one, f), (x,), (x,))[1],
+            torch.func.jvp(gradient, (x,), (x,))[1],
+            torch.vmap(partial(of_one, f))(few),
+            torch.vmap(gradient)(few),
+            by_dual_numbers(partial(of_one, f), x),
+        ]
+
+    for found, expected in zip(every(function), every(dense), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def by_dual_numbers(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x.clone().requires_grad_(), x))).tangent
+        assert tangent is not None
+        return tangent
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # of make_dual itself
+def test_ops_do_not_lose_tangents() -> None:
+    q, k, v = inputs(requires_grad=False)
+    lse = q.new_zeros(q.shape[:3])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, q)
+        with pytest.raises(NotImplementedError, match="without a tangent"):
+            ops.forward_op(dual, k, v, *Scores(1.0).pack())
+        with pytest.raises(NotImplementedError, match="without a tangent"):
+            of_weights.weights(dual, k, lse, Scores(1.0))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracing() -> None:
+    layer = seqkernels.nn.MultiheadAttention(8, 2, batch_first=True).requires_grad_(False)
+    x, longer = torch.randn(2, 3, 8), torch.randn(3, 5, 8)
+    traced = torch.jit.trace(lambda x: layer(x, x, x), (x,))
+    for found, expected in zip(traced(longer), layer(longer, longer, longer), strict=True):
+        torch.testing.assert_close(found, expected)
+    lengths = torch.tensor([4, 2, 5])
+    q = longer.unsqueeze(1)
+    traced = torch.jit.trace(lambda q, n: F.attention(q, q, q, key_lengths=n), (q, lengths))
+    torch.testing.assert_close(traced(q, lengths - 1), attention(q, q, q, key_lengths=lengths - 1))
+
+
+def test_weights_of_layers_have_tangents() -> None:
+    layer = seqkernels.nn.MultiheadAttention(8, 2, batch_first=True).double().requires_grad_(False)
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    step = 1e-6
+    found = torch.func.jvp(lambda x: layer(x, x, x)[1], (x,), (x,))[1]
+    behind, before = (layer(y, y, y)[1] for y in (x * (1 + step), x * (1 - step)))
+    torch.testing.assert_close(found, (behind - before) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+def test_seeds_are_drawn_on_the_cpu() -> None:
+    q, k, v = inputs()
+    torch.manual_seed(3)
+    expected = attention(q, k, v, dropout_p=0.5, training=True)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        assert torch.equal(attention(q, k, v, dropout_p=0.5, training=True), expected)

@@ -30,6 +30,29 @@ def undisturbed() -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether ``torch.func``, forward-mode gradients or ``torch.jit.trace`` look on, which plain operations serve."""
+    if _is_compiling():
+        return False
+    return _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise where one of `tensors` has a forward-mode gradient, of which no result would know.
+
+    Raises:
+        NotImplementedError: one of `tensors` is a dual tensor.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for x in tensors:
+        if x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "expected tensors without a tangent, got a dual tensor; the ops of attention have no forward-mode"
+                " gradients, only those of the backward pass"
+            )
+
+
 def eager(*tensors: Tensor | None) -> bool:
     """Whether `tensors` are plain ones on the CPU (the first is never ``None``), and `undisturbed`."""
     first = tensors[0]

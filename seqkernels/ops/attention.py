@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..cells import DTYPES, accumulate_dtype
 from ..scores import UNBOUNDED, Scores
-from ._eager import batched, eager, records
+from ._eager import batched, eager, records, refuse_tangents, transformed
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _PACKED = "Tensor?[] tensors, float[] numbers, int[] settings"
@@ -51,6 +51,7 @@ def _unpacked(tensors: _Tensors, numbers: list[float], settings: list[int]) -> S
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, tensors: _Tensors, numbers: list[float], settings: list[int]
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents(q, k, v, *tensors)
     scores = _unpacked(tensors, numbers, settings)
     found: tuple[Tensor, Tensor] = _implementation(q, k, scores).attention_forward(q, k, v, scores)
     return found
@@ -68,6 +69,7 @@ def _backward(
     settings: list[int],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    refuse_tangents(*grads, q, k, v, *tensors)
     scores = _unpacked(tensors, numbers, settings)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(q, k, scores).attention_backward(
         *map(_resolved, grads), q, k, v, out, lse, scores, needs
@@ -84,6 +86,7 @@ def _weights(
     settings: list[int],
     average: bool,
 ) -> Tensor:
+    refuse_tangents(q, k, lse, *tensors)
     scores = _unpacked(tensors, numbers, settings)
     found: Tensor = _implementation(q, k, scores, "weights").attention_weights(q, k, lse, scores, average)
     return found
@@ -390,6 +393,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Ten
     if bias is not scores.bias or sink is not scores.sink or slopes is not scores.alibi_slopes:
         scores = scores._replace(bias=bias, sink=sink, alibi_slopes=slopes)
     module = _compiled(q, k, v, scores)
+    if module is None and transformed():
+        from ..backends.reference.attention import attention as reference
+
+        backends.note("torch.func, forward mode or tracing: attention with its (M, N) weights in memory")
+        return reference(q, k, v, scores)
     if torch.is_grad_enabled() and records(q, k, v, bias, sink):
         if torch.compiler.is_compiling():
             # Dynamo takes no tensor twice as an argument of a Function.
@@ -403,6 +411,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Ten
         found = module.attention_forward(q, k, v, scores)
         return found
     return forward_op(q, k, v, *scores.pack())
+
+
+def plain_weights(q: Tensor, k: Tensor, lse: Tensor, scores: Scores, average: bool) -> Tensor:
+    """`seqkernels.ops.weights.weights` as operations that every transform knows; `lse` too has its derivative."""
+    from ..backends.reference.attention import attention_weights
+
+    return attention_weights(q, k, lse, scores, average)
 
 
 def attend_plainly(
