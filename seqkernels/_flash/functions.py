@@ -364,7 +364,8 @@ def _gather(
     # Where the number of keys is not known, there is room for more, which no query reads.
     offset = torch.where(place < starts[-1], place - starts[document], 0)
     rows = torch.where(place < starts[-1], block_table[document, offset // page], 0).long()
-    return k[rows, offset % page], v[rows, offset % page], starts
+    offset = offset % page
+    return k[rows, offset], v[rows, offset], starts
 
 
 def _length(name: str, x: Any) -> int:

@@ -143,8 +143,8 @@ def flash_attn_with_kvcache(
             k = rotate(k, cos[:, :new], sin[:, :new], rotary_interleaved)
             q = rotate(q, cos[:, :turned], sin[:, :turned], rotary_interleaved)
         if k is not None and v is not None:
-            _append(k_cache, k, filled, rows, pages)
-            _append(v_cache, v, filled, rows, pages)
+            where = _behind(k_cache, k, filled, rows, pages)
+            k_cache[where], v_cache[where] = k, v
         keys, values = (_read(x, q.shape[0], size, rows, pages) for x in (k_cache, v_cache))
         out, lse = run(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scores)
     out = out.transpose(1, 2)
@@ -269,18 +269,18 @@ def _angles(table: Tensor, filled: _Filled, count: int, dtype: torch.dtype) -> T
     return found.to(accumulate_dtype(dtype)).unsqueeze(2)
 
 
-def _append(cache: Tensor, x: Tensor, filled: _Filled, rows: Tensor | None, pages: Tensor | None) -> None:
-    """Write `x` (B, L, H, D) behind what is filled of the cache."""
+def _behind(
+    cache: Tensor, x: Tensor, filled: _Filled, rows: Tensor | None, pages: Tensor | None
+) -> tuple[slice, slice] | tuple[Tensor, Tensor]:
+    """The index of the place in the cache of `x` (B, L, H, D), behind what is filled."""
     batch, new = x.shape[:2]
     if filled.most is not None and filled.even and rows is None and pages is None:
-        cache[:batch, filled.most : filled.most + new] = x
-        return
+        return slice(batch), slice(filled.most, filled.most + new)
     places = filled.lengths[:, None] + torch.arange(new, device=x.device)
     if pages is not None:
-        cache[pages.gather(1, places // cache.shape[1]), places % cache.shape[1]] = x
-    else:
-        rows = torch.arange(batch, device=x.device) if rows is None else rows
-        cache[rows[:, None], places] = x
+        return pages.gather(1, places // cache.shape[1]), places % cache.shape[1]
+    rows = torch.arange(batch, device=x.device) if rows is None else rows
+    return rows[:, None], places
 
 
 def _read(cache: Tensor, batch: int, size: int, rows: Tensor | None, pages: Tensor | None) -> Tensor:
