@@ -11,12 +11,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 import seqkernels
 from seqkernels import testing
 from seqkernels.backends import native
-from seqkernels.cells import CELLS, DTYPES
+from seqkernels.backends.native.extension import extension
+from seqkernels.cells import CELLS, DTYPES, accumulate_dtype
 from seqkernels.ops import attention, recurrence
+from seqkernels.ops import weights as of_weights
 from seqkernels.scores import UNBOUNDED, Scores
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -59,6 +62,40 @@ ATTENTIONS = [
     (0, 3, 4, 4),
     (3, 0, 4, 4),
 ]
+#: M, N, D, Dv with options; the first ones of one query are what decoding asks for.
+OPTIONED = [
+    (1, 1, 1, 1),
+    (1, 300, 24, 40),
+    (1, 1025, 65, 7),
+    (2, 129, 33, 64),
+    (7, 33, 16, 5),
+    (9, 65, 31, 17),
+    (33, 64, 64, 33),
+    (70, 131, 8, 80),
+    (5, 0, 8, 8),
+    (0, 5, 8, 8),
+]
+ATTENTION_OPTIONS = [
+    (),
+    ("window",),
+    ("window", "bottom_right"),
+    ("causal", "bottom_right", "key_lengths"),
+    ("alibi", "softcap", "sink"),
+    ("dropout",),
+    ("varlen",),
+    ("varlen", "causal", "window", "bottom_right"),
+    tuple(name for name in testing.ATTENTION_OPTIONS if name not in ("causal", "varlen")),
+    tuple(name for name in testing.ATTENTION_OPTIONS if name != "causal"),
+]
+#: Queries and keys of documents: none of one, of the other, of both, one, odd numbers, several blocks.
+DOCUMENTS = [
+    ([0, 1, 7, 0, 33, 1], [5, 0, 9, 0, 64, 1]),
+    ([1, 1, 1], [257, 3, 1]),
+    ([65], [63]),
+    ([3, 129, 0], [3, 129, 0]),
+    ([0], [0]),
+    ([], []),
+]
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -74,8 +111,6 @@ def poisoned() -> Iterator[None]:
 
 def settings() -> Iterator[None]:
     """Each instruction set with two threads, of which small calls use one, and the last with one."""
-    from seqkernels.backends.native.extension import extension
-
     isas = extension().isas()
     for isa, count in [*((isa, 2) for isa in isas), (isas[-1], 1)]:
         with testing.force_isa(isa), testing.threads(count):
@@ -184,3 +219,78 @@ def test_attention(heads: tuple[int, int], dtype: torch.dtype) -> None:
             assert not lse.isnan().any()
             needs = [True] * 3 + [bias is not None]
             finite(*attention.backward_op([out, None], *inputs[:3], out, lse, *packed, needs))
+
+
+def attend_both_ways(q: Tensor, k: Tensor, v: Tensor, scores: Scores, turn: int) -> None:
+    """Everything that the compiled module computes of attention, with one of `settings`, in turn."""
+    packed = scores.pack()
+    wanted = [scores.bias is not None]
+    every = len(extension().isas()) + 1
+    for _ in itertools.islice(settings(), turn % every, turn % every + 1):
+        out, lse = attention.forward_op(q, k, v, *packed)
+        finite(out, of_weights.column_sums(q, k, lse, scores))
+        assert not lse.isnan().any()
+        for average in (False, True):
+            finite(of_weights.weights(q, k, lse, scores, average))
+        of_lse = torch.ones_like(lse)
+        for grads, needs in (
+            ([out, None], [True] * 3),
+            ([out, of_lse], [True] * 3),
+            ([None, of_lse], [True, False, False]),
+            ([out, None], [False, True, False]),
+            ([out, None], [False, False, True]),
+        ):
+            finite(*attention.backward_op(grads, q, k, v, out, lse, *packed, needs + wanted))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=str)
+def test_attention_with_options(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """Options with masks and biases of all patterns in turn, in the dtype of the queries and the accumulation dtype."""
+    patterns = [(None, None), ("B11N", None), (None, "1HM1"), ("11MN", "BHMN"), (None, "B11N"), ("BH1N", "11MN")]
+    for case, (shape, names) in enumerate(itertools.product(OPTIONED, ATTENTION_OPTIONS)):
+        (queries, keys, size, value_size), turn = shape, case + case // len(ATTENTION_OPTIONS) + heads[0]
+        mask, bias = patterns[case % len(patterns)]
+        batch = 1 if "varlen" in names else 2
+        q, k, v, _, _ = testing.attention_inputs(
+            batch, heads[0], queries, keys, size, dtype, value_size=value_size, kv_heads=heads[1], requires_grad=False
+        )
+        drawn = testing.attention_options(names, 2, heads[0], queries, keys, dtype, requires_grad=False, seed=case)
+        full = Scores(0.3, **drawn).shape(q, k)
+        extra = testing.attention_inputs(*full, 1, torch.float32, mask=mask, bias=bias, requires_grad=False)
+        added = extra.bias
+        if added is not None:
+            added = added.to(dtype if case % 4 else accumulate_dtype(dtype))
+            added[added < -1.25] = -torch.inf
+        attend_both_ways(q, k, v, Scores(0.3, extra.mask, added, **drawn), turn)
+
+
+@pytest.mark.parametrize("lengths", DOCUMENTS, ids=str)
+def test_documents(lengths: tuple[list[int], list[int]], dtype: torch.dtype) -> None:
+    """Documents that fill the tensors, and those with rows of none before and behind them."""
+    starts = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32) for x in lengths]
+    longest = max(lengths[0], default=0), max(lengths[1], default=0)
+    of_documents = [names for names in ATTENTION_OPTIONS if "varlen" not in names]
+    for case, (around, names) in enumerate(itertools.product((0, 3), of_documents)):
+        count, size = len(lengths[0]), 17 + 16 * (case % 2)
+        q, k, v, _, _ = testing.attention_inputs(
+            1,
+            4,
+            sum(lengths[0]) + 2 * around,
+            sum(lengths[1]) + 2 * around,
+            size,
+            dtype,
+            value_size=5,
+            kv_heads=2,
+            requires_grad=False,
+        )
+        drawn = testing.attention_options(names, count, 4, *longest, dtype, requires_grad=False, seed=case)
+        if "key_lengths" in drawn:
+            drawn["key_lengths"] = (starts[1].diff() - case % 3).clamp(min=0)
+        documents = Scores(
+            0.3,
+            cu_seqlens_q=starts[0] + around,
+            cu_seqlens_k=starts[1] + around,
+            max_seqlen_q=longest[0] + case % 2,
+            max_seqlen_k=longest[1],
+        )
+        attend_both_ways(q, k, v, documents._replace(**drawn), case + count)
