@@ -6,7 +6,7 @@ The public function is `seqkernels.functional.scaled_dot_product_attention`; the
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ def scaled_dot_product_attention(
         out in memory as (..., L, Hq, Ev), so that the heads of a row can be joined without a copy.
 
     Raises:
-        TypeError: an argument is not a tensor.
+        TypeError: an argument is not a tensor, or not a number.
         ValueError: a ``CausalBias`` together with `is_causal`.
         RuntimeError: shapes, dtypes, devices or `dropout_p` do not fit; the message names the argument.
     """
@@ -86,6 +86,8 @@ def scaled_dot_product_attention(
             raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask: expected a Tensor or None, got {type(attn_mask).__name__}")
+    dropout_p = _number("dropout_p", dropout_p)
+    scale = scale if scale is None else _number("scale", scale)
     if query.is_nested or key.is_nested or value.is_nested:
         backends.note("nested tensors: scaled_dot_product_attention is torch's own")
         return F.scaled_dot_product_attention(
@@ -116,6 +118,18 @@ def scaled_dot_product_attention(
         q, k, v, mask, bias, scale=scale, is_causal=is_causal, bottom_right=bottom_right, dropout_p=dropout_p
     )
     return out if len(batch) == 2 else out.reshape(*batch, *out.shape[2:])
+
+
+def _number(name: str, x: Any) -> Any:
+    """`x` as torch reads arguments that are numbers: also from a tensor of one element without a gradient."""
+    if isinstance(x, int | float | torch.SymFloat | torch.SymInt):
+        return x
+    try:
+        if isinstance(x, str) or (isinstance(x, Tensor) and x.requires_grad):
+            raise TypeError
+        return float(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
 
 
 class LazyWeights(NamedTuple):

@@ -204,3 +204,31 @@ def test_seeds_are_drawn_on_the_cpu() -> None:
     torch.manual_seed(3)
     with torch.device("meta"):
         assert torch.equal(attention(q, k, v, dropout_p=0.5, training=True), expected)
+
+
+def test_numbers_that_change_are_read_in_each_call() -> None:
+    q, _, _ = inputs(torch.float32)
+    scale: Any = torch.tensor(0.5)
+    is_causal: Any = torch.tensor(True)
+    for value in (0.5, 2.0):
+        scale.fill_(value)
+        expected = F.scaled_dot_product_attention(q, q, q, scale=value)
+        assert torch.equal(F.scaled_dot_product_attention(q, q, q, scale=scale), expected)
+    for flag in (True, False):
+        is_causal.fill_(flag)
+        expected = F.scaled_dot_product_attention(q, q, q, is_causal=flag)
+        assert torch.equal(F.scaled_dot_product_attention(q, q, q, is_causal=is_causal), expected)
+
+
+@pytest.mark.parametrize("name", ["scale", "dropout_p"])
+@pytest.mark.parametrize("wrong", ["1", [0.5], torch.tensor(0.5, requires_grad=True)], ids=str)
+def test_what_is_no_number_is_refused(name: str, wrong: object) -> None:
+    options: dict[str, Any] = {name: wrong}
+    with pytest.raises(TypeError, match=f"^{name}: expected a number, got "):
+        F.scaled_dot_product_attention(*inputs(), enable_gqa=True, **options)
+
+
+def test_heads_of_no_size() -> None:
+    q, k, v = torch.randn(2, 2, 3, 0), torch.randn(2, 2, 4, 0), torch.randn(2, 2, 4, 5)
+    found = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(found, v.mean(2, keepdim=True).expand(2, 2, 3, 5))

@@ -438,6 +438,11 @@ def attend_plainly(
             return None
         _, heads, _, size = q.shape
         _, kv_heads, _, value_size = v.shape
+        if not 1 < size <= 512 or not 1 < value_size <= 512 or (heads != kv_heads and not grouped):
+            return None
+        # What can change without being another must not be part of the key.
+        if type(is_causal) is not bool or (scale is not None and type(scale) is not float):
+            return None
         call = (q.dtype, is_causal, size, scale)
         found = _plain_calls.get(call)
         if found is None:
@@ -446,7 +451,7 @@ def attend_plainly(
             if len(_plain_calls) > _PLAIN_CALLS:
                 _plain_calls.clear()
         scores, module = found
-        if module is None or not 1 < size <= 512 or not 1 < value_size <= 512 or (heads != kv_heads and not grouped):
+        if module is None:
             return None
         if torch.is_grad_enabled() and records(q, k, v):
             tensors, numbers, settings = scores.pack()
