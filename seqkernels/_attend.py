@@ -276,6 +276,11 @@ def _require(condition: Tensor, values: Tensor, text: str) -> None:
         raise ValueError(f"{text}, got {values.tolist()}")
 
 
+def _told(number: int, words: str) -> str:
+    """`number` in a message, or `words` in a program being compiled, which would then serve this number alone."""
+    return words if torch.compiler.is_compiling() else str(number)
+
+
 class _Documents(NamedTuple):
     """What `Scores` has of documents."""
 
@@ -330,7 +335,8 @@ def _starts(
     _require(
         torch.cat((starts[:1] >= 0, lengths >= 0, starts[-1:] <= total)),
         starts,
-        f"{name}: expected to ascend from at least 0 to at most {total}, the rows of its tensor",
+        f"{name}: expected to ascend from at least 0 to at most {_told(total, 'as many as there are')}, the rows of its"
+        " tensor",
     )
     if most is None:
         if not _readable(starts):
@@ -343,7 +349,9 @@ def _starts(
         raise TypeError(f"{name_of_most}: expected an integer or None, got {type(most).__name__}")
     if not 0 <= most <= LONGEST:
         raise ValueError(f"{name_of_most}: expected from 0 to {LONGEST}, got {most}")
-    _require(lengths <= most, lengths, f"{name_of_most}: expected no document of {name} longer than {most}")
+    _require(
+        lengths <= most, lengths, f"{name_of_most}: expected no document of {name} longer than {_told(most, 'it says')}"
+    )
     return starts.to(torch.int32), most
 
 
@@ -358,7 +366,11 @@ def _key_lengths(x: Tensor | None, scores: Scores, full: tuple[int, ...]) -> Ten
     if tuple(x.shape) != (full[0],):
         raise ValueError(f"key_lengths: expected shape {(full[0],)}, got {tuple(x.shape)}")
     if isinstance(most, int) or most.device == x.device:
-        text = f"from 0 to {most}" if isinstance(most, int) else "from 0 to the number of keys of each document"
+        text = (
+            f"from 0 to {_told(most, 'the number of keys')}"
+            if isinstance(most, int)
+            else "from 0 to the number of keys of each document"
+        )
         _require((lengths >= 0) & (lengths <= most), lengths, f"key_lengths: expected values {text}")
     return lengths.to(torch.int32)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
@@ -352,5 +350,5 @@ def test_what_a_compiled_program_is_given_is_checked():
     inputs = _inputs()
     compiled = torch.compile(lambda *x, n: attention(*x, key_lengths=n), fullgraph=True, backend="aot_eager")
     compiled(*inputs[:3], n=LENGTHS)
-    with pytest.raises(RuntimeError, match=re.escape("key_lengths: expected values from 0 to 7")):
+    with pytest.raises(RuntimeError, match="key_lengths: expected values from 0 to the number of keys"):
         compiled(*inputs[:3], n=LENGTHS + 1)

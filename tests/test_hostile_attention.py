@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
 import seqkernels
@@ -186,6 +187,51 @@ def test_tracing() -> None:
     q = longer.unsqueeze(1)
     traced = torch.jit.trace(lambda q, n: F.attention(q, q, q, key_lengths=n), (q, lengths))
     torch.testing.assert_close(traced(q, lengths - 1), attention(q, q, q, key_lengths=lengths - 1))
+
+
+def test_transforms_in_compiled_programs() -> None:
+    q, k, v = inputs(requires_grad=False)
+
+    def program(q: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = torch.func.grad(lambda q: attention(q, k, v, is_causal=True).square().sum())
+        return gradient(q), torch.vmap(lambda q: attention(q, k, v))(q.unsqueeze(0))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(program, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(compiled(q), program(q), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_sizes_that_change_between_calls_of_a_compiled_program() -> None:
+    """One program serves them after the second call."""
+
+    def of_documents(q: Tensor, starts: Tensor) -> Tensor:
+        return attention(q, q, q, cu_seqlens=starts, max_seqlen_q=12)
+
+    def padded(q: Tensor, lengths: Tensor) -> Tensor:
+        return attention(q, q, q, key_lengths=lengths)
+
+    for program in (of_documents, padded):
+        counter = CompileCounter()
+        torch._dynamo.reset()
+        compiled: Callable[..., Tensor] = torch.compile(program, backend=counter, fullgraph=True)
+        for rows in (12, 13, 15, 17, 16):
+            given = (torch.randn(rows, 2, 8), torch.tensor([0, rows - 11, rows]))
+            if program is padded:
+                given = (torch.randn(2, 2, rows, 8), torch.tensor([11, rows]))
+            torch.testing.assert_close(compiled(*given), program(*given), rtol=0, atol=0)
+        assert counter.frame_count == 2
+
+
+def test_numbers_that_change_between_calls_of_a_compiled_program() -> None:
+    def program(q: Tensor, starts: Tensor, longest: int, window: int) -> Tensor:
+        return attention(q, q, q, cu_seqlens=starts, max_seqlen_q=longest, window=window)
+
+    torch._dynamo.reset()
+    compiled: Callable[..., Tensor] = torch.compile(program, backend="aot_eager", fullgraph=True)
+    for longest, window in ((7, 3), (9, 2), (12, sys.maxsize)):
+        given = (torch.randn(13, 2, 8), torch.tensor([0, 13 - longest, 13]), longest, window)
+        torch.testing.assert_close(compiled(*given), program(*given), rtol=0, atol=0)
 
 
 def test_weights_of_layers_have_tangents() -> None:

@@ -33,7 +33,7 @@ def undisturbed() -> bool:
 def transformed() -> bool:
     """Whether ``torch.func``, forward-mode gradients or ``torch.jit.trace`` look on, which plain operations serve."""
     if _is_compiling():
-        return False
+        return torch._C._are_functorch_transforms_active()  # which dynamo knows by this name
     return _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None
 
 
