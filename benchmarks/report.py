@@ -377,12 +377,27 @@ def plot(found: Sequence[Entry], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def condensed(data: dict[str, Any]) -> str:
+    """JSON of the same run without the times of single rounds and the machine's name: to be kept beside documentation."""
+    wanted = {"group", "name", "fullname", "extra_info", "stats"}
+    stats = {"median", "q1", "q3", "rounds"}
+    lines = []
+    for bench in data["benchmarks"]:
+        kept = {key: bench[key] for key in bench if key in wanted}
+        kept["stats"] = {key: value for key, value in kept["stats"].items() if key in stats}
+        lines.append(json.dumps(kept))
+    rest = {key: value for key, value in data.items() if key not in ("benchmarks", "commit_info")}
+    rest["machine_info"] = {key: value for key, value in data["machine_info"].items() if key != "node"}
+    return json.dumps(rest)[:-1] + ', "benchmarks": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables of a JSON file and, where asked, write the picture."""
     parser = argparse.ArgumentParser(description="Tables and a picture of a JSON file of the benchmarks.")
     parser.add_argument("file", type=Path, help="JSON written by benchmarks/run.py")
     parser.add_argument("--png", type=Path, help="write the picture here")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    parser.add_argument("--keep", type=Path, help="write the file here without the times of single rounds")
     options = parser.parse_args(arguments)
     data = json.loads(options.file.read_text())
     found = entries(data)
@@ -397,6 +412,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n\n".join((*parts, where)))
     for line in remarks(data, found):
         print(f"- {line}" if options.markdown else line)
+    if options.keep is not None:
+        options.keep.write_text(condensed(data))
     if options.png is not None:
         plot(found, where, options.png)
     return 0

@@ -134,6 +134,19 @@ def test_report_in_markdown(file, capsys):
 MACHINE = roofline.Roofline({"float32": 100.0}, [(1 << 10, 100.0), (1 << 20, 10.0)], {"L1": 1 << 12, "L2": 1 << 20})
 
 
+def test_what_is_kept_says_the_same(file, tmp_path, capsys):
+    data = json.loads(file.read_text())
+    for bench in data["benchmarks"]:
+        bench["stats"]["data"] = [1.0] * 1000
+    file.write_text(json.dumps(data))
+    kept = tmp_path / "kept.json"
+    assert report.main([str(file), "--keep", str(kept)]) == 0
+    printed = capsys.readouterr().out
+    assert report.main([str(kept)]) == 0
+    assert capsys.readouterr().out == printed
+    assert kept.stat().st_size < 1000 * len(data["benchmarks"])
+
+
 def test_rates_of_working_sets():
     assert MACHINE.rate(0) == MACHINE.rate(1 << 10) == 100
     assert MACHINE.rate(1 << 15) == pytest.approx(55)
