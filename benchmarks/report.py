@@ -378,7 +378,7 @@ def plot(found: Sequence[Entry], title: str, path: Path) -> None:
 
 
 def condensed(data: dict[str, Any]) -> str:
-    """JSON of the same run without the times of single rounds and the machine's name: to be kept beside documentation."""
+    """JSON of the same run to be kept beside documentation: no times of single rounds, no name of the machine."""
     wanted = {"group", "name", "fullname", "extra_info", "stats"}
     stats = {"median", "q1", "q3", "rounds"}
     lines = []
