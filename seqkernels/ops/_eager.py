@@ -48,7 +48,7 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     for x in tensors:
         if x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
-                "expected tensors without a tangent, got a dual tensor; the ops of attention have no forward-mode"
+                "expected tensors without a tangent, got a dual tensor; the ops of this package have no forward-mode"
                 " gradients, only those of the backward pass"
             )
 

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import backends
 from ..cells import CELLS, CONSTANTS, DTYPES, Weights, accumulate_dtype
-from ._eager import batched, eager, records
+from ._eager import batched, eager, records, refuse_tangents, transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,6 +86,7 @@ def _forward(
     save: bool,
     every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_tangents(input, state0, *weights)
     if input.shape[2] <= 1 or state0.shape[2] <= 1:
         # Only rows of one element are contiguous in a part of a complex tensor; others are copied.
         input, state0, *weights = _resolved(input, state0, *weights)
@@ -111,6 +111,7 @@ def _backward(
     needs: Sequence[bool],
     every: int = 0,
 ) -> list[Tensor]:
+    refuse_tangents(*grads, input, *weights)
     if input.shape[2] <= 1 or states.shape[3] <= 1:
         input, *others = _resolved(input, *grads, *weights)
         grads, weights = others[:4], others[4:]
@@ -238,20 +239,6 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
             found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs)
             found = [x if x is None else x.clone() for x in found]  # without their graph
     return *found[:2], None, None, None, None, None, *found[2:]
-
-
-def refuse_tangents(**tensors: Tensor | None) -> None:
-    """Raise the error that names the tensor which has a forward-mode gradient, of which no result would know.
-
-    Raises:
-        NotImplementedError: one of `tensors` is a dual tensor.
-    """
-    for name, x in tensors.items():
-        if x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{name}: expected a tensor without a tangent, got a dual tensor; recurrences have no forward-mode"
-                " gradients, only those of the backward pass"
-            )
 
 
 def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | None, cell: str) -> None:
@@ -499,10 +486,15 @@ def recurrence(
     check(input, weights, state0, control, cell)
     if every != 0:
         _check_every(every, gates, states)
-    if forward_ad._current_level >= 0:
-        refuse_tangents(input=input, state0=state0, **weights._asdict())
     stored = gates and CELLS[cell].reserve > 0
-    if torch.is_grad_enabled() and records(input, state0, *weights):
+    if transformed():
+        from ..backends.reference.recurrence import recurrence as reference
+
+        backends.note("torch.func, forward mode or tracing: the recurrence as a loop of plain operations")
+        every_state, state_n, reserve = reference(input, weights, state0, control, cell, reverse)
+        hidden, *rest = _step_states(every_state, reverse)
+        of_steps = _gates(reserve, cell, input.dtype) if stored else None
+    elif torch.is_grad_enabled() and records(input, state0, *weights):
         hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, every, *weights)
         of_steps = rest.pop() if stored else None
         state_n = rest.pop()

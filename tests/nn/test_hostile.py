@@ -48,18 +48,44 @@ def test_negation_by_a_bit(kind: str, steps: int, inputs: int, hidden: int) -> N
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # of make_dual itself
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("grad", [False, True])
-def test_forward_mode_is_refused(kind: str, steps: int, grad: bool) -> None:
-    model = layer(kind, 3, 4).requires_grad_(grad)
-    x = torch.randn(steps, 2, 3)
+def test_transforms_run_plain_operations(kind: str, steps: int) -> None:
+    """grad, vmap, forward mode and their compositions, of a layer that torch's own answers for."""
+    ours = layer(kind, 3, 4).double()
+    theirs = getattr(torch.nn, kind)(3, 4).double()
+    theirs.load_state_dict(ours.state_dict())
+    x, tangent = torch.randn(2, 5, steps, 2, 3, dtype=torch.float64).unbind(0)
+
+    def loss(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(x)[0].square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        torch.stack([loss(theirs)(one) for one in leaf]), leaf, torch.ones(5, dtype=leaf.dtype)
+    )
+    torch.testing.assert_close(torch.func.grad(loss(ours))(x[0]), expected[0])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss(ours)))(x), expected)
+    found, along, *_ = torch.func.jvp(loss(ours), (x[0],), (tangent[0],))
+    torch.testing.assert_close(found, loss(theirs)(x[0]))
+    torch.testing.assert_close(along, (expected[0] * tangent[0]).sum())
     with forward_ad.dual_level():
-        assert model(x)[0].shape == (steps, 2, 4)
-        with pytest.raises(NotImplementedError, match="input: expected a tensor without a tangent, got a dual tensor"):
-            model(forward_ad.make_dual(x, x))
-    if grad:
-        return
-    with pytest.raises(NotImplementedError, match="input: expected a tensor without a tangent"):
-        torch.func.jvp(lambda x: model(x)[0], (x,), (x,))
+        dual = loss(ours)(forward_ad.make_dual(x[0], tangent[0]))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along)
+
+
+def test_compiled_transforms() -> None:
+    model = layer("LSTM", 3, 4)
+    gradient = torch.func.grad(lambda x: model(x)[0].square().sum())
+    x = torch.randn(2, 2, 3)
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager", fullgraph=True)(x), gradient(x))
+
+
+def test_the_op_itself_refuses_tangents() -> None:
+    x = torch.randn(2, 1, 3)
+    weights = (torch.randn(12, 3), torch.randn(12, 3), *(None,) * 9)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="got a dual tensor"):
+        torch.ops.seqkernels.recurrence_forward(
+            forward_ad.make_dual(x, x), list(weights), torch.zeros(2, 1, 3), None, "lstm", False, False
+        )
 
 
 @pytest.mark.parametrize("kind", LAYERS)
