@@ -192,15 +192,20 @@ class GPT(nn.Module):
         """Score the tokens that follow each of `tokens`.
 
         Args:
-            tokens: (B, M) int64.
+            tokens: (B, M) int64 or int32.
             cache: of the tokens before; `tokens` are added to it.
 
         Returns:
             Logits (B, M, V).
 
         Raises:
-            ValueError: there are more tokens than the model, or the cache, is made for.
+            ValueError: there are more tokens than the model, or the cache, is made for, or not two dimensions of them.
+            TypeError: `tokens` are not integers.
         """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens: expected (B, M), got {tuple(tokens.shape)}")
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"tokens: expected int64 or int32, got {tokens.dtype}")
         before = 0 if cache is None else cache.length
         end = before + tokens.shape[1]
         most = self.config.context if cache is None else min(self.config.context, cache.keys[0].shape[2])

@@ -172,3 +172,15 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="top_k"):
         model.generate(tokens(4), 1, top_k=24)
     assert torch.equal(model.generate(tokens(4), 0), tokens(4))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), ValueError, r"tokens: expected \(B, M\), got \(3,\)"),
+        (torch.zeros(1, 3), TypeError, "tokens: expected int64 or int32, got torch.float32"),
+    ],
+)
+def test_tokens_that_are_none(tokens, error, message):
+    with pytest.raises(error, match=message):
+        make(CONFIGS["rotary"], seqkernels.nn)(tokens)
