@@ -8,73 +8,90 @@
 namespace seqkernels {
 namespace {
 
-// out[r] (kRows, ldo) += sum over j of s[r][j] value[j], of `keys` rows as they lie, each of which is read once.
-template <class T, int kRows, class S>
-void add_rows(const S* value, std::int64_t stride, std::int64_t keys, std::int64_t size, const T* s, std::int64_t lds,
-              T* out, std::int64_t ldo) {
-  constexpr int n = kLanes<T>, kVectors = kVectorRegisters / 2 / kRows < 1   ? 1
-                                          : kVectorRegisters / 2 / kRows > 4 ? 4
-                                                                             : kVectorRegisters / 2 / kRows;
-  constexpr std::int64_t kNear = 32;  // keys whose values stay in the first cache
-  for (std::int64_t first = 0; first < keys; first += kNear) {
-    const std::int64_t count = min_of(kNear, keys - first);
-    for (std::int64_t column = 0; column < size; column += kVectors * n) {
-      const std::int64_t left = size - column;
-      Vec<T> sum[kRows][kVectors];
-      const auto run = [&](auto load_at) {
+// kRows rows of out (ldo) += s (lds) times rows of values as they lie, in kVectors vectors, of one of which only the
+// first `left` numbers are there. Of `keys` values each stream has `length`, of which `part` are added. What comes
+// later is fetched if `fetching`.
+template <class T, int kRows, int kVectors, class S>
+void add_block(const S* value, std::int64_t stride, Range part, std::int64_t length, std::int64_t keys,
+               std::int64_t left, const T* s, std::int64_t lds, T* out, std::int64_t ldo, bool fetching) {
+  constexpr int n = kLanes<T>;
+  Vec<T> sum[kRows][kVectors];
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
+  }
+  for_streams(keys, 1, part, length, [&](std::int64_t j) {
+    const S* at = value + j * stride;
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
+    for (int v = 0; v < kVectors; ++v) {
+      if (fetching && v * n * sizeof(S) % 64 == 0) fetch(at + v * n);
+      const Vec<T> x = kVectors == 1 ? load(at, left) : load(at + v * n);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) sum[r][v] += x * s[r * lds + j];
+    }
+  });
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = out + r * ldo + v * n;
+      store_full(to, load_full(to) + sum[r][v]);
+    }
+  }
+}
+
+// out (rows, ldo) += s (rows, keys) times the rows of values as they lie in memory, each of which is read once: a few
+// keys for two rows at a time, as wide as the registers allow.
+template <class T, class S>
+void add_rows(const S* value, std::int64_t stride, std::int64_t keys, std::int64_t size, std::int64_t rows, const T* s,
+              std::int64_t lds, T* out, std::int64_t ldo) {
+  constexpr int n = kLanes<T>, kMost = kVectorRegisters / 4;
+  constexpr std::int64_t kNear = 8;  // keys of a stream whose values stay in the first cache
+  const std::int64_t length = stream_length(keys, 1);
+  for (std::int64_t first = 0; first < length; first += kNear) {
+    const Range part{first, min_of(length, first + kNear)};
+    for (std::int64_t column = 0; column < size;) {
+      const auto run = [&](auto vectors) {
+        constexpr int kVectors = decltype(vectors)::kValue;
+        for (std::int64_t r = 0; r < rows; r += 2) {
+          const auto add = r + 1 < rows ? add_block<T, 2, kVectors, S> : add_block<T, 1, kVectors, S>;
+          add(value + column, stride, part, length, keys, size - column, s + r * lds, lds, out + r * ldo + column, ldo,
+              r == 0);
         }
-        for (std::int64_t j = first; j < first + count; ++j) {
-          const S* at = value + j * stride + column;
-          fetch(at, kVectors * n * static_cast<std::int64_t>(sizeof(S)));
-          Vec<T> x[kVectors];
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) x[v] = load_at(at, v);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const T weight = s[r * lds + j];
-#pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sum[r][v] += x[v] * weight;
-          }
-        }
+        column += kVectors * n;
       };
-      if (left >= kVectors * n) {
-        run([](const S* at, int v) { return load(at + v * n); });
+      const std::int64_t whole = (size - column) / n;
+      if (whole >= kMost) {
+        run(Count<kMost>());
+      } else if (whole >= 4) {
+        run(Count<4>());
+      } else if (whole >= 2) {
+        run(Count<2>());
       } else {
-        run([left](const S* at, int v) { return left > v * n ? load(at + v * n, left - v * n) : Vec<T>{}; });
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          if (v * n >= left) break;
-          T* to = out + r * ldo + column + v * n;
-          store_full(to, load_full(to) + sum[r][v]);
-        }
+        run(Count<1>());
       }
     }
   }
 }
 
-template <class T>
+// T computes, E is multiplied.
+template <class T, class E>
 class Decode {
   using Softmax = OnlineSoftmax<T>;
   using Row = typename Softmax::Row;
-  using Work = typename Softmax::Work;
   static constexpr int n = kLanes<T>;
+  static constexpr bool kPairs = sizeof(E) == 2;
   static constexpr std::int64_t kBlock = 256;  // keys of a tile
 
  public:
   explicit Decode(const AttentionForward& p)
       : p_(p),
-        scores_(p, true),
+        scores_(p, !kPairs),
         longest_(p),
         group_(p.heads / p.kv_heads),
         kv_total_(p.batch * p.kv_heads),
-        size_ld_(round_up(p.head_size, n)),
+        size_ld_(round_up(p.head_size, kPairs ? 2 * n : n)),
         value_ld_(round_up(p.value_size, n)),
         clean_(masks_keys(p)),
         key_block_(min_of(kBlock, round_up(max_of<std::int64_t>(longest_.keys, 1), n))),
@@ -85,19 +102,24 @@ class Decode {
         parts_(parts()),
         row_space_(round_up(group_ * longest_.queries, n)),
         softmax_(p, scores_, tile_ld_, value_ld_, row_space_),
-        work_size_(round_up(softmax_.size() + row_space_ * size_ld_ + (clean_ ? key_block_ * value_ld_ : 0), 64)),
+        work_size_(round_up(softmax_.size() + (clean_ ? key_block_ * value_ld_ : 0), 64)),
+        left_size_(round_up(row_space_ * size_ld_ + (kPairs ? row_space_ * tile_ld_ : 0), 64)),
         partial_size_(group_ * longest_.queries * softmax_.partial_size()),
         work_(threads_ * work_size_),
         partial_(parts_ > 1 ? kv_total_ * parts_ * partial_size_ : 0),
+        left_(threads_ * left_size_),
         rows_(threads_ * row_space_) {}
 
   void run() {
     run_team(threads_, [this](int thread, int threads) {
       T* at = work_.get() + thread * work_size_;
-      const Work w = softmax_.carve(at, rows_.get() + thread * row_space_);
-      T* q = at + softmax_.size();
+      Work w;
+      static_cast<typename Softmax::Work&>(w) = softmax_.carve(at, rows_.get() + thread * row_space_);
+      w.cleaned = at + softmax_.size();
+      w.q = left_.get() + thread * left_size_;
+      w.weights = w.q + row_space_ * size_ld_;
       for (std::int64_t task; (task = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED)) < kv_total_ * parts_;) {
-        run_task(w, q, task);
+        run_task(w, task);
       }
       if (parts_ == 1) return;
       barrier_.wait(threads);
@@ -116,6 +138,12 @@ class Decode {
   }
 
  private:
+  struct Work : Softmax::Work {
+    T* cleaned;  // (keys of a tile, Dv) values, where some are not finite
+    E* q;        // (rows, D)
+    E* weights;  // (rows, keys of a tile) where they are not multiplied as they are
+  };
+
   // Ranges of keys of one key head.
   int parts() const {
     const int most = static_cast<int>(min_of<std::int64_t>(ceil_div(longest_.keys, key_block_), 4 * threads_));
@@ -124,7 +152,7 @@ class Decode {
     return parts;
   }
 
-  void run_task(const Work& w, T* q, std::int64_t task) {
+  void run_task(const Work& w, std::int64_t task) {
     const std::int64_t kv = task / parts_, kv_head = kv % p_.kv_heads;
     const Document document(p_, kv / p_.kv_heads);
     const std::int64_t rows = group_ * document.queries;
@@ -132,15 +160,14 @@ class Decode {
     softmax_.start(w, document, kv_head, 0, rows);
     for_heads(group_, document.queries, kv_head, 0, rows,
               [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-                read_rows<T>(p_.dtype, element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype),
-                             p_.q.stride[2], count, p_.head_size, scores_.of_q(), q + at * size_ld_, size_ld_);
+                read_left(p_.dtype, element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype),
+                          p_.q.stride[2], count, p_.head_size, scores_.of_q(), w.q + at * size_ld_, size_ld_);
               });
-    for (std::int64_t i = rows * size_ld_; i < row_space_ * size_ld_; i += n) store_full(q + i, Vec<T>{});
+    std::memset(w.q + rows * size_ld_, 0, static_cast<std::size_t>((row_space_ - rows) * size_ld_) * sizeof(E));
     const Range read = document.all(p_);
     const std::int64_t first = read.begin / key_block_, blocks = ceil_div(read.end, key_block_) - first;
     const Share mine = share(max_of<std::int64_t>(0, blocks), static_cast<int>(task % parts_), parts_);
-    for (std::int64_t block = mine.begin; block < mine.end; ++block)
-      attend(w, q, document, kv_head, first + block, rows);
+    for (std::int64_t block = mine.begin; block < mine.end; ++block) attend(w, document, kv_head, first + block, rows);
     if (parts_ == 1) {
       softmax_.finish(w, document, kv_head, 0, rows);
     } else {
@@ -148,7 +175,7 @@ class Decode {
     }
   }
 
-  void attend(const Work& w, T* q, const Document& document, std::int64_t kv_head, std::int64_t block,
+  void attend(const Work& w, const Document& document, std::int64_t kv_head, std::int64_t block,
               std::int64_t rows) const {
     const std::int64_t first = block * key_block_;
     const Range given = set_counts(w.rows, rows, first, min_of(key_block_, document.keys - first));
@@ -161,26 +188,24 @@ class Decode {
     const void* from = element(p_.k.data, document.key_at(p_.k.stride, kv_head, first + begin), p_.dtype);
     const void* values = element(p_.v.data, document.key_at(p_.v.stride, kv_head, first), p_.dtype);
     const void* read = element(values, begin * p_.v.stride[2], p_.dtype);
-    multiply_rows(p_.dtype, from, p_.k.stride[2], width, p_.head_size, q, size_ld_, w.s + begin, tile_ld_, rows);
+    multiply_rows(p_.dtype, from, p_.k.stride[2], width, p_.head_size, w.q, size_ld_, w.s + begin, tile_ld_, rows);
     const bool dirty = clean_ && !rows_are_finite<T>(p_.dtype, read, p_.v.stride[2], width, p_.value_size);
     softmax_.tile(w, rows, first, keys, kept, uniform, dirty, values, p_.v.stride[2]);
-    T* copy = q + row_space_ * size_ld_;
-    if (dirty) pack_depth(p_.dtype, read, p_.v.stride[2], width, p_.value_size, copy, value_ld_, true);
-    with_rows<T>(rows, [&](auto count) {
-      constexpr int kRows = decltype(count)::kValue;
-      for (std::int64_t r = 0; r < rows; r += kRows) {
-        const T* weights = w.s + r * tile_ld_ + begin;
-        T* out = w.out + r * value_ld_;
-        if (dirty) {
-          add_rows<T, kRows>(copy, value_ld_, width, p_.value_size, weights, tile_ld_, out, value_ld_);
-        } else {
-          with_storage<T>(p_.dtype, [&](auto tag) {
-            add_rows<T, kRows>(static_cast<const decltype(tag)*>(read), p_.v.stride[2], width, p_.value_size, weights,
-                               tile_ld_, out, value_ld_);
-          });
-        }
-      }
-    });
+    T* out = w.out;
+    if (dirty) {
+      read_rows<T>(p_.dtype, read, p_.v.stride[2], width, p_.value_size, T(1), w.cleaned, value_ld_);
+      clean(w.cleaned, width * value_ld_);
+      add_rows(w.cleaned, value_ld_, width, p_.value_size, rows, w.s + begin, tile_ld_, out, value_ld_);
+    } else if constexpr (kPairs) {
+      for (std::int64_t r = 0; r < rows; ++r) narrow_row(w.s + r * tile_ld_, begin, keys.end, w.weights + r * tile_ld_);
+      add_rows(static_cast<const E*>(read), p_.v.stride[2], width, p_.value_size, rows, w.weights + begin, tile_ld_,
+               out, value_ld_);
+    } else {
+      with_storage<T>(p_.dtype, [&](auto tag) {
+        add_rows(static_cast<const decltype(tag)*>(read), p_.v.stride[2], width, p_.value_size, rows, w.s + begin,
+                 tile_ld_, out, value_ld_);
+      });
+    }
   }
 
   const AttentionForward& p_;
@@ -193,8 +218,9 @@ class Decode {
   const int parts_;
   const std::int64_t row_space_;
   const Softmax softmax_;
-  const std::int64_t work_size_, partial_size_;
+  const std::int64_t work_size_, left_size_, partial_size_;
   Scratch<T> work_, partial_;
+  Scratch<E> left_;
   Scratch<Row> rows_;
   Barrier barrier_;
   std::int64_t next_ = 0;

@@ -113,6 +113,140 @@ inline void product(std::int64_t rows, std::int64_t vectors, const BFloat16* a, 
   }
 }
 
+// As for float: s = a (kRows, lda), padded to 32 numbers with 0, times rows as they lie.
+template <int kRows>
+__attribute__((target("avx512bf16"))) void dot_rows16(const BFloat16* key, std::int64_t stride, std::int64_t keys,
+                                                      std::int64_t depth, const BFloat16* a, std::int64_t lda, float* s,
+                                                      std::int64_t lds) {
+  constexpr int n = kLanes<float>, kKeys = n / kRows;
+  const std::int64_t whole = depth / (2 * n) * (2 * n);
+  const Side<float, kRows> side(keys);
+  for (std::int64_t j = 0; j < side.length; j += side.kEach) {
+    const BFloat16* row[kKeys];
+    __m512 sum[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) row[i] = key + min_of(side.key(j, i), keys - 1) * stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) sum[i] = _mm512_setzero_ps();
+    const auto add = [&](std::int64_t d, __mmask32 lanes) __attribute__((target("avx512bf16"), always_inline)) {
+      __m512bh x[kKeys];
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) {
+        fetch(row[i] + d);
+        x[i] = (__m512bh)(lanes == ~0u ? _mm512_loadu_si512(row[i] + d) : _mm512_maskz_loadu_epi16(lanes, row[i] + d));
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const __m512bh y = (__m512bh)_mm512_loadu_si512(a + r * lda + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeys; ++i) sum[r * kKeys + i] = _mm512_dpbf16_ps(sum[r * kKeys + i], x[i], y);
+      }
+    };
+    for (std::int64_t d = 0; d < whole; d += 2 * n) add(d, ~0u);
+    if (whole < depth) add(whole, (1u << (depth - whole)) - 1);
+    Vec<float> all[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) all[i] = bit_cast<Vec<float>>(sum[i]);
+    side.write(reduce_each<float>(all), j, s, lds);
+  }
+}
+
+inline void multiply_rows(DType, const void* from, std::int64_t stride, std::int64_t keys, std::int64_t depth,
+                          const BFloat16* a, std::int64_t lda, float* s, std::int64_t lds, std::int64_t rows) {
+  with_rows<float>(rows, [&](auto count) {
+    constexpr int kRows = decltype(count)::kValue;
+    for (std::int64_t r = 0; r < rows; r += kRows) {
+      dot_rows16<kRows>(bfloats(from), stride, keys, depth, a + r * lda, lda, s + r * lds, lds);
+    }
+  });
+}
+
+// As add_block, in kChunks times 32 numbers; of one chunk only the first `left` numbers are there. Two keys are a pair.
+template <int kRows, int kChunks>
+__attribute__((target("avx512bf16"))) void add_block16(const BFloat16* value, std::int64_t stride, Range part,
+                                                       std::int64_t length, std::int64_t keys, std::int64_t left,
+                                                       const BFloat16* weights, std::int64_t ldw, float* out,
+                                                       std::int64_t ldo, bool fetching) {
+  constexpr int n = kLanes<float>;
+  const __mmask32 lanes = left >= 2 * n ? ~0u : (1u << left) - 1;
+  __m512 low[kRows][kChunks], high[kRows][kChunks];
+#pragma GCC unroll 4
+  for (int c = 0; c < kChunks; ++c) {
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) low[r][c] = high[r][c] = _mm512_setzero_ps();
+  }
+  const auto read = [&](const BFloat16* at) __attribute__((target("avx512bf16"))) {
+    return kChunks == 1 ? _mm512_maskz_loadu_epi16(lanes, at) : _mm512_loadu_si512(at);
+  };
+  for_streams(keys, 2, part, length, [&](std::int64_t j) __attribute__((target("avx512bf16"))) {
+    const BFloat16* at = value + j * stride;
+    const bool pair = j + 1 < keys;
+    const BFloat16* next = pair ? at + stride : at;
+    __m512bh weight[kRows];
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
+      weight[r] = (__m512bh)_mm512_set1_epi32(static_cast<int>(load_pair(weights + r * ldw + j)));
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kChunks; ++c) {
+      if (fetching) {
+        fetch(at + 2 * n * c);
+        fetch(next + 2 * n * c);
+      }
+      const __m512i x = read(at + 2 * n * c);
+      const __m512i y = _mm512_maskz_mov_epi16(pair ? ~0u : 0, read(next + 2 * n * c));
+      const __m512bh first = (__m512bh)_mm512_unpacklo_epi16(x, y), second = (__m512bh)_mm512_unpackhi_epi16(x, y);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        low[r][c] = _mm512_dpbf16_ps(low[r][c], weight[r], first);
+        high[r][c] = _mm512_dpbf16_ps(high[r][c], weight[r], second);
+      }
+    }
+  });
+  // Numbers 0 to 3 of each 8 are in one sum, 4 to 7 in the other.
+  const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChunks; ++c) {
+      float* to = out + r * ldo + 2 * n * c;
+      _mm512_storeu_ps(to, _mm512_loadu_ps(to) + _mm512_permutex2var_ps(low[r][c], front, high[r][c]));
+      if (kChunks == 1 && left <= n) continue;
+      _mm512_storeu_ps(to + n, _mm512_loadu_ps(to + n) + _mm512_permutex2var_ps(low[r][c], back, high[r][c]));
+    }
+  }
+}
+
+// As for float; weights are 0 behind the last key of an odd number.
+inline void add_rows(const BFloat16* value, std::int64_t stride, std::int64_t keys, std::int64_t size,
+                     std::int64_t rows, const BFloat16* weights, std::int64_t ldw, float* out, std::int64_t ldo) {
+  constexpr std::int64_t kNear = 16;
+  const std::int64_t length = stream_length(keys, 2);
+  for (std::int64_t first = 0; first < length; first += kNear) {
+    const Range part{first, min_of(length, first + kNear)};
+    for (std::int64_t column = 0; column < size;) {
+      const std::int64_t left = size - column;
+      const auto run = [&](auto chunks) {
+        constexpr int kChunks = decltype(chunks)::kValue;
+        for (std::int64_t r = 0; r < rows; r += 2) {
+          const auto add = r + 1 < rows ? add_block16<2, kChunks> : add_block16<1, kChunks>;
+          add(value + column, stride, part, length, keys, left, weights + r * ldw, ldw, out + r * ldo + column, ldo,
+              r == 0);
+        }
+        column += kChunks * 2 * kLanes<float>;
+      };
+      if (left >= 128) {
+        run(Count<4>());
+      } else if (left >= 64) {
+        run(Count<2>());
+      } else {
+        run(Count<1>());
+      }
+    }
+  }
+}
+
 // Weights as the left operand of the product with the values. Numbers up to a whole vector are written.
 __attribute__((target("avx512bf16"))) inline void narrow_row(const float* from, std::int64_t begin, std::int64_t end,
                                                              BFloat16* to) {

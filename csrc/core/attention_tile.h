@@ -117,23 +117,6 @@ inline T reduce_add(Vec<T> x) {
   }
 }
 
-// The sums of kLanes vectors, as one vector.
-template <class T>
-inline Vec<T> reduce_each(Vec<T>* x) {
-  constexpr int n = kLanes<T>;
-  IntVec<T> low, high;
-  for (int i = 0; i < n; ++i) {
-    low[i] = i / 2 + (i % 2) * n;
-    high[i] = n / 2 + low[i];
-  }
-  for (int half = n / 2; half >= 1; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      x[i] = __builtin_shuffle(x[i], x[i + half], low) + __builtin_shuffle(x[i], x[i + half], high);
-    }
-  }
-  return x[0];
-}
-
 // The first `count` lanes of x, the others `rest`.
 template <class T>
 inline Vec<T> first_lanes(Vec<T> x, std::int64_t count, T rest) {
@@ -334,12 +317,30 @@ inline void with_rows(std::int64_t rows, const F& f) {
   }
 }
 
-// Bytes ahead of the reading that are asked for: the processor's own streams are too short for rows this wide.
-constexpr std::int64_t kAhead = 8192;
+// A few rows read keys and values from several places at a time, each sequential, and ask for what comes this many
+// bytes later: one stream does not keep the memory busy, nor does the processor's own prefetching.
+constexpr int kStreams = 4;
+constexpr std::int64_t kAhead = 2048;
 
-inline void fetch(const void* p, std::int64_t bytes) {
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + i, 0, 2);
-}
+inline void fetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 2); }
+
+// The keys of a step of dot products, side by side of all streams: kKeys of them for kRows rows.
+template <class T, int kRows>
+struct Side {
+  static constexpr int kKeys = kLanes<T> / kRows, kEach = kKeys < kStreams ? 1 : kKeys / kStreams;  // of a stream
+  std::int64_t length;
+
+  explicit Side(std::int64_t keys) : length(round_up(ceil_div(keys, kKeys / kEach), kEach)) {}
+  std::int64_t key(std::int64_t j, int i) const { return i / kEach * length + j + i % kEach; }
+
+  void write(Vec<T> scores, std::int64_t j, T* s, std::int64_t lds) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; i += kEach) {
+      std::memcpy(s + i / kKeys * lds + key(j, i % kKeys), reinterpret_cast<const char*>(&scores) + i * sizeof(T),
+                  kEach * sizeof(T));
+    }
+  }
+};
 
 // s[r][j] = a[r] . key[j] for kRows rows (kRows, lda), padded to whole vectors with 0, and `keys` rows as they lie,
 // each of which is read once. A few scores behind the last are written.
@@ -348,20 +349,21 @@ void dot_rows(const S* key, std::int64_t stride, std::int64_t keys, std::int64_t
               T* s, std::int64_t lds) {
   constexpr int n = kLanes<T>, kKeys = n / kRows;
   const std::int64_t whole = depth / n * n;
-  for (std::int64_t j = 0; j < keys; j += kKeys) {
+  const Side<T, kRows> side(keys);
+  for (std::int64_t j = 0; j < side.length; j += side.kEach) {
     const S* row[kKeys];
 #pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) {
-      row[i] = key + min_of(j + i, keys - 1) * stride;
-      fetch(row[i], depth * static_cast<std::int64_t>(sizeof(S)));
-    }
+    for (int i = 0; i < kKeys; ++i) row[i] = key + min_of(side.key(j, i), keys - 1) * stride;
     Vec<T> sum[n];
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) sum[i] = Vec<T>{};
     const auto add = [&](std::int64_t d, std::int64_t count) {
       Vec<T> x[kKeys];
 #pragma GCC unroll 16
-      for (int i = 0; i < kKeys; ++i) x[i] = count >= n ? load(row[i] + d) : load(row[i] + d, count);
+      for (int i = 0; i < kKeys; ++i) {
+        if (d * static_cast<std::int64_t>(sizeof(S)) % 64 == 0) fetch(row[i] + d);
+        x[i] = count >= n ? load(row[i] + d) : load(row[i] + d, count);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const Vec<T> y = load_full(a + r * lda + d);
@@ -371,11 +373,20 @@ void dot_rows(const S* key, std::int64_t stride, std::int64_t keys, std::int64_t
     };
     for (std::int64_t d = 0; d < whole; d += n) add(d, n);
     if (whole < depth) add(whole, depth - whole);
-    const Vec<T> sums = reduce_each<T>(sum);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      std::memcpy(s + r * lds + j, reinterpret_cast<const char*>(&sums) + r * kKeys * sizeof(T), kKeys * sizeof(T));
-    }
+    side.write(reduce_each<T>(sum), j, s, lds);
+  }
+}
+
+// How many of `keys` each stream has, in whole groups of `each`; the last ones may have fewer, or none.
+inline std::int64_t stream_length(std::int64_t keys, std::int64_t each) {
+  return round_up(ceil_div(keys, kStreams), each);
+}
+
+// Calls f(first key) for the groups of `each` keys in a part of each stream, by turns.
+template <class F>
+inline void for_streams(std::int64_t keys, std::int64_t each, Range part, std::int64_t length, const F& f) {
+  for (std::int64_t i = part.begin; i < part.end; i += each) {
+    for (std::int64_t j = i; j < keys; j += length) f(j);
   }
 }
 

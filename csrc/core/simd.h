@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -354,22 +355,57 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+template <class T, int kStep, bool kSecond, int... kIndex>
+inline Vec<T> mix_indexed(Vec<T> x, Vec<T> y, std::integer_sequence<int, kIndex...>) {
+  constexpr int n = kLanes<T>, kLane = 16 / static_cast<int>(sizeof(T));
+  constexpr auto from = [](int i) {
+    if (kStep >= kLane) return i / kLane * 2 * kLane + i % kLane + (kSecond ? kLane : 0);
+    const int unit = i % kLane / kStep;
+    return i / kLane * kLane + unit / 2 * kStep + i % kStep + unit % 2 * n + (kSecond ? kLane / 2 : 0);
+  };
+  return __builtin_shufflevector(x, y, from(kIndex)...);
+}
+
+// Half the numbers of x and y. Below 16 bytes: the first or second half of each 16 bytes, x and y by turns in units of
+// kStep numbers, which is what processors do fastest; else every other 16 bytes of x, then of y.
+template <class T, int kStep, bool kSecond>
+inline Vec<T> mix(Vec<T> x, Vec<T> y) {
+  return mix_indexed<T, kStep, kSecond>(x, y, std::make_integer_sequence<int, kLanes<T>>());
+}
+
 // Transposes kLanes x kLanes elements: row i of the result is column i of the rows.
-template <class T>
+template <class T, int kStep = 1>
 inline void transpose(Vec<T>* rows) {
   constexpr int n = kLanes<T>;
-  IntVec<T> low, high;
-  for (int i = 0; i < n; ++i) {
-    low[i] = i / 2 + (i % 2) * n;
-    high[i] = n / 2 + low[i];
-  }
   Vec<T> other[n];
-  for (int stage = 1; stage < n; stage *= 2) {
-    for (int i = 0; i < n / 2; ++i) {
-      other[2 * i] = __builtin_shuffle(rows[i], rows[i + n / 2], low);
-      other[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + n / 2], high);
-    }
-    for (int i = 0; i < n; ++i) rows[i] = other[i];
+#pragma GCC unroll 8
+  for (int i = 0; i < n / 2; ++i) {
+    other[i] = mix<T, kStep, false>(rows[2 * i], rows[2 * i + 1]);
+    other[i + n / 2] = mix<T, kStep, true>(rows[2 * i], rows[2 * i + 1]);
+  }
+  if constexpr (2 * kStep < n) {
+    transpose<T, 2 * kStep>(other);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    // Columns 1 and 2 of each 16 bytes come out in the other order.
+    const bool swapped = kStep == 1 && sizeof(T) == 4 && (i % 4 == 1 || i % 4 == 2);
+    rows[i] = other[swapped ? i ^ 3 : i];
+  }
+}
+
+// The sums of kLanes vectors, as one vector.
+template <class T, int kStep = 1>
+__attribute__((always_inline)) inline Vec<T> reduce_each(Vec<T>* x) {
+  constexpr int n = kLanes<T>;
+#pragma GCC unroll 8
+  for (int i = 0; i < n / (2 * kStep); ++i) {
+    x[i] = mix<T, kStep, false>(x[2 * i], x[2 * i + 1]) + mix<T, kStep, true>(x[2 * i], x[2 * i + 1]);
+  }
+  if constexpr (2 * kStep < n) {
+    return reduce_each<T, 2 * kStep>(x);
+  } else {
+    return x[0];
   }
 }
 

@@ -223,7 +223,7 @@ class Forward {
 template <class T, class E>
 void forward(const AttentionForward& p) {
   if (p.heads / p.kv_heads * Longest(p).queries <= kFewRows) {
-    Decode<T>(p).run();
+    Decode<T, E>(p).run();
   } else {
     Forward<T, E>(p).run();
   }
