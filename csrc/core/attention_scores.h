@@ -73,6 +73,23 @@ class Scores {
            (same_for_heads_ || first / document.queries == (first + rows - 1) / document.queries);
   }
 
+  // Whether ALiBi can leave far keys no weight at all.
+  bool fades() const { return p_.slopes != nullptr && !masked_; }
+  // The largest score that rows of these lengths may have, ALiBi apart.
+  T largest(T q, T k) const {
+    return softcap_ ? static_cast<T>(p_.softcap) : q * k * static_cast<T>(p_.scale < 0 ? -p_.scale : p_.scale);
+  }
+  // Takes those keys from a row whose weights are 0 in any case: their scores are at most `largest` - slope * distance,
+  // the log-sum-exp is at least `lse`. Not if something is not finite.
+  static void take_far(ScoreRow& row, T largest, T lse) {
+    constexpr T kNone = sizeof(T) == 8 ? T(712) : T(90);  // e^-kNone is 0 to weight_of, whatever was rounded
+    const T reach = (largest - lse + kNone) / static_cast<T>(row.slope);
+    if (!(row.slope > 0.0f && reach < T(1 << 30))) return;
+    const auto near = static_cast<std::int64_t>(reach) + 1;
+    row.keys.begin = max_of(row.keys.begin, row.level - near);
+    row.keys.end = min_of(row.keys.end, row.level + near + 1);
+  }
+
   // Looks at the masks of a tile before anything is computed: of a row's keys those that are masked at either end go,
   // which with padding and triangular masks are all of them.
   template <class Row>
@@ -110,8 +127,15 @@ class Scores {
     if (p_.slopes != nullptr) {
       const T slope = static_cast<T>(row.slope);
       V distance = lanes() + static_cast<T>(begin + first - row.level);
-      for (std::int64_t j = begin; j < row.count; j += n, distance += T(n)) {
-        store_full(s + j, load_full(s + j) * factor - slope * (distance < T(0) ? -distance : distance));
+      const auto add_slopes = [&](const auto& of) {
+        for (std::int64_t j = begin; j < row.count; j += n, distance += T(n)) {
+          store_full(s + j, load_full(s + j) * factor - slope * of(distance));
+        }
+      };
+      if (first + row.count - 1 <= row.level) {  // as under causality
+        add_slopes([](V x) { return -x; });
+      } else {
+        add_slopes([](V x) { return x < T(0) ? -x : x; });
       }
       factor = T(1);
     }
@@ -157,14 +181,16 @@ class Scores {
     return x;
   }
 
-  // The random words of a row's weights from key `first`, a multiple of 16, up to `end` or beyond.
+  // The random words of a row's weights from key `first` to `end`.
   void draw(const ScoreRow& row, std::int64_t first, std::int64_t end, std::uint32_t* words) const {
     constexpr std::int64_t kBlock = 64;
-    const std::int64_t blocks = ceil_div(p_.keys, kBlock);
+    const std::uint64_t blocks = static_cast<std::uint64_t>(ceil_div(p_.keys, kBlock));
     std::uint32_t part[kBlock];
     for (std::int64_t key = first; key < end;) {
       const std::int64_t at = key % kBlock, count = min_of(kBlock - at, end - key);
-      philox_block(static_cast<std::uint64_t>(row.place * blocks + key / kBlock) * 16, p_.seed, part);
+      const std::uint64_t block =
+          static_cast<std::uint64_t>(row.place) * blocks + static_cast<std::uint64_t>(key / kBlock);
+      philox_block(block * 16, p_.seed, part);
       std::memcpy(words + (key - first), part + at, static_cast<std::size_t>(count) * sizeof(part[0]));
       key += count;
     }

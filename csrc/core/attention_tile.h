@@ -2,6 +2,8 @@
 // products of tiles.
 #pragma once
 
+#include <cmath>
+
 #include "core/attention.h"
 #include "core/gemm.h"
 
@@ -208,6 +210,26 @@ bool rows_are_finite(DType dtype, const void* from, std::int64_t stride, std::in
     }
   });
   return is_finite<T>(sum);
+}
+
+// The lengths of rows as vectors; returns the largest, or one that is not finite.
+template <class T>
+T lengths_of(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T* lengths) {
+  T most = T(0);
+  with_storage<T>(dtype, [&](auto tag) {
+    const auto* x = static_cast<const decltype(tag)*>(from);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      Vec<T> sum{};
+      for (std::int64_t i = 0; i < size; i += kLanes<T>) {
+        const Vec<T> part = load(x + r * stride + i, size - i);
+        sum += part * part;
+      }
+      const T length = std::sqrt(reduce_add<T>(sum));
+      if (lengths != nullptr) lengths[r] = length;
+      most = length <= most ? most : length;
+    }
+  });
+  return most;
 }
 
 // NaN and infinities become 0.

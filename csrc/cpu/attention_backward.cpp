@@ -228,6 +228,7 @@ class Backward {
     std::int64_t first, count;
     const void* data;
     const void* values;
+    T longest;      // of the keys as vectors, where ALiBi fades them; not finite if a value is not
     bool packed;    // whether a tile has needed them yet
     const E* rows;  // (count, D) as the right operand, finite where `clean_`
     std::int64_t rows_ld;
@@ -240,6 +241,11 @@ class Backward {
     k.count = min_of(key_block_, document.keys - k.first);
     k.data = element(p_.k.data, document.key_at(p_.k.stride, kv_head, k.first), p_.dtype);
     k.values = element(p_.v.data, document.key_at(p_.v.stride, kv_head, k.first), p_.dtype);
+    if (scores_.fades()) {
+      k.longest = rows_are_finite<T>(p_.dtype, k.values, p_.v.stride[2], k.count, p_.value_size)
+                      ? lengths_of<T>(p_.dtype, k.data, p_.k.stride[2], k.count, p_.head_size, nullptr)
+                      : kInfinity<T>;
+    }
     for (std::int64_t i = 0; i < k.count * size_ld_; i += n) store_full(w.grad_k + i, V{});
     for (std::int64_t i = 0; i < k.count * value_ld_; i += n) store_full(w.grad_v + i, V{});
     const RowBlocks blocks(group_ * document.queries, document.queries, kRowBlock);
@@ -279,6 +285,7 @@ class Backward {
   void run_tile(const Work& w, const Document& document, std::int64_t kv_head, Keys& k, std::int64_t first_row,
                 std::int64_t rows, T* grad_q) {
     describe(p_, document, kv_head, first_row, rows, w.rows);
+    if (scores_.fades()) take_far(w, document, kv_head, k, first_row, rows);
     const Range given = set_counts(w.rows, rows, k.first, k.count);
     if (given.begin >= given.end) return;
     const bool uniform = scores_.uniform(document, rows, first_row);
@@ -303,6 +310,21 @@ class Backward {
     }
     differentiate(w, rows, k.first, keys, kept, uniform);
     accumulate(w, k, keys, rows, grad_q + first_row * size_ld_);
+  }
+
+  void take_far(const Work& w, const Document& document, std::int64_t kv_head, const Keys& k, std::int64_t first,
+                std::int64_t rows) const {
+    const T* lse = static_cast<const T*>(p_.lse);
+    T lengths[kRowBlock];
+    for_heads(group_, document.queries, kv_head, first, rows,
+              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+                lengths_of<T>(p_.dtype, element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype),
+                              p_.q.stride[2], count, p_.head_size, lengths);
+                for (std::int64_t i = 0; i < count; ++i) {
+                  scores_.take_far(w.rows[at + i], scores_.largest(lengths[i], k.longest),
+                                   lse[document.lse_at(p_, head, query) + i]);
+                }
+              });
   }
 
   // The three products with the weights and their gradients.

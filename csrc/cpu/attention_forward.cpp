@@ -35,7 +35,7 @@ class Forward {
         kv_total_(p.batch * p.kv_heads),
         size_ld_(kPairs ? padded_depth<E>(p.head_size) : round_up(p.head_size, n)),
         value_ld_(round_up(p.value_size, n)),
-        clean_(masks_keys(p)),
+        clean_(masks_keys(p) || scores_.fades()),
         key_block_(min_of(kKeyBlock, round_up(max_of<std::int64_t>(longest_.keys, 1), n))),
         key_blocks_(ceil_div(longest_.keys, key_block_)),
         tile_ld_(key_block_ + n),
@@ -57,6 +57,7 @@ class Forward {
         packed_(slots_ * (panel_size_ + values_size_)),
         rows_(threads_ * row_space_),
         state_(slots_ * key_blocks_),
+        lengths_(scores_.fades() ? slots_ * key_blocks_ : 0),
         next_(rounds_) {
     for (std::int64_t i = 0; i < rounds_; ++i) next_.get()[i] = 0;
   }
@@ -144,6 +145,10 @@ class Forward {
     const void* from = values_at(document, kv, first);
     const bool dirty = clean_ && !rows_are_finite<T>(p_.dtype, from, p_.v.stride[2], count, p_.value_size);
     state_.get()[slot * key_blocks_ + block] = dirty ? Softmax::kDirty : direct_ ? Softmax::kDirect : Softmax::kPacked;
+    if (scores_.fades()) {
+      lengths_.get()[slot * key_blocks_ + block] =
+          dirty ? kInfinity<T> : lengths_of<T>(p_.dtype, keys, p_.k.stride[2], count, p_.head_size, nullptr);
+    }
     if (dirty || !direct_) {
       pack_depth(p_.dtype, from, p_.v.stride[2], count, p_.value_size, values(slot, first), value_ld_, dirty);
     }
@@ -158,6 +163,7 @@ class Forward {
                 read_left(p_.dtype, element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype),
                           p_.q.stride[2], count, p_.head_size, scores_.of_q(), w.q + at * size_ld_, size_ld_);
               });
+    if (scores_.fades()) take_far(w, document, kv, slot, first_row, rows);
     const bool uniform = scores_.uniform(document, rows, first_row);
     const Range read = keys_of_block(p_, document, first_row, rows);
     for (std::int64_t block = read.begin / key_block_; block * key_block_ < read.end; ++block) {
@@ -184,6 +190,29 @@ class Forward {
       }
     }
     softmax_.finish(w, document, kv_head, first_row, rows);
+  }
+
+  void take_far(const Work& w, const Document& document, std::int64_t kv, std::int64_t slot, std::int64_t first,
+                std::int64_t rows) const {
+    const Range read = blocks_read(document);
+    T longest = T(0);
+    for (std::int64_t block = read.begin; block < read.end; ++block) {
+      const T length = lengths_.get()[slot * key_blocks_ + block];
+      longest = length <= longest ? longest : length;
+    }
+    T lengths[kRowBlock];
+    for_heads(group_, document.queries, kv % p_.kv_heads, first, rows,
+              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+                lengths_of<T>(p_.dtype, element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype),
+                              p_.q.stride[2], count, p_.head_size, lengths + at);
+              });
+    for (std::int64_t r = 0; r < rows; ++r) {
+      Row& row = w.rows[r];
+      const T largest = scores_.largest(lengths[r], longest);
+      const std::int64_t before = row.keys.begin - row.level, behind = row.level - row.keys.end + 1;
+      const auto nearest = static_cast<T>(max_of<std::int64_t>(0, max_of(before, behind)));
+      scores_.take_far(row, largest, -largest - nearest * static_cast<T>(row.slope));
+    }
   }
 
   void add_values(const Work& w, const E* weights, std::int64_t rows, Range keys, const E* values,
@@ -216,6 +245,7 @@ class Forward {
   Scratch<E> left_, packed_;
   Scratch<Row> rows_;
   Scratch<std::uint8_t> state_;
+  Scratch<T> lengths_;  // the largest of the keys of a block
   Scratch<std::int64_t> next_;
   Barrier barrier_;
 };
