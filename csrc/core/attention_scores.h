@@ -77,7 +77,8 @@ class Scores {
   bool fades() const { return p_.slopes != nullptr && !masked_; }
   // The largest score that rows of these lengths may have, ALiBi apart.
   T largest(T q, T k) const {
-    return softcap_ ? static_cast<T>(p_.softcap) : q * k * static_cast<T>(p_.scale < 0 ? -p_.scale : p_.scale);
+    if (softcap_) return static_cast<T>(p_.softcap) + T(0) * q * k;
+    return q * k * static_cast<T>(p_.scale < 0 ? -p_.scale : p_.scale);
   }
   // Takes those keys from a row whose weights are 0 in any case: their scores are at most `largest` - slope * distance,
   // the log-sum-exp is at least `lse`. Not if something is not finite.

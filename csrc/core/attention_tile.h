@@ -212,7 +212,13 @@ bool rows_are_finite(DType dtype, const void* from, std::int64_t stride, std::in
   return is_finite<T>(sum);
 }
 
-// The lengths of rows as vectors; returns the largest, or one that is not finite.
+// The larger of two lengths; NaN if one is.
+template <class T>
+inline T longer(T a, T b) {
+  return a >= b || a != a ? a : b;
+}
+
+// The lengths of rows as vectors; returns the largest.
 template <class T>
 T lengths_of(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T* lengths) {
   T most = T(0);
@@ -226,7 +232,7 @@ T lengths_of(DType dtype, const void* from, std::int64_t stride, std::int64_t ro
       }
       const T length = std::sqrt(reduce_add<T>(sum));
       if (lengths != nullptr) lengths[r] = length;
-      most = length <= most ? most : length;
+      most = longer(most, length);
     }
   });
   return most;

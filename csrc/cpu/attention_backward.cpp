@@ -315,13 +315,19 @@ class Backward {
   void take_far(const Work& w, const Document& document, std::int64_t kv_head, const Keys& k, std::int64_t first,
                 std::int64_t rows) const {
     const T* lse = static_cast<const T*>(p_.lse);
-    T lengths[kRowBlock];
+    T lengths[kRowBlock], others[kRowBlock];
     for_heads(group_, document.queries, kv_head, first, rows,
               [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-                lengths_of<T>(p_.dtype, element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype),
-                              p_.q.stride[2], count, p_.head_size, lengths);
+                const auto measure = [&](const Strided& x, std::int64_t size, T* to) {
+                  lengths_of<T>(p_.dtype, element(x.data, document.query_at(x.stride, head, query), p_.dtype),
+                                x.stride[2], count, size, to);
+                };
+                measure(p_.q, p_.head_size, lengths);
+                measure(p_.out, p_.value_size, others);
+                for (std::int64_t i = 0; i < count; ++i) lengths[i] += T(0) * others[i];  // NaN meets all keys
+                measure(p_.grad_out, p_.value_size, others);
                 for (std::int64_t i = 0; i < count; ++i) {
-                  scores_.take_far(w.rows[at + i], scores_.largest(lengths[i], k.longest),
+                  scores_.take_far(w.rows[at + i], scores_.largest(lengths[i] + T(0) * others[i], k.longest),
                                    lse[document.lse_at(p_, head, query) + i]);
                 }
               });

@@ -35,7 +35,7 @@ class Forward {
         kv_total_(p.batch * p.kv_heads),
         size_ld_(kPairs ? padded_depth<E>(p.head_size) : round_up(p.head_size, n)),
         value_ld_(round_up(p.value_size, n)),
-        clean_(masks_keys(p) || scores_.fades()),
+        clean_(masks_keys(p)),
         key_block_(min_of(kKeyBlock, round_up(max_of<std::int64_t>(longest_.keys, 1), n))),
         key_blocks_(ceil_div(longest_.keys, key_block_)),
         tile_ld_(key_block_ + n),
@@ -143,11 +143,13 @@ class Forward {
                 panels(slot) + first * padded_depth<E>(p_.head_size));
     // Values are copied where they cannot be read as they lie.
     const void* from = values_at(document, kv, first);
-    const bool dirty = clean_ && !rows_are_finite<T>(p_.dtype, from, p_.v.stride[2], count, p_.value_size);
+    const bool finite =
+        !(clean_ || scores_.fades()) || rows_are_finite<T>(p_.dtype, from, p_.v.stride[2], count, p_.value_size);
+    const bool dirty = clean_ && !finite;
     state_.get()[slot * key_blocks_ + block] = dirty ? Softmax::kDirty : direct_ ? Softmax::kDirect : Softmax::kPacked;
     if (scores_.fades()) {
       lengths_.get()[slot * key_blocks_ + block] =
-          dirty ? kInfinity<T> : lengths_of<T>(p_.dtype, keys, p_.k.stride[2], count, p_.head_size, nullptr);
+          finite ? lengths_of<T>(p_.dtype, keys, p_.k.stride[2], count, p_.head_size, nullptr) : kInfinity<T>;
     }
     if (dirty || !direct_) {
       pack_depth(p_.dtype, from, p_.v.stride[2], count, p_.value_size, values(slot, first), value_ld_, dirty);
@@ -197,8 +199,7 @@ class Forward {
     const Range read = blocks_read(document);
     T longest = T(0);
     for (std::int64_t block = read.begin; block < read.end; ++block) {
-      const T length = lengths_.get()[slot * key_blocks_ + block];
-      longest = length <= longest ? longest : length;
+      longest = longer(longest, lengths_.get()[slot * key_blocks_ + block]);
     }
     T lengths[kRowBlock];
     for_heads(group_, document.queries, kv % p_.kv_heads, first, rows,
