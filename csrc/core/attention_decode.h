@@ -102,8 +102,9 @@ class Decode {
         parts_(parts()),
         row_space_(round_up(group_ * longest_.queries, n)),
         softmax_(p, scores_, tile_ld_, value_ld_, row_space_),
-        work_size_(round_up(softmax_.size() + (clean_ ? key_block_ * value_ld_ : 0), 64)),
-        left_size_(round_up(row_space_ * size_ld_ + (kPairs ? row_space_ * tile_ld_ : 0), 64)),
+        work_size_(round_up(softmax_.size(), 64)),
+        left_size_(round_up(
+            row_space_ * size_ld_ + (kPairs ? row_space_ * tile_ld_ : 0) + (clean_ ? key_block_ * value_ld_ : 0), 64)),
         partial_size_(group_ * longest_.queries * softmax_.partial_size()),
         work_(threads_ * work_size_),
         partial_(parts_ > 1 ? kv_total_ * parts_ * partial_size_ : 0),
@@ -112,12 +113,12 @@ class Decode {
 
   void run() {
     run_team(threads_, [this](int thread, int threads) {
-      T* at = work_.get() + thread * work_size_;
       Work w;
-      static_cast<typename Softmax::Work&>(w) = softmax_.carve(at, rows_.get() + thread * row_space_);
-      w.cleaned = at + softmax_.size();
+      static_cast<typename Softmax::Work&>(w) =
+          softmax_.carve(work_.get() + thread * work_size_, rows_.get() + thread * row_space_);
       w.q = left_.get() + thread * left_size_;
       w.weights = w.q + row_space_ * size_ld_;
+      w.cleaned = w.weights + (kPairs ? row_space_ * tile_ld_ : 0);
       for (std::int64_t task; (task = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED)) < kv_total_ * parts_;) {
         run_task(w, task);
       }
@@ -139,9 +140,9 @@ class Decode {
 
  private:
   struct Work : Softmax::Work {
-    T* cleaned;  // (keys of a tile, Dv) values, where some are not finite
     E* q;        // (rows, D)
     E* weights;  // (rows, keys of a tile) where they are not multiplied as they are
+    E* cleaned;  // (keys of a tile, Dv) values, where some are not finite
   };
 
   // Ranges of keys of one key head.
@@ -189,23 +190,30 @@ class Decode {
     const void* values = element(p_.v.data, document.key_at(p_.v.stride, kv_head, first), p_.dtype);
     const void* read = element(values, begin * p_.v.stride[2], p_.dtype);
     multiply_rows(p_.dtype, from, p_.k.stride[2], width, p_.head_size, w.q, size_ld_, w.s + begin, tile_ld_, rows);
-    const bool dirty = clean_ && !rows_are_finite<T>(p_.dtype, read, p_.v.stride[2], width, p_.value_size);
+    const bool dirty = clean_ && !all_read(w, rows, keys, kept) &&
+                       !rows_are_finite<T>(p_.dtype, read, p_.v.stride[2], width, p_.value_size);
     softmax_.tile(w, rows, first, keys, kept, uniform, dirty, values, p_.v.stride[2]);
-    T* out = w.out;
-    if (dirty) {
-      read_rows<T>(p_.dtype, read, p_.v.stride[2], width, p_.value_size, T(1), w.cleaned, value_ld_);
-      clean(w.cleaned, width * value_ld_);
-      add_rows(w.cleaned, value_ld_, width, p_.value_size, rows, w.s + begin, tile_ld_, out, value_ld_);
-    } else if constexpr (kPairs) {
+    if (dirty) read_finite(p_.dtype, read, p_.v.stride[2], width, p_.value_size, w.cleaned, value_ld_);
+    const auto add = [&](const auto* x, std::int64_t stride, const auto* weights) {
+      add_rows(x, stride, width, p_.value_size, rows, weights + begin, tile_ld_, w.out, value_ld_);
+    };
+    if constexpr (kPairs) {
       for (std::int64_t r = 0; r < rows; ++r) narrow_row(w.s + r * tile_ld_, begin, keys.end, w.weights + r * tile_ld_);
-      add_rows(static_cast<const E*>(read), p_.v.stride[2], width, p_.value_size, rows, w.weights + begin, tile_ld_,
-               out, value_ld_);
+      add(dirty ? w.cleaned : static_cast<const E*>(read), dirty ? value_ld_ : p_.v.stride[2], w.weights);
+    } else if (dirty) {
+      add(w.cleaned, value_ld_, w.s);
     } else {
-      with_storage<T>(p_.dtype, [&](auto tag) {
-        add_rows(static_cast<const decltype(tag)*>(read), p_.v.stride[2], width, p_.value_size, rows, w.s + begin,
-                 tile_ld_, out, value_ld_);
-      });
+      with_storage<T>(p_.dtype, [&](auto tag) { add(static_cast<const decltype(tag)*>(read), p_.v.stride[2], w.s); });
     }
+  }
+
+  // Whether all rows read all keys of a tile, and of the vector it begins in.
+  bool all_read(const Work& w, std::int64_t rows, Range keys, Kept kept) const {
+    if (keys.begin % n != 0 || !kept.all_mask || p_.bias.data != nullptr) return false;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      if (w.rows[r].from > keys.begin || w.rows[r].count < keys.end) return false;
+    }
+    return true;
   }
 
   const AttentionForward& p_;

@@ -218,6 +218,17 @@ __attribute__((target("avx512bf16"))) void add_block16(const BFloat16* value, st
   }
 }
 
+// As for float.
+inline void read_finite(DType, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size,
+                        BFloat16* to, std::int64_t ld) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t i = 0; i < size; ++i) {
+      const BFloat16 x = bfloats(from)[r * stride + i];
+      to[r * ld + i].bits = (x.bits & 0x7f80) == 0x7f80 ? 0 : x.bits;
+    }
+  }
+}
+
 // As for float; weights are 0 behind the last key of an odd number.
 inline void add_rows(const BFloat16* value, std::int64_t stride, std::int64_t keys, std::int64_t size,
                      std::int64_t rows, const BFloat16* weights, std::int64_t ldw, float* out, std::int64_t ldo) {

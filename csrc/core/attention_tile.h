@@ -247,6 +247,14 @@ void clean(T* x, std::int64_t count) {
   }
 }
 
+// to (rows, ld) = from (rows, size), what is not finite being 0.
+template <class T>
+void read_finite(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T* to,
+                 std::int64_t ld) {
+  read_rows<T>(dtype, from, stride, rows, size, T(1), to, ld);
+  clean(to, rows * ld);
+}
+
 // Rows that are the depth of a product, as its right operand (rows, ld). What is not finite becomes 0 where `cleaned`.
 template <class T>
 void pack_depth(DType dtype, const void* from, std::int64_t stride, std::int64_t rows, std::int64_t size, T* to,

@@ -81,7 +81,7 @@ def test_memory_is_taken_for_what_there_is():
     lengths = torch.tensor([0, 3, 20, 21], dtype=torch.int32)
     q, k, v = (torch.randn(1, 4, 21, 8, requires_grad=True) for _ in range(3))
     found = []
-    for longest in (17, 2**40):
+    for longest in (17, 2**31 - 1):
         out, _ = attention(
             q, k, v, cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=longest, max_seqlen_k=longest, right=0
         )
