@@ -5,7 +5,7 @@
 // panels for the scores and the gradient of the weights, and the transposed tile as the left operand for the gradients
 // of keys and values. The gradient of the queries gathers in float beside it: per thread, or per task and summed at
 // the end where tasks share rows. Nothing is added atomically, so results repeat for a number of threads.
-#include "core/attention_scores.h"
+#include "core/attention_operands.h"
 #include "core/kernels.h"
 #include "core/team.h"
 
@@ -20,6 +20,7 @@ constexpr std::int64_t kDepthBlock = 64;  // keys whose rows stay in the first c
 template <class T, class E>
 class Backward {
   using V = Vec<T>;
+  using Block = OperandBlock<T, E>;
   static constexpr int n = kLanes<T>;
   static constexpr bool kPairs = sizeof(E) == 2;
 
@@ -33,8 +34,6 @@ class Backward {
         row_total_(group_ * longest_.queries),
         size_ld_(round_up(p.head_size, n)),
         value_ld_(round_up(p.value_size, n)),
-        left_ld_(kPairs ? padded_depth<E>(p.head_size) : size_ld_),
-        value_left_ld_(kPairs ? padded_depth<E>(p.value_size) : value_ld_),
         few_(row_total_ <= kFewRows),
         clean_(masks_keys(p)),
         of_scores_(p.grad_q.data != nullptr || p.grad_k.data != nullptr || p.grad_bias != nullptr),
@@ -51,10 +50,10 @@ class Backward {
         bias_shared_(p.grad_bias != nullptr &&
                      ((p.batch > 1 && p.grad_bias_stride[0] == 0) || (p.kv_heads > 1 && p.grad_bias_stride[1] == 0) ||
                       (parts_ > 1 && p.grad_bias_stride[3] == 0))),
-        work_size_(round_up(row_space_ * (2 * tile_ld_ + 3) + key_block_ * (size_ld_ + value_ld_) + 3 * tile_ld_, n)),
-        left_size_(row_space_ * (left_ld_ + value_left_ld_)),
-        depth_size_(kPairs ? row_space_ * (size_ld_ + value_ld_ + 3 * tile_ld_) : 0),
-        operand_size_(round_up(left_size_ + depth_size_ + key_block_ * (left_ld_ + value_left_ld_ + size_ld_), 64)),
+        given_(p, scores_, of_scores_, row_space_, key_blocks_ > parts_ ? row_blocks() : 0, threads_),
+        work_size_(round_up(row_space_ * 2 * tile_ld_ + key_block_ * (size_ld_ + value_ld_) + 3 * tile_ld_, n)),
+        operand_size_(round_up(
+            (kPairs ? row_space_ * 3 * tile_ld_ : 0) + key_block_ * (given_.ld() + given_.grad_ld() + size_ld_), 64)),
         grad_q_size_(p.grad_q.data == nullptr ? 0 : row_total_ * size_ld_),
         work_(threads_ * work_size_),
         grad_q_((parts_ == 1 ? threads_ : kv_total_ * parts_) * grad_q_size_),
@@ -92,9 +91,6 @@ class Backward {
   struct Work {
     T* s;       // (rows, keys of a tile) products, then scores, then weights
     T* grad_s;  // (rows, keys of a tile) gradient of the weights, then of the products
-    T* lse;     // (rows) 0 for -inf
-    T* delta;   // (rows) of the output and its gradient
-    T* of_lse;  // (rows) gradients of the log-sum-exp; apart, so that delta cancels to the last bit
     T* grad_k;  // (keys of a tile, D)
     T* grad_v;  // (keys of a tile, Dv)
     T* add;     // (keys of a tile)
@@ -102,11 +98,7 @@ class Backward {
     T* grad_bias;
     std::uint32_t* words;
     Row* rows;
-    E* q;         // (rows, D) as the left operand
-    E* grad_out;  // (rows, Dv) as the left operand
-    // As right operands whose depth the rows are, and the tiles that go with them; only where they are pairs.
-    E* q_depth;
-    E* grad_out_depth;
+    // The tiles that go with rows as the depth; only where they are pairs.
     E* weights;        // [pairs of rows][keys][2]
     E* grad_products;  // likewise
     E* grad_rows;      // (rows, keys of a tile)
@@ -119,10 +111,7 @@ class Backward {
     Work w;
     w.s = work_.get() + thread * work_size_;
     w.grad_s = w.s + row_space_ * tile_ld_;
-    w.lse = w.grad_s + row_space_ * tile_ld_;
-    w.delta = w.lse + row_space_;
-    w.of_lse = w.delta + row_space_;
-    w.grad_k = w.of_lse + row_space_;
+    w.grad_k = w.grad_s + row_space_ * tile_ld_;
     w.grad_v = w.grad_k + key_block_ * size_ld_;
     w.add = w.grad_v + key_block_ * value_ld_;
     w.slopes = w.add + tile_ld_;
@@ -130,23 +119,23 @@ class Backward {
     w.rows = rows_.get() + thread * row_space_;
     w.grad_bias = thread > 0 && bias_shared_ ? grad_bias_.get() + (thread - 1) * p_.grad_bias_size
                                              : static_cast<T*>(p_.grad_bias);
-    w.q = operands_.get() + thread * operand_size_;
-    w.grad_out = w.q + row_space_ * left_ld_;
-    w.q_depth = w.q;
-    w.grad_out_depth = w.grad_out;
-    E* at = w.q + left_size_;
+    E* at = operands_.get() + thread * operand_size_;
     if constexpr (kPairs) {
-      w.q_depth = at;
-      w.grad_out_depth = w.q_depth + row_space_ * size_ld_;
-      w.weights = w.grad_out_depth + row_space_ * value_ld_;
+      w.weights = at;
       w.grad_products = w.weights + row_space_ * tile_ld_;
       w.grad_rows = w.grad_products + row_space_ * tile_ld_;
-      at += depth_size_;
+      at += 3 * row_space_ * tile_ld_;
     }
     w.key_panels = at;
-    w.value_panels = w.key_panels + key_block_ * left_ld_;
-    w.key_rows = w.value_panels + key_block_ * value_left_ld_;
+    w.value_panels = w.key_panels + key_block_ * given_.ld();
+    w.key_rows = w.value_panels + key_block_ * given_.grad_ld();
     return w;
+  }
+
+  // Blocks of rows of a key head at most, of documents of any length too.
+  std::int64_t row_blocks() const {
+    if (longest_.queries > kRowBlock) return group_ * ceil_div(longest_.queries, kRowBlock);
+    return min_of(group_, ceil_div(row_total_, kRowBlock / 2 + 1));
   }
 
   std::int64_t wanted_parts() const {
@@ -189,9 +178,10 @@ class Backward {
     const Document document(p_, kv / p_.kv_heads);
     T* grad_q = grad_q_.get() + (parts_ == 1 ? thread : task) * grad_q_size_;
     for (std::int64_t i = 0; i < grad_q_size_; i += n) store_full(grad_q + i, V{});
+    given_.forget(thread);
     const std::int64_t end = first_block(document, part + 1);
     for (std::int64_t block = first_block(document, part); block < end; ++block) {
-      run_keys(w, document, kv % p_.kv_heads, block, grad_q);
+      run_keys(w, thread, document, kv % p_.kv_heads, block, grad_q);
     }
     if (part == parts_ - 1 && p_.cu_seqlens_k == nullptr) clear_padding(document, kv % p_.kv_heads);
     if (parts_ == 1 && grad_q_size_ > 0) {
@@ -235,7 +225,8 @@ class Backward {
   };
 
   // One block of keys with all rows of its head.
-  void run_keys(const Work& w, const Document& document, std::int64_t kv_head, std::int64_t block, T* grad_q) {
+  void run_keys(const Work& w, int thread, const Document& document, std::int64_t kv_head, std::int64_t block,
+                T* grad_q) {
     Keys k{};
     k.first = block * key_block_;
     k.count = min_of(key_block_, document.keys - k.first);
@@ -252,7 +243,9 @@ class Backward {
     for (std::int64_t i = 0; i < blocks.count; ++i) {
       const Range read = keys_of_block(p_, document, blocks.begin(i), blocks.length(i));
       if (read.begin >= k.first + k.count || read.end <= k.first) continue;
-      run_tile(w, document, kv_head, k, blocks.begin(i), blocks.length(i), grad_q);
+      const std::int64_t first = blocks.begin(i), rows = blocks.length(i);
+      const auto given = [&] { return given_.block(thread, document, kv_head, i, first, rows); };
+      run_tile(w, given, document, kv_head, k, first, rows, grad_q);
     }
     write_keys(p_.grad_k, document, kv_head, k, w.grad_k, size_ld_, p_.head_size, scores_.of_grad_k());
     write_keys(p_.grad_v, document, kv_head, k, w.grad_v, value_ld_, p_.value_size, T(1));
@@ -282,59 +275,46 @@ class Backward {
     }
   }
 
-  void run_tile(const Work& w, const Document& document, std::int64_t kv_head, Keys& k, std::int64_t first_row,
-                std::int64_t rows, T* grad_q) {
+  template <class Given>
+  void run_tile(const Work& w, const Given& given, const Document& document, std::int64_t kv_head, Keys& k,
+                std::int64_t first_row, std::int64_t rows, T* grad_q) {
     describe(p_, document, kv_head, first_row, rows, w.rows);
-    if (scores_.fades()) take_far(w, document, kv_head, k, first_row, rows);
-    const Range given = set_counts(w.rows, rows, k.first, k.count);
-    if (given.begin >= given.end) return;
+    if (scores_.fades()) {
+      const Block b = given();
+      for (std::int64_t r = 0; r < rows; ++r) {
+        scores_.take_far(w.rows[r], scores_.largest(b.lengths[r], k.longest), b.lse[r]);
+      }
+    }
+    const Range allowed = set_counts(w.rows, rows, k.first, k.count);
+    if (allowed.begin >= allowed.end) return;
     const bool uniform = scores_.uniform(document, rows, first_row);
-    const Kept kept = scores_.look(w.rows, rows, k.first, given, uniform);
+    const Kept kept = scores_.look(w.rows, rows, k.first, allowed, uniform);
     const Range keys = kept.keys;
     if (keys.begin >= keys.end) return;
     if (!k.packed) pack(w, k);
-    begin(w, document, kv_head, first_row, rows);
+    const Block b = given();
+    if (p_.grad_bias != nullptr) place_grad_bias(w, document, kv_head, first_row, rows);
     if constexpr (!kPairs) {
       if (few_) {
-        multiply_rows<T>(p_.dtype, k.data, p_.k.stride[2], keys.end, p_.head_size, w.q, left_ld_, w.s, tile_ld_, rows);
-        multiply_rows<T>(p_.dtype, k.values, p_.v.stride[2], keys.end, p_.value_size, w.grad_out, value_left_ld_,
+        multiply_rows<T>(p_.dtype, k.data, p_.k.stride[2], keys.end, p_.head_size, b.q, given_.ld(), w.s, tile_ld_,
+                         rows);
+        multiply_rows<T>(p_.dtype, k.values, p_.v.stride[2], keys.end, p_.value_size, b.grad_out, given_.grad_ld(),
                          w.grad_s, tile_ld_, rows);
       }
     }
     if (!few_) {
-      multiply_panels(k.count, keys, p_.head_size, w.q, left_ld_, w.key_panels, w.s, tile_ld_, w.rows, rows);
+      multiply_panels(k.count, keys, p_.head_size, b.q, given_.ld(), w.key_panels, w.s, tile_ld_, w.rows, rows);
       if (of_scores_) {
-        multiply_panels(k.count, keys, p_.value_size, w.grad_out, value_left_ld_, w.value_panels, w.grad_s, tile_ld_,
+        multiply_panels(k.count, keys, p_.value_size, b.grad_out, given_.grad_ld(), w.value_panels, w.grad_s, tile_ld_,
                         w.rows, rows);
       }
     }
-    differentiate(w, rows, k.first, keys, kept, uniform);
-    accumulate(w, k, keys, rows, grad_q + first_row * size_ld_);
-  }
-
-  void take_far(const Work& w, const Document& document, std::int64_t kv_head, const Keys& k, std::int64_t first,
-                std::int64_t rows) const {
-    const T* lse = static_cast<const T*>(p_.lse);
-    T lengths[kRowBlock], others[kRowBlock];
-    for_heads(group_, document.queries, kv_head, first, rows,
-              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-                const auto measure = [&](const Strided& x, std::int64_t size, T* to) {
-                  lengths_of<T>(p_.dtype, element(x.data, document.query_at(x.stride, head, query), p_.dtype),
-                                x.stride[2], count, size, to);
-                };
-                measure(p_.q, p_.head_size, lengths);
-                measure(p_.out, p_.value_size, others);
-                for (std::int64_t i = 0; i < count; ++i) lengths[i] += T(0) * others[i];  // NaN meets all keys
-                measure(p_.grad_out, p_.value_size, others);
-                for (std::int64_t i = 0; i < count; ++i) {
-                  scores_.take_far(w.rows[at + i], scores_.largest(lengths[i] + T(0) * others[i], k.longest),
-                                   lse[document.lse_at(p_, head, query) + i]);
-                }
-              });
+    differentiate(w, b, rows, k.first, keys, kept, uniform);
+    accumulate(w, b, k, keys, rows, grad_q + first_row * size_ld_);
   }
 
   // The three products with the weights and their gradients.
-  void accumulate(const Work& w, const Keys& k, Range keys, std::int64_t rows, T* grad_q) const {
+  void accumulate(const Work& w, const Block& b, const Keys& k, Range keys, std::int64_t rows, T* grad_q) const {
     const std::int64_t begin = keys.begin / n * n, width = keys.end - begin;
     bool full = true;
     for (std::int64_t r = 0; r < rows; ++r) full = full && w.rows[r].from <= keys.begin && w.rows[r].count >= keys.end;
@@ -370,11 +350,11 @@ class Backward {
       grad_rows = w.grad_s;
     }
     if (p_.grad_v.data != nullptr) {
-      product<T, Layout::kTransposed, true>(width, value_ld_ / n, weights + step * begin, tile_ld_, w.grad_out_depth,
+      product<T, Layout::kTransposed, true>(width, value_ld_ / n, weights + step * begin, tile_ld_, b.grad_out_depth,
                                             value_ld_, w.grad_v + begin * value_ld_, value_ld_, reading);
     }
     if (p_.grad_k.data != nullptr) {
-      product<T, Layout::kTransposed, true>(width, size_ld_ / n, grad_products + step * begin, tile_ld_, w.q_depth,
+      product<T, Layout::kTransposed, true>(width, size_ld_ / n, grad_products + step * begin, tile_ld_, b.q_depth,
                                             size_ld_, w.grad_k + begin * size_ld_, size_ld_, reading);
     }
     if (p_.grad_q.data == nullptr) return;
@@ -388,57 +368,21 @@ class Backward {
     }
   }
 
-  void begin(const Work& w, const Document& document, std::int64_t kv_head, std::int64_t first,
-             std::int64_t rows) const {
-    const T* lse = static_cast<const T*>(p_.lse);
-    const T* grad_lse = static_cast<const T*>(p_.grad_lse);
-    for_heads(
-        group_, document.queries, kv_head, first, rows,
-        [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
-          const void* q = element(p_.q.data, document.query_at(p_.q.stride, head, query), p_.dtype);
-          const void* grad = element(p_.grad_out.data, document.query_at(p_.grad_out.stride, head, query), p_.dtype);
-          const void* out = element(p_.out.data, document.query_at(p_.out.stride, head, query), p_.dtype);
-          read_left(p_.dtype, q, p_.q.stride[2], count, p_.head_size, scores_.of_q(), w.q + at * left_ld_, left_ld_);
-          read_left(p_.dtype, grad, p_.grad_out.stride[2], count, p_.value_size, T(1), w.grad_out + at * value_left_ld_,
-                    value_left_ld_);
-          const std::int64_t place = document.lse_at(p_, head, query);
-          for (std::int64_t i = 0; i < count; ++i) {
-            w.lse[at + i] = lse[place + i] == -kInfinity<T> ? T(0) : lse[place + i];
-            w.of_lse[at + i] = grad_lse == nullptr ? T(0) : grad_lse[place + i];
-            w.delta[at + i] = T(0);
-          }
-          if (of_scores_) add_delta(grad, out, count, w.delta + at);
-          if (p_.grad_bias == nullptr) return;
-          const std::int64_t* stride = p_.grad_bias_stride;
-          for (std::int64_t i = 0; i < count; ++i) {
-            w.rows[at + i].grad_bias =
-                w.grad_bias + document.batch * stride[0] + head * stride[1] + (query + i) * stride[2];
-          }
-        });
-    if constexpr (kPairs) {
-      // The rows as the depth of a product, from the copies, which are contiguous over heads.
-      pack_depth(p_.dtype, w.q, left_ld_, rows, p_.head_size, w.q_depth, size_ld_, false);
-      pack_depth(p_.dtype, w.grad_out, value_left_ld_, rows, p_.value_size, w.grad_out_depth, value_ld_, false);
-    }
-  }
-
-  // The products of the rows of the output and its gradient.
-  void add_delta(const void* grad, const void* out, std::int64_t rows, T* delta) const {
-    with_storage<T>(p_.dtype, [&](auto tag) {
-      const auto* g = static_cast<const decltype(tag)*>(grad);
-      const auto* o = static_cast<const decltype(tag)*>(out);
-      for (std::int64_t r = 0; r < rows; ++r, g += p_.grad_out.stride[2], o += p_.out.stride[2]) {
-        V sum{};
-        for (std::int64_t i = 0; i < p_.value_size; i += n) {
-          sum += load(g + i, p_.value_size - i) * load(o + i, p_.value_size - i);
-        }
-        delta[r] = reduce_add<T>(sum);
-      }
-    });
+  void place_grad_bias(const Work& w, const Document& document, std::int64_t kv_head, std::int64_t first,
+                       std::int64_t rows) const {
+    const std::int64_t* stride = p_.grad_bias_stride;
+    for_heads(group_, document.queries, kv_head, first, rows,
+              [&](std::int64_t head, std::int64_t query, std::int64_t at, std::int64_t count) {
+                for (std::int64_t i = 0; i < count; ++i) {
+                  w.rows[at + i].grad_bias =
+                      w.grad_bias + document.batch * stride[0] + head * stride[1] + (query + i) * stride[2];
+                }
+              });
   }
 
   // From products and gradients of the weights to weights after dropout and gradients of the products.
-  void differentiate(const Work& w, std::int64_t rows, std::int64_t first, Range keys, Kept kept, bool uniform) const {
+  void differentiate(const Work& w, const Block& b, std::int64_t rows, std::int64_t first, Range keys, Kept kept,
+                     bool uniform) const {
     const bool mask = p_.mask.data != nullptr && !kept.all_mask, plain = scores_.plain(mask);
     const bool shared = uniform && (mask || p_.bias.data != nullptr);
     if (shared) scores_.additive(w.rows[0], first, keys, mask, w.add);
@@ -466,13 +410,13 @@ class Backward {
         const bool edge = !plain || j < row.from || row.count - j < n;
         V score = load_full(s + j);
         if (edge) score = scores_.inside(score, row, j);
-        V x = weight_of<T>(score * factor - w.lse[r]);
+        V x = weight_of<T>(score * factor - b.lse[r]);
         if (scores_.dropout()) {
           store_full(s + j, scores_.drop(x, w.words + (j - read)));
-          x *= (scores_.drop(load_full(grad + j), w.words + (j - read)) - w.delta[r]) + w.of_lse[r];
+          x *= (scores_.drop(load_full(grad + j), w.words + (j - read)) - b.delta[r]) + b.of_lse[r];
         } else {
           store_full(s + j, x);
-          x *= (load_full(grad + j) - w.delta[r]) + w.of_lse[r];
+          x *= (load_full(grad + j) - b.delta[r]) + b.of_lse[r];
         }
         if (edge) x = score == -kInfinity<T> ? V{} : x;
         store_full(grad + j, x);
@@ -531,17 +475,17 @@ class Backward {
   const Scores<T> scores_;
   const Longest longest_;
   const std::int64_t group_, kv_total_, row_total_, size_ld_, value_ld_;
-  const std::int64_t left_ld_, value_left_ld_;  // of q and grad_out as left operands
-  const bool few_;                              // rows, so that packing keys and values does not pay
-  const bool clean_;                            // keys that are not finite must not reach rows that do not read them
-  const bool of_scores_;                        // gradients that go through the scores are wanted
+  const bool few_;        // rows, so that packing keys and values does not pay
+  const bool clean_;      // keys that are not finite must not reach rows that do not read them
+  const bool of_scores_;  // gradients that go through the scores are wanted
   const int threads_;
   const std::int64_t wanted_parts_, key_block_, key_blocks_;
   const int parts_;  // ranges of keys of one key head
   const std::int64_t tile_ld_, row_space_;
   const bool direct_;       // keys can be read as they lie
   const bool bias_shared_;  // tasks add to the same elements of grad_bias
-  const std::int64_t work_size_, left_size_, depth_size_, operand_size_, grad_q_size_;
+  RowOperands<T, E> given_;
+  const std::int64_t work_size_, operand_size_, grad_q_size_;
   Scratch<T> work_, grad_q_, grad_bias_;
   Scratch<E> operands_;
   Scratch<Row> rows_;
