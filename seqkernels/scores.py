@@ -35,6 +35,10 @@ class Scores(NamedTuple):
         cu_seqlens_k: likewise of k and v; N is then `max_seqlen_k`.
         max_seqlen_q: the most queries of a document; 0 without `cu_seqlens_q`.
         max_seqlen_k: the most keys of a document; 0 without `cu_seqlens_q`.
+        block_table: (B, blocks) int32: k and v are pages (pages, Hk, page_size, D) with page_size keys each, and key j
+            of batch entry or document b is key ``j % page_size`` of page ``block_table[b, j // page_size]``. N is
+            ``blocks * page_size``; with `cu_seqlens_q` it is `max_seqlen_k` as ever, and of `cu_seqlens_k` only the
+            lengths between its elements count. Pages behind the last key are not looked at. Without gradients.
         alibi_slopes: (Hq,) or (B, Hq) float32. A constant.
         softcap: bound of the scores; 0 for none.
         sink: (Hq,) in the dtype that q is accumulated in: the score of one more key, whose value is 0. Has a gradient.
@@ -58,6 +62,7 @@ class Scores(NamedTuple):
     sink: Tensor | None = None
     dropout_p: float = 0.0
     seed: Tensor | None = None
+    block_table: Tensor | None = None
 
     def pack(self) -> tuple[list[Tensor | None], list[float], list[int]]:
         """Tensors, numbers and settings, as the ops take them."""
@@ -71,6 +76,7 @@ class Scores(NamedTuple):
                 self.alibi_slopes,
                 self.sink,
                 self.seed,
+                self.block_table,
             ],
             [self.scale, self.softcap, self.dropout_p],
             [self.left, self.right, int(self.bottom_right), self.max_seqlen_q, self.max_seqlen_k],
@@ -79,7 +85,7 @@ class Scores(NamedTuple):
     @staticmethod
     def unpack(tensors: list[Tensor | None], numbers: list[float], settings: list[int]) -> Scores:
         """The inverse of `pack`."""
-        mask, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, seed = tensors
+        mask, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, seed, block_table = tensors
         scale, softcap, dropout_p = numbers
         left, right, bottom_right, max_seqlen_q, max_seqlen_k = settings
         return Scores(
@@ -99,12 +105,14 @@ class Scores(NamedTuple):
             sink,
             dropout_p,
             seed,
+            block_table,
         )
 
     def shape(self, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
         """(B, Hq, M, N) of all scores."""
         if self.cu_seqlens_q is None:
-            return q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+            blocks = 1 if self.block_table is None else self.block_table.shape[1]
+            return q.shape[0], q.shape[1], q.shape[2], blocks * k.shape[2]
         return self.cu_seqlens_q.shape[0] - 1, q.shape[1], self.max_seqlen_q, self.max_seqlen_k
 
     def features(self, q: Tensor, k: Tensor) -> tuple[str, ...]:
@@ -114,6 +122,8 @@ class Scores(NamedTuple):
             found.append("alibi")
         if self.bias is not None:
             found.append("bias" if self.bias.dtype == q.dtype else "bias32")
+        if self.block_table is not None:
+            found.append("block_table")
         if self.bottom_right:
             found.append("bottom_right")
         if self.right == 0 and self.left < 0:

@@ -5,6 +5,9 @@
 //
 // Documents behind one another: B is their number, M and N are those of the longest, and the batch stride of q, k, v,
 // out and lse is 0.
+//
+// A block table: k and v are (pages, Hk, page_size, D), and key j of batch entry b is key j % page_size of page
+// block_table[b][j / page_size]. N is what the pages of an entry hold, or that of the longest document.
 #pragma once
 
 #include "core/types.h"
@@ -34,7 +37,9 @@ struct AttentionScores {
   Strided bias;                                     // likewise
   DType bias_dtype;                                 // dtype, or float32
   const std::int32_t* key_lengths;                  // (B,), or null
-  const std::int32_t *cu_seqlens_q, *cu_seqlens_k;  // (B + 1,), or null
+  const std::int32_t *cu_seqlens_q, *cu_seqlens_k;  // (B + 1,), or null; of keys in pages only lengths count
+  const std::int32_t* block_table;                  // (B, pages of an entry), or null
+  std::int64_t block_stride, page_size;             // of its batch; keys of a page
   const float* slopes;                              // or null
   std::int64_t slope_stride[2];                     // of batch and head
   const void* sink;                                 // (Hq,) compute, or null

@@ -83,6 +83,7 @@ class Decode {
   static constexpr int n = kLanes<T>;
   static constexpr bool kPairs = sizeof(E) == 2;
   static constexpr std::int64_t kBlock = 256;  // keys of a tile
+  static constexpr std::int64_t kShort = 4;    // pages of fewer keys are copied together
 
  public:
   explicit Decode(const AttentionForward& p)
@@ -101,6 +102,7 @@ class Decode {
                                           static_cast<double>(p.head_size + p.value_size))),
         parts_(parts()),
         row_space_(round_up(group_ * longest_.queries, n)),
+        copied_(p.block_table != nullptr && p.page_size < kShort),
         softmax_(p, scores_, tile_ld_, value_ld_, row_space_),
         work_size_(round_up(softmax_.size(), 64)),
         left_size_(round_up(
@@ -109,7 +111,9 @@ class Decode {
         work_(threads_ * work_size_),
         partial_(parts_ > 1 ? kv_total_ * parts_ * partial_size_ : 0),
         left_(threads_ * left_size_),
-        rows_(threads_ * row_space_) {}
+        rows_(threads_ * row_space_),
+        copy_size_(p.block_table == nullptr ? 0 : key_block_ * max_of(p.head_size, p.value_size) * bytes_of(p.dtype)),
+        copies_(threads_ * copy_size_) {}
 
   void run() {
     run_team(threads_, [this](int thread, int threads) {
@@ -119,6 +123,7 @@ class Decode {
       w.q = left_.get() + thread * left_size_;
       w.weights = w.q + row_space_ * size_ld_;
       w.cleaned = w.weights + (kPairs ? row_space_ * tile_ld_ : 0);
+      w.copy = copies_.get() + thread * copy_size_;
       for (std::int64_t task; (task = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED)) < kv_total_ * parts_;) {
         run_task(w, task);
       }
@@ -143,6 +148,7 @@ class Decode {
     E* q;        // (rows, D)
     E* weights;  // (rows, keys of a tile) where they are not multiplied as they are
     E* cleaned;  // (keys of a tile, Dv) values, where some are not finite
+    char* copy;  // rows of keys or values that several pages hold
   };
 
   // Ranges of keys of one key head.
@@ -186,25 +192,40 @@ class Decode {
     const Range keys = kept.keys;
     if (keys.begin >= keys.end) return;
     const std::int64_t begin = keys.begin / n * n, width = keys.end - begin;
-    const void* from = element(p_.k.data, document.key_at(p_.k.stride, kv_head, first + begin), p_.dtype);
-    const void* values = element(p_.v.data, document.key_at(p_.v.stride, kv_head, first), p_.dtype);
-    const void* read = element(values, begin * p_.v.stride[2], p_.dtype);
-    multiply_rows(p_.dtype, from, p_.k.stride[2], width, p_.head_size, w.q, size_ld_, w.s + begin, tile_ld_, rows);
-    const bool dirty = clean_ && !all_read(w, rows, keys, kept) &&
-                       !rows_are_finite<T>(p_.dtype, read, p_.v.stride[2], width, p_.value_size);
-    softmax_.tile(w, rows, first, keys, kept, uniform, dirty, values, p_.v.stride[2]);
-    if (dirty) read_finite(p_.dtype, read, p_.v.stride[2], width, p_.value_size, w.cleaned, value_ld_);
-    const auto add = [&](const auto* x, std::int64_t stride, const auto* weights) {
-      add_rows(x, stride, width, p_.value_size, rows, weights + begin, tile_ld_, w.out, value_ld_);
+    const auto read = [&](const Strided& x, std::int64_t size, const auto& f) {
+      if (copied_) return f(rows_of(p_, x, document, kv_head, first + begin, width, size, w.copy), 0, width);
+      for_pages(p_, x, document, kv_head, first + begin, width, size, f);
     };
+    read(p_.k, p_.head_size, [&](Rows key, std::int64_t at, std::int64_t count) {
+      multiply_rows(p_.dtype, key.data, key.stride, count, p_.head_size, w.q, size_ld_, w.s + begin + at, tile_ld_,
+                    rows);
+    });
+    bool dirty = false;
+    if (clean_ && !all_read(w, rows, keys, kept)) {
+      read(p_.v, p_.value_size, [&](Rows value, std::int64_t, std::int64_t count) {
+        dirty = dirty || !rows_are_finite<T>(p_.dtype, value.data, value.stride, count, p_.value_size);
+      });
+    }
+    Rows all{};
+    if (dirty) all = rows_of(p_, p_.v, document, kv_head, first, keys.end, p_.value_size, w.copy);
+    softmax_.tile(w, rows, first, keys, kept, uniform, dirty, all.data, all.stride);
     if constexpr (kPairs) {
       for (std::int64_t r = 0; r < rows; ++r) narrow_row(w.s + r * tile_ld_, begin, keys.end, w.weights + r * tile_ld_);
-      add(dirty ? w.cleaned : static_cast<const E*>(read), dirty ? value_ld_ : p_.v.stride[2], w.weights);
-    } else if (dirty) {
-      add(w.cleaned, value_ld_, w.s);
-    } else {
-      with_storage<T>(p_.dtype, [&](auto tag) { add(static_cast<const decltype(tag)*>(read), p_.v.stride[2], w.s); });
     }
+    read(p_.v, p_.value_size, [&](Rows value, std::int64_t at, std::int64_t count) {
+      const auto add = [&](const auto* x, std::int64_t stride, const auto* weights) {
+        add_rows(x, stride, count, p_.value_size, rows, weights + begin + at, tile_ld_, w.out, value_ld_);
+      };
+      if (dirty) read_finite(p_.dtype, value.data, value.stride, count, p_.value_size, w.cleaned, value_ld_);
+      if constexpr (kPairs) {
+        add(dirty ? w.cleaned : static_cast<const E*>(value.data), dirty ? value_ld_ : value.stride, w.weights);
+      } else if (dirty) {
+        add(w.cleaned, value_ld_, w.s);
+      } else {
+        with_storage<T>(p_.dtype,
+                        [&](auto tag) { add(static_cast<const decltype(tag)*>(value.data), value.stride, w.s); });
+      }
+    });
   }
 
   // Whether all rows read all keys of a tile, and of the vector it begins in.
@@ -225,11 +246,14 @@ class Decode {
   const int threads_;
   const int parts_;
   const std::int64_t row_space_;
+  const bool copied_;  // keys and values of a tile are copied together
   const Softmax softmax_;
   const std::int64_t work_size_, left_size_, partial_size_;
   Scratch<T> work_, partial_;
   Scratch<E> left_;
   Scratch<Row> rows_;
+  const std::int64_t copy_size_;
+  Scratch<char> copies_;
   Barrier barrier_;
   std::int64_t next_ = 0;
 };

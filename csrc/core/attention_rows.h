@@ -16,10 +16,18 @@ constexpr std::int64_t kFewRows = 8;  // rows of a key head up to which keys are
 struct Document {
   std::int64_t batch, queries, keys;  // without padding
   std::int64_t first_query, first_key;
-  std::int64_t diagonal;  // query i is level with key i + diagonal
+  std::int64_t diagonal;      // query i is level with key i + diagonal
+  const std::int32_t* pages;  // null where all keys are in one place
+  std::int64_t page_size;
 
   Document(const AttentionScores& p, std::int64_t b)
-      : batch(b), queries(p.queries), keys(p.keys), first_query(0), first_key(0) {
+      : batch(b),
+        queries(p.queries),
+        keys(p.keys),
+        first_query(0),
+        first_key(0),
+        pages(p.block_table == nullptr ? nullptr : p.block_table + b * p.block_stride),
+        page_size(p.page_size) {
     if (p.cu_seqlens_q != nullptr) {
       first_query = p.cu_seqlens_q[b];
       first_key = p.cu_seqlens_k[b];
@@ -44,12 +52,66 @@ struct Document {
     return batch * stride[0] + head * stride[1] + (first_query + query) * stride[2];
   }
   std::int64_t key_at(const std::int64_t* stride, std::int64_t head, std::int64_t key) const {
+    if (pages != nullptr) return pages[key / page_size] * stride[0] + head * stride[1] + key % page_size * stride[2];
     return batch * stride[0] + head * stride[1] + (first_key + key) * stride[2];
+  }
+  // How many of the `count` keys from `key` on lie one stride behind the other.
+  std::int64_t run(std::int64_t key, std::int64_t count) const {
+    return pages == nullptr ? count : min_of(count, page_size - key % page_size);
   }
   std::int64_t lse_at(const AttentionScores& p, std::int64_t head, std::int64_t query) const {
     return batch * p.lse_stride[0] + head * p.lse_stride[1] + first_query + query;
   }
 };
+
+// Keys or values of a document.
+struct Rows {
+  const void* data;
+  std::int64_t stride;
+};
+
+// Calls f(rows, at, count) for those of the `count` rows of k or v from key `first` on that lie in one page, and asks
+// for what comes next from another.
+template <class F>
+inline void for_pages(const AttentionScores& p, const Strided& x, const Document& document, std::int64_t kv_head,
+                      std::int64_t first, std::int64_t count, std::int64_t size, const F& f) {
+  constexpr std::int64_t kNext = 32;
+  const std::int64_t bytes = size * bytes_of(p.dtype), step = x.stride[2] * bytes_of(p.dtype);
+  const auto row = [&](std::int64_t at) {
+    return static_cast<const char*>(element(x.data, document.key_at(x.stride, kv_head, first + at), p.dtype));
+  };
+  for (std::int64_t at = 0, asked = 0, run; at < count; at += run) {
+    run = document.run(first + at, count - at);
+    asked = max_of(asked, at + run);
+    for (const std::int64_t end = min_of(count, at + run + kNext); asked < end;) {
+      const std::int64_t next = document.run(first + asked, end - asked);
+      const char* from = row(asked);
+      for (std::int64_t i = 0; i < next; ++i, from += step) {
+        for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
+      }
+      asked += next;
+    }
+    f(Rows{row(at), x.stride[2]}, at, run);
+  }
+}
+
+// These rows as they lie, or where several pages have them copied to `space`.
+inline Rows rows_of(const AttentionScores& p, const Strided& x, const Document& document, std::int64_t kv_head,
+                    std::int64_t first, std::int64_t count, std::int64_t size, void* space) {
+  Rows found{space, size};
+  const std::int64_t bytes = size * bytes_of(p.dtype), step = x.stride[2] * bytes_of(p.dtype);
+  for_pages(p, x, document, kv_head, first, count, size, [&](Rows rows, std::int64_t at, std::int64_t run) {
+    if (run == count) {
+      found = rows;
+      return;
+    }
+    for (std::int64_t i = 0; i < run; ++i) {
+      std::memcpy(static_cast<char*>(space) + (at + i) * bytes, static_cast<const char*>(rows.data) + i * step,
+                  static_cast<std::size_t>(bytes));
+    }
+  });
+  return found;
+}
 
 // The most queries and keys that an entry has: what memory is taken for. There may be fewer than the call says.
 struct Longest {

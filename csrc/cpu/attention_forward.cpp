@@ -42,7 +42,8 @@ class Forward {
         threads_(team_size(p.threads, 2.0 * static_cast<double>(p.batch * p.heads * p.queries) *
                                           static_cast<double>(keys_read(p)) *
                                           static_cast<double>(p.head_size + p.value_size))),
-        direct_(!kPairs && is_compute<T>(p.dtype) && p.value_size % n == 0 && p.v.stride[2] == p.value_size),
+        direct_(!kPairs && is_compute<T>(p.dtype) && p.value_size % n == 0 && p.v.stride[2] == p.value_size &&
+                p.block_table == nullptr),
         own_(threads_ == 1 || kv_total_ >= 8 * threads_),
         row_space_(round_up(min_of(kRowBlock, group_ * longest_.queries), n)),
         softmax_(p, scores_, tile_ld_, value_ld_, row_space_),
@@ -58,7 +59,9 @@ class Forward {
         rows_(threads_ * row_space_),
         state_(slots_ * key_blocks_),
         lengths_(scores_.fades() ? slots_ * key_blocks_ : 0),
-        next_(rounds_) {
+        next_(rounds_),
+        copy_size_(p.block_table == nullptr ? 0 : key_block_ * max_of(p.head_size, p.value_size) * bytes_of(p.dtype)),
+        copies_(threads_ * copy_size_) {
     for (std::int64_t i = 0; i < rounds_; ++i) next_.get()[i] = 0;
   }
 
@@ -69,6 +72,7 @@ class Forward {
           softmax_.carve(work_.get() + thread * work_size_, rows_.get() + thread * row_space_);
       w.q = left_.get() + thread * left_size_;
       w.weights = w.q + row_space_ * size_ld_;
+      w.copy = copies_.get() + thread * copy_size_;
       if (own_) {
         for (std::int64_t kv; (kv = take(0)) < kv_total_;) run_own(w, kv, thread);
       } else {
@@ -81,6 +85,7 @@ class Forward {
   struct Work : Softmax::Work {
     E* q;        // (rows, D)
     E* weights;  // (rows, keys of a tile) where they are not multiplied as they are
+    char* copy;  // rows of keys or values that several pages hold
   };
 
   std::int64_t slots() const {
@@ -103,7 +108,7 @@ class Forward {
   void run_own(const Work& w, std::int64_t kv, int slot) {
     const Document document(p_, kv / p_.kv_heads);
     const Range read = blocks_read(document);
-    for (std::int64_t block = read.begin; block < read.end; ++block) pack(document, kv, slot, block);
+    for (std::int64_t block = read.begin; block < read.end; ++block) pack(w, document, kv, slot, block);
     const std::int64_t count = blocks_of(document).count;
     for (std::int64_t i = 0; i < count; ++i) attend(w, document, kv, slot, i);
   }
@@ -115,7 +120,7 @@ class Forward {
       const std::int64_t kv = first + i / key_blocks_, block = i % key_blocks_;
       const Document document(p_, kv / p_.kv_heads);
       const Range read = blocks_read(document);
-      if (block >= read.begin && block < read.end) pack(document, kv, kv - first, block);
+      if (block >= read.begin && block < read.end) pack(w, document, kv, kv - first, block);
     }
     barrier_.wait(threads);
     // Last blocks first: under causality they have the most keys.
@@ -132,27 +137,28 @@ class Forward {
 
   E* panels(std::int64_t slot) const { return packed_.get() + slot * (panel_size_ + values_size_); }
   E* values(std::int64_t slot, std::int64_t first) const { return panels(slot) + panel_size_ + first * value_ld_; }
-  const void* values_at(const Document& document, std::int64_t kv, std::int64_t first) const {
-    return element(p_.v.data, document.key_at(p_.v.stride, kv % p_.kv_heads, first), p_.dtype);
+  Rows values_at(const Work& w, const Document& document, std::int64_t kv, std::int64_t first,
+                 std::int64_t count) const {
+    return rows_of(p_, p_.v, document, kv % p_.kv_heads, first, count, p_.value_size, w.copy);
   }
 
-  void pack(const Document& document, std::int64_t kv, std::int64_t slot, std::int64_t block) {
+  void pack(const Work& w, const Document& document, std::int64_t kv, std::int64_t slot, std::int64_t block) {
     const std::int64_t first = block * key_block_, count = width_of(block, document);
-    const void* keys = element(p_.k.data, document.key_at(p_.k.stride, kv % p_.kv_heads, first), p_.dtype);
-    pack_panels(p_.dtype, keys, p_.k.stride[2], count, p_.head_size,
+    const Rows keys = rows_of(p_, p_.k, document, kv % p_.kv_heads, first, count, p_.head_size, w.copy);
+    pack_panels(p_.dtype, keys.data, keys.stride, count, p_.head_size,
                 panels(slot) + first * padded_depth<E>(p_.head_size));
+    // The length of keys is taken before values take the place of their copy.
+    const T length =
+        scores_.fades() ? lengths_of<T>(p_.dtype, keys.data, keys.stride, count, p_.head_size, nullptr) : T(0);
     // Values are copied where they cannot be read as they lie.
-    const void* from = values_at(document, kv, first);
+    const Rows from = values_at(w, document, kv, first, count);
     const bool finite =
-        !(clean_ || scores_.fades()) || rows_are_finite<T>(p_.dtype, from, p_.v.stride[2], count, p_.value_size);
+        !(clean_ || scores_.fades()) || rows_are_finite<T>(p_.dtype, from.data, from.stride, count, p_.value_size);
     const bool dirty = clean_ && !finite;
     state_.get()[slot * key_blocks_ + block] = dirty ? Softmax::kDirty : direct_ ? Softmax::kDirect : Softmax::kPacked;
-    if (scores_.fades()) {
-      lengths_.get()[slot * key_blocks_ + block] =
-          finite ? lengths_of<T>(p_.dtype, keys, p_.k.stride[2], count, p_.head_size, nullptr) : kInfinity<T>;
-    }
+    if (scores_.fades()) lengths_.get()[slot * key_blocks_ + block] = finite ? length : kInfinity<T>;
     if (dirty || !direct_) {
-      pack_depth(p_.dtype, from, p_.v.stride[2], count, p_.value_size, values(slot, first), value_ld_, dirty);
+      pack_depth(p_.dtype, from.data, from.stride, count, p_.value_size, values(slot, first), value_ld_, dirty);
     }
   }
 
@@ -178,15 +184,16 @@ class Forward {
       multiply_panels(width, keys, p_.head_size, w.q, size_ld_, panels(slot) + first * padded_depth<E>(p_.head_size),
                       w.s, tile_ld_, w.rows, rows);
       const std::uint8_t state = state_.get()[slot * key_blocks_ + block];
-      const void* from = values_at(document, kv, first);
-      softmax_.tile(w, rows, first, keys, kept, uniform, state == Softmax::kDirty, from, p_.v.stride[2]);
+      Rows from{};
+      if (state != Softmax::kPacked) from = values_at(w, document, kv, first, width);
+      softmax_.tile(w, rows, first, keys, kept, uniform, state == Softmax::kDirty, from.data, from.stride);
       if constexpr (kPairs) {
         for (std::int64_t r = 0; r < rows; ++r) {
           narrow_row(w.s + r * tile_ld_, keys.begin / n * n, keys.end, w.weights + r * tile_ld_);
         }
         add_values(w, w.weights, rows, keys, values(slot, first), value_ld_);
       } else if (state == Softmax::kDirect) {
-        add_values(w, w.s, rows, keys, static_cast<const T*>(from), p_.v.stride[2]);
+        add_values(w, w.s, rows, keys, static_cast<const T*>(from.data), from.stride);
       } else {
         add_values(w, w.s, rows, keys, values(slot, first), value_ld_);
       }
@@ -248,6 +255,8 @@ class Forward {
   Scratch<std::uint8_t> state_;
   Scratch<T> lengths_;  // the largest of the keys of a block
   Scratch<std::int64_t> next_;
+  const std::int64_t copy_size_;
+  Scratch<char> copies_;
   Barrier barrier_;
 };
 

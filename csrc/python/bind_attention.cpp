@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/kernels.h"
 #include "python/positional.h"
@@ -25,6 +27,7 @@ enum Field {
   kSink,
   kDropout,
   kSeed,
+  kBlockTable,
   kFields
 };
 
@@ -33,7 +36,7 @@ std::int64_t integer(const py::tuple& scores, Field field) { return py::cast<std
 
 // The tensors of a call beside q, k and v; they keep what the parameters point to.
 struct Extras {
-  Tensor mask, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, slopes, sink, seed;
+  Tensor mask, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, slopes, sink, seed, block_table;
 
   explicit Extras(const py::tuple& s)
       : mask(s[kMask], "mask", true),
@@ -43,7 +46,8 @@ struct Extras {
         cu_seqlens_k(s[kCuSeqlensK], "cu_seqlens_k", true),
         slopes(s[kAlibiSlopes], "alibi_slopes", true),
         sink(s[kSink], "sink", true),
-        seed(s[kSeed], "seed", true) {}
+        seed(s[kSeed], "seed", true),
+        block_table(s[kBlockTable], "block_table", true) {}
 };
 
 py::tuple check_fields(py::handle scores) {
@@ -87,6 +91,30 @@ const std::int32_t* document_starts(const Tensor& x, std::int64_t size, std::int
   return starts;
 }
 
+// Pages of each entry, of as many keys as it has: they are read without another look.
+void check_pages(const AttentionScores& p, std::int64_t blocks, std::int64_t pages) {
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    std::int64_t keys = p.keys;
+    if (p.cu_seqlens_k != nullptr) keys = std::min<std::int64_t>(keys, p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b]);
+    if (p.key_lengths != nullptr) keys = std::min<std::int64_t>(keys, p.key_lengths[b]);
+    if (keys > blocks * p.page_size) {
+      fail_argument("block_table", "pages for " + std::to_string(keys) + " keys",
+                    std::to_string(blocks) + " of " + std::to_string(p.page_size));
+    }
+    for (std::int64_t i = 0; i * p.page_size < keys; ++i) {
+      const std::int32_t page = p.block_table[b * p.block_stride + i];
+      if (page < 0 || page >= pages) {
+        fail_argument("block_table", "pages from 0 to " + std::to_string(pages - 1) + " up to each length",
+                      std::to_string(page));
+      }
+    }
+  }
+}
+
+void refuse_pages(const Extras& x) {
+  if (x.block_table) fail_argument("block_table", "None, as pages have the forward pass alone", "a tensor");
+}
+
 void fill(AttentionScores& p, const Tensor& q, const Tensor& k, const Tensor* v, const Extras& x, const py::tuple& s,
           int threads) {
   p.dtype = q.expect({kAny, kAny, kAny, kAny}).expect_last_contiguous().dtype();
@@ -95,7 +123,8 @@ void fill(AttentionScores& p, const Tensor& q, const Tensor& k, const Tensor* v,
   p.heads = q.size(1);
   p.queries = total;
   p.head_size = q.size(3);
-  k.expect({entries, kAny, kAny, p.head_size}).expect(p.dtype).expect_last_contiguous();
+  const bool paged = static_cast<bool>(x.block_table);
+  k.expect({paged ? kAny : entries, kAny, kAny, p.head_size}).expect(p.dtype).expect_last_contiguous();
   p.kv_heads = k.size(1);
   p.keys = k.size(2);
   if (p.kv_heads == 0 || p.heads % p.kv_heads != 0) {
@@ -106,9 +135,13 @@ void fill(AttentionScores& p, const Tensor& q, const Tensor& k, const Tensor* v,
   p.k = k.strided();
   p.value_size = 1;
   if (v != nullptr) {
-    v->expect({entries, p.kv_heads, p.keys, kAny}).expect(p.dtype).expect_last_contiguous();
+    v->expect({k.size(0), p.kv_heads, p.keys, kAny}).expect(p.dtype).expect_last_contiguous();
     p.value_size = v->size(3);
     p.v = v->strided();
+  }
+  if (paged) {
+    p.page_size = p.keys;
+    p.keys = x.block_table.expect({kAny, kAny}).size(1) * p.page_size;
   }
   p.lse_stride[0] = p.heads * total;
   p.lse_stride[1] = total;
@@ -120,11 +153,13 @@ void fill(AttentionScores& p, const Tensor& q, const Tensor& k, const Tensor* v,
     const std::int64_t starts = x.cu_seqlens_q.expect({kAny}).size(0);
     if (starts < 1) fail_argument("cu_seqlens_q", "at least one value", "none");
     p.cu_seqlens_q = document_starts(x.cu_seqlens_q, starts, total, "cu_seqlens_q");
-    p.cu_seqlens_k = document_starts(x.cu_seqlens_k, starts, p.keys, "cu_seqlens_k");
+    const std::int64_t rows = paged ? std::numeric_limits<std::int32_t>::max() : p.keys;
+    p.cu_seqlens_k = document_starts(x.cu_seqlens_k, starts, rows, "cu_seqlens_k");
     p.batch = starts - 1;
     p.queries = integer(s, kMaxSeqlenQ);
     p.keys = integer(s, kMaxSeqlenK);
-    p.q.stride[0] = p.k.stride[0] = p.v.stride[0] = p.lse_stride[0] = 0;
+    p.q.stride[0] = p.lse_stride[0] = 0;
+    if (!paged) p.k.stride[0] = p.v.stride[0] = 0;
   }
   p.threads = check_threads(threads);
   p.scale = number(s, kScale);
@@ -138,6 +173,12 @@ void fill(AttentionScores& p, const Tensor& q, const Tensor& k, const Tensor* v,
   p.bias_dtype = p.dtype;
   if (x.bias && x.bias.dtype() != p.dtype) p.bias_dtype = x.bias.expect(compute_dtype(p.dtype)).dtype();
   if (x.key_lengths) p.key_lengths = integers(x.key_lengths, p.batch);
+  if (paged) {
+    x.block_table.expect({p.batch, kAny}).expect_code(dlpack::kInt, 32, "int32").expect_last_contiguous();
+    p.block_table = static_cast<const std::int32_t*>(x.block_table.data());
+    p.block_stride = x.block_table.stride(0);
+    check_pages(p, x.block_table.size(1), k.size(0));
+  }
   if (x.slopes) {
     x.slopes.expect(DType::kFloat32);
     const int last = x.slopes.rank() - 1;
@@ -212,6 +253,7 @@ void attention_backward(PyObject* const* args) {
   const Tensor grad_q(args[8], "grad_q", true), grad_k(args[9], "grad_k", true), grad_v(args[10], "grad_v", true);
   const py::tuple scores = check_fields(args[7]);
   const Extras extras(scores);
+  refuse_pages(extras);
   AttentionBackward p{};
   fill(p, q, k, &v, extras, scores, thread_count(args[12]));
   check_rows(grad_out, q, p.value_size);
@@ -246,6 +288,7 @@ void attention_weights(py::handle q_, py::handle k_, py::handle lse_, py::handle
   const Tensor q(q_, "q"), k(k_, "k"), lse(lse_, "lse"), weights(weights_, "weights");
   const py::tuple scores = check_fields(scores_);
   const Extras extras(scores);
+  refuse_pages(extras);
   AttentionWeights p{};
   fill(p, q, k, nullptr, extras, scores, threads);
   check_lse(lse, q);

@@ -13,11 +13,6 @@ from ..ops.attention import attend
 from ..scores import UNBOUNDED, Scores
 
 
-def readable(x: Tensor) -> bool:
-    """Whether the values of `x` can be looked at without waiting for a device or breaking a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def check_tensor(name: str, x: Any, layout: str, q: Any) -> None:
     """Raise unless `x` is a tensor with the dimensions of `layout`, of the dtype and on the device of `q`."""
     if not isinstance(x, Tensor):
@@ -125,9 +120,3 @@ def run(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor
         with torch.autocast(kind, enabled=False):
             return attend(q, k, v, scores)
     return attend(q, k, v, scores)
-
-
-def check_pages(block_table: Tensor, used: Tensor, pages: int) -> None:
-    """Raise if an entry of `block_table` (B, n) that is `used` (B, n), where it can be read, is no page."""
-    if readable(block_table) and bool((used & ((block_table < 0) | (block_table >= pages))).any()):
-        raise ValueError(f"block_table: expected pages from 0 to {pages - 1} up to each length, got {block_table}")

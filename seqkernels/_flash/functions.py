@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from ..ops._eager import readable
 from ..ops.attention import check
 from ..ops.weights import weights
 from ..scores import Scores
-from .arguments import build_scores, check_heads, check_int32, check_pages, integer, readable, run
+from .arguments import build_scores, check_heads, check_int32, integer, run
 
 #: ``out``, or with `return_attn_probs` ``out``, ``softmax_lse`` and ``S_dmask``.
 Attended = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -123,8 +123,8 @@ def flash_attn_varlen_func(
         deterministic: likewise.
         return_attn_probs: likewise.
         block_table: (batch_size, max_num_blocks_per_seq) int32, the pages with the keys and values of each sequence,
-            in order; pages behind its length are not read. Pages of any size; they are gathered first, in the memory
-            that the keys and values take without pages.
+            in order; pages behind its length are not read. Pages of any size; there are no gradients then. With
+            dropout and `return_attn_probs` the keys are gathered for `S_dmask`.
 
     Returns:
         ``out`` (total_q, nheads, headdim_v), contiguous; rows of `q` that belong to no sequence are 0. With
@@ -132,7 +132,8 @@ def flash_attn_varlen_func(
         (batch_size, nheads, max_seqlen_q, max_seqlen_k).
 
     Raises:
-        ValueError, TypeError: the message names the argument, what it was and what is allowed.
+        ValueError, TypeError: the message names the argument, what it was and what is allowed. With `block_table` an
+            input that requires a gradient is refused while gradients are recorded.
     """
     check_heads(q, k, v, _PACKED, _PACKED if block_table is None else _PAGED)
     batch = _check_documents(cu_seqlens_q, cu_seqlens_k, q)
@@ -140,13 +141,20 @@ def flash_attn_varlen_func(
     _check_lengths("q", cu_seqlens_q, max_seqlen_q, q.shape[0])
     _check_lengths("k", cu_seqlens_k, max_seqlen_k, k.shape[0] if block_table is None else None)
     if block_table is not None:
-        k, v, cu_seqlens_k = _gather(k, v, block_table, cu_seqlens_k, max_seqlen_k, batch)
+        check_int32("block_table", block_table, f"({batch}, max_num_blocks_per_seq)", (batch, None), q)
+        if k.shape[1] == 0:
+            raise ValueError(f"k: expected pages of at least one key, got {tuple(k.shape)}")
     scores = build_scores(
         q, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p
     )._replace(
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        block_table=block_table,
     )
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    q = q.transpose(0, 1).unsqueeze(0)
+    k, v = (x.transpose(0, 1).unsqueeze(0) if block_table is None else x.transpose(1, 2) for x in (k, v))
     check(q, k, v, scores)
     out, lse = run(q, k, v, scores)
     out = out.squeeze(0).transpose(0, 1)
@@ -338,34 +346,6 @@ def _check_lengths(which: str, cu_seqlens: Tensor, longest: int, total: int | No
         raise ValueError(
             f"max_seqlen_{which}: expected at least {max(lengths)}, the longest of cu_seqlens_{which}, got {longest}"
         )
-
-
-def _gather(
-    k: Tensor, v: Tensor, block_table: Any, cu_seqlens: Tensor, longest: int, batch: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of pages behind one another, and where each sequence begins among them."""
-    check_int32("block_table", block_table, f"({batch}, max_num_blocks_per_seq)", (batch, None), cu_seqlens)
-    backends.note("block_table: keys and values of the pages are gathered before the kernel reads them")
-    page = k.shape[1]
-    if page == 0:
-        raise ValueError(f"k: expected pages of at least one key, got {tuple(k.shape)}")
-    starts = cu_seqlens - cu_seqlens[0]
-    lengths = starts.diff()
-    total = batch * longest
-    if readable(starts):
-        total = int(starts[-1])
-        most = int(lengths.max()) if batch else 0
-        if most > block_table.shape[1] * page:
-            raise ValueError(f"block_table: expected pages for {most} keys, got {block_table.shape[1]} of {page}")
-        first = torch.arange(block_table.shape[1]) * page
-        check_pages(block_table, first < lengths.unsqueeze(1), k.shape[0])
-    place = torch.arange(total, device=k.device)
-    document = (torch.searchsorted(starts.long(), place, right=True) - 1).clamp(max=max(batch - 1, 0))
-    # Where the number of keys is not known, there is room for more, which no query reads.
-    offset = torch.where(place < starts[-1], place - starts[document], 0)
-    rows = torch.where(place < starts[-1], block_table[document, offset // page], 0).long()
-    offset = offset % page
-    return k[rows, offset], v[rows, offset], starts
 
 
 def _length(name: str, x: Any) -> int:

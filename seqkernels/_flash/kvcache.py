@@ -7,19 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
 from .._rotary import rotate
 from ..cells import accumulate_dtype
+from ..ops._eager import readable
 from ..ops.attention import check
 from .arguments import (
     build_scores,
     check_heads,
     check_int32,
-    check_pages,
     check_tensor,
     check_window,
     integer,
-    readable,
     run,
 )
 
@@ -91,12 +89,11 @@ def flash_attn_with_kvcache(
         cache_seqlens: how many keys each sequence has in the cache, one number or (batch_size,) int32; the keys behind
             are not read. All of the cache by default, which `k` does not allow.
         cache_batch_idx: (batch_size,) int32, the row of the cache of each sequence; 0, 1, ... by default. With a row
-            twice and `k`, what the row then holds comes from any of the two. Rows are gathered first, in the memory
-            that their keys take. Not together with `block_table`.
+            twice and `k`, what the row then holds comes from any of the two. Not together with `block_table`.
         cache_leftpad: (batch_size,) int32, how many keys at the beginning of each sequence are padding, which is
             counted in `cache_seqlens` but not read.
         block_table: (batch_size, max_num_blocks_per_seq) int32, the pages of each sequence in order; those behind its
-            length, new keys included, are not read. Pages are gathered first, in the memory that the keys take.
+            length, new keys included, are not read.
         softmax_scale: factor on ``q k^T``; 1/sqrt(headdim) by default.
         causal: a query reads no key behind its own.
         window_size: (left, right), how many keys before and behind its own a query reads; -1 for all.
@@ -123,18 +120,19 @@ def flash_attn_with_kvcache(
     new = 0 if k is None else k.shape[1]
     filled = _filled(cache_seqlens, capacity, new, q)
     size = capacity if filled.most is None else filled.most + new
+    table, length = _table(cache_batch_idx, block_table, size, k_cache, q)
     local = causal or check_window(window_size) != (-1, -1)
     scores = build_scores(q, q.shape[1], size, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    if not filled.even:
+    scores = scores._replace(block_table=table)
+    if not filled.even or length != size:
         scores = scores._replace(key_lengths=(filled.lengths + new).to(torch.int32))
     if cache_leftpad is not None:
         _check_leftpad(cache_leftpad, filled, q)
-        scores = scores._replace(mask=(torch.arange(size, device=q.device) >= cache_leftpad[:, None])[:, None, None])
-    rows = None if cache_batch_idx is None else _rows(cache_batch_idx, k_cache, q)
-    pages = None if block_table is None else _pages(block_table, filled, size, new, k_cache)
-    # A stand-in for the keys, to find everything wrong before the cache changes.
-    keys = q.new_empty(()).expand(q.shape[0], k_cache.shape[2], size, q.shape[3])
-    check(q.transpose(1, 2), keys, keys, scores)
+        scores = scores._replace(mask=(torch.arange(length, device=q.device) >= cache_leftpad[:, None])[:, None, None])
+    stored = (_stored(x, q.shape[0], size, cache_batch_idx, block_table) for x in (k_cache, v_cache))
+    keys, values = (x.transpose(1, 2) for x in stored)
+    # Everything that is wrong is found before the cache changes.
+    check(q.transpose(1, 2), keys, values, scores)
     with torch.no_grad():
         if rotary_cos is not None and rotary_sin is not None and k is not None:
             # Without causality and a window all queries are at the first place.
@@ -143,10 +141,9 @@ def flash_attn_with_kvcache(
             k = rotate(k, cos[:, :new], sin[:, :new], rotary_interleaved)
             q = rotate(q, cos[:, :turned], sin[:, :turned], rotary_interleaved)
         if k is not None and v is not None:
-            where = _behind(k_cache, k, filled, rows, pages)
+            where = _behind(k_cache, k, filled, cache_batch_idx, block_table)
             k_cache[where], v_cache[where] = k, v
-        keys, values = (_read(x, q.shape[0], size, rows, pages) for x in (k_cache, v_cache))
-        out, lse = run(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scores)
+        out, lse = run(q.transpose(1, 2), keys, values, scores)
     out = out.transpose(1, 2)
     return (out, lse) if return_softmax_lse else out
 
@@ -234,26 +231,19 @@ def _check_leftpad(cache_leftpad: Any, filled: _Filled, q: Tensor) -> None:
         raise ValueError(f"cache_leftpad: expected from 0 to cache_seqlens, got {cache_leftpad}")
 
 
-def _rows(cache_batch_idx: Any, k_cache: Tensor, q: Tensor) -> Tensor:
-    """(B,) int64, the row of the cache of each sequence."""
-    check_int32("cache_batch_idx", cache_batch_idx, f"({q.shape[0]},)", (q.shape[0],), q)
+def _table(rows: Any, block_table: Tensor | None, size: int, k_cache: Tensor, q: Tensor) -> tuple[Tensor | None, int]:
+    """The pages with the first `size` keys of each sequence, `rows` of the cache being one each, and their length."""
+    if block_table is not None:
+        page = k_cache.shape[1]
+        count = -(-size // page)
+        return block_table[:, :count], count * page
+    if rows is None:
+        return None, size
+    check_int32("cache_batch_idx", rows, f"({q.shape[0]},)", (q.shape[0],), q)
     count = k_cache.shape[0]
-    if readable(cache_batch_idx) and bool(((cache_batch_idx < 0) | (cache_batch_idx >= count)).any()):
-        raise ValueError(f"cache_batch_idx: expected rows of k_cache from 0 to {count - 1}, got {cache_batch_idx}")
-    backends.note("cache_batch_idx: rows of the cache are gathered before the kernel reads them")
-    return cache_batch_idx.to(torch.int64)
-
-
-def _pages(block_table: Tensor, filled: _Filled, size: int, new: int, k_cache: Tensor) -> Tensor:
-    """(B, n) int64, the pages with the first `size` keys of each sequence; 0 where it has no keys."""
-    page = k_cache.shape[1]
-    count = -(-size // page)
-    first = torch.arange(count, device=block_table.device) * page
-    used = first < filled.lengths[:, None] + new
-    table = block_table[:, :count]
-    check_pages(table, used, k_cache.shape[0])
-    backends.note("block_table: keys and values of the pages are gathered before the kernel reads them")
-    return torch.where(used, table, 0).to(torch.int64)
+    if readable(rows) and bool(((rows < 0) | (rows >= count)).any()):
+        raise ValueError(f"cache_batch_idx: expected rows of k_cache from 0 to {count - 1}, got {rows}")
+    return rows[:, None], size
 
 
 def _angles(table: Tensor, filled: _Filled, count: int, dtype: torch.dtype) -> Tensor:
@@ -270,22 +260,21 @@ def _angles(table: Tensor, filled: _Filled, count: int, dtype: torch.dtype) -> T
 
 
 def _behind(
-    cache: Tensor, x: Tensor, filled: _Filled, rows: Tensor | None, pages: Tensor | None
+    cache: Tensor, x: Tensor, filled: _Filled, rows: Tensor | None, block_table: Tensor | None
 ) -> tuple[slice, slice] | tuple[Tensor, Tensor]:
     """The index of the place in the cache of `x` (B, L, H, D), behind what is filled."""
     batch, new = x.shape[:2]
-    if filled.most is not None and filled.even and rows is None and pages is None:
+    if filled.most is not None and filled.even and rows is None and block_table is None:
         return slice(batch), slice(filled.most, filled.most + new)
     places = filled.lengths[:, None] + torch.arange(new, device=x.device)
-    if pages is not None:
-        return pages.gather(1, places // cache.shape[1]), places % cache.shape[1]
-    rows = torch.arange(batch, device=x.device) if rows is None else rows
+    if block_table is not None:
+        return block_table.long().gather(1, places // cache.shape[1]), places % cache.shape[1]
+    rows = torch.arange(batch, device=x.device) if rows is None else rows.long()
     return rows[:, None], places
 
 
-def _read(cache: Tensor, batch: int, size: int, rows: Tensor | None, pages: Tensor | None) -> Tensor:
-    """The first `size` keys or values of each sequence, (B, size, H, D)."""
-    if pages is not None:
-        found = cache.index_select(0, pages.flatten())
-        return found.view(batch, pages.shape[1] * cache.shape[1], *cache.shape[2:])[:, :size]
-    return cache[:batch, :size] if rows is None else cache[:, :size].index_select(0, rows)
+def _stored(cache: Tensor, batch: int, size: int, rows: Tensor | None, block_table: Tensor | None) -> Tensor:
+    """The first `size` keys or values of each sequence, or of all rows or pages of which a table picks some."""
+    if block_table is not None:
+        return cache
+    return cache[:batch, :size] if rows is None else cache[:, :size]

@@ -53,6 +53,11 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
             )
 
 
+def readable(x: Tensor | None) -> bool:
+    """Whether the values of `x`, if it is one, can be looked at without waiting for a device or breaking a graph."""
+    return x is None or (x.device.type == "cpu" and not _is_compiling())
+
+
 def eager(*tensors: Tensor | None) -> bool:
     """Whether `tensors` are plain ones on the CPU (the first is never ``None``), and `undisturbed`."""
     first = tensors[0]

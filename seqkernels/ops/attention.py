@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..cells import DTYPES, accumulate_dtype
 from ..scores import UNBOUNDED, Scores
-from ._eager import batched, eager, records, refuse_tangents, transformed
+from ._eager import batched, eager, readable, records, refuse_tangents, transformed
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _PACKED = "Tensor?[] tensors, float[] numbers, int[] settings"
@@ -71,6 +71,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     refuse_tangents(*grads, q, k, v, *tensors)
     scores = _unpacked(tensors, numbers, settings)
+    refuse_pages(scores)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(q, k, scores).attention_backward(
         *map(_resolved, grads), q, k, v, out, lse, scores, needs
     )
@@ -88,8 +89,15 @@ def _weights(
 ) -> Tensor:
     refuse_tangents(q, k, lse, *tensors)
     scores = _unpacked(tensors, numbers, settings)
+    refuse_pages(scores)
     found: Tensor = _implementation(q, k, scores, "weights").attention_weights(q, k, lse, scores, average)
     return found
+
+
+def refuse_pages(scores: Scores) -> None:
+    """Raise a ValueError for keys and values in pages, which have the forward pass alone."""
+    if scores.block_table is not None:
+        raise ValueError("block_table: expected None, as pages have the forward pass alone, got a Tensor")
 
 
 def rows_of_heads(x: Tensor, size: int) -> Tensor:
@@ -251,7 +259,7 @@ def _differentiable_backward(
     return made if torch.is_grad_enabled() else tuple(x if x is None else x.clone() for x in made)
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, paged: bool) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -265,10 +273,11 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name}: expected on {q.device} as q, got {tensor.device}")
     batch, heads, _, size = q.shape
     kv_heads = k.shape[1]
-    if k.shape[0] != batch or k.shape[3] != size or kv_heads == 0 or heads % kv_heads != 0:
+    if (k.shape[0] != batch and not paged) or k.shape[3] != size or kv_heads == 0 or heads % kv_heads != 0:
+        expected = f"(pages, Hk, page_size, {size})" if paged else f"({batch}, Hk, N, {size})"
         raise ValueError(
-            f"k: expected shape ({batch}, Hk, N, {size}) with Hk a divisor of {heads} to match q"
-            f" {tuple(q.shape)}, got {tuple(k.shape)}"
+            f"k: expected shape {expected} with Hk a divisor of {heads} to match q {tuple(q.shape)},"
+            f" got {tuple(k.shape)}"
         )
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v: expected shape {(*k.shape[:3], 'Dv')} to match k, got {tuple(v.shape)}")
@@ -291,9 +300,11 @@ def _check_tensor(
 
 def check(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> None:
     """Raise the error that names the argument which breaks the contract of `attention`."""
-    _check_inputs(q, k, v)
+    _check_inputs(q, k, v, scores.block_table is not None)
     if scores.cu_seqlens_q is not None or scores.cu_seqlens_k is not None:
         _check_documents(q, scores)
+    if scores.block_table is not None:
+        _check_table(scores.block_table, q, scores)
     full = scores.shape(q, k)
     acc = accumulate_dtype(q.dtype)
     for name, extra, dtypes in (("mask", scores.mask, (torch.bool,)), ("bias", scores.bias, (q.dtype, acc))):
@@ -308,6 +319,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> None:
     batch, heads = full[:2]
     if scores.key_lengths is not None:
         _check_tensor("key_lengths", scores.key_lengths, (torch.int32,), ((batch,),), q)
+    if scores.block_table is not None:
+        _check_pages(scores.block_table, k, scores)
     if scores.alibi_slopes is not None:
         _check_tensor("alibi_slopes", scores.alibi_slopes, (torch.float32,), ((heads,), (batch, heads)), q)
         if scores.alibi_slopes.requires_grad:
@@ -347,6 +360,33 @@ def _check_documents(q: Tensor, scores: Scores) -> None:
             raise ValueError(f"{name}: expected from 0 to {LONGEST}, got {most}")
 
 
+def _check_table(block_table: Tensor, q: Tensor, scores: Scores) -> None:
+    shape = tuple(getattr(block_table, "shape", ()))
+    _check_tensor("block_table", block_table, (torch.int32,), (shape,), q)
+    batch = q.shape[0] if scores.cu_seqlens_q is None else scores.cu_seqlens_q.shape[0] - 1
+    if len(shape) != 2 or shape[0] != batch:
+        raise ValueError(f"block_table: expected shape ({batch}, blocks), got {shape}")
+
+
+def _check_pages(block_table: Tensor, k: Tensor, scores: Scores) -> None:
+    """Raise if an entry may read what is no page, as far as values can be read."""
+    starts, lengths = scores.cu_seqlens_k, scores.key_lengths
+    if not (readable(block_table) and readable(starts) and readable(lengths)):
+        return
+    blocks, (pages, _, page, _) = block_table.shape[1], k.shape
+    there = torch.full((block_table.shape[0],), blocks * page)
+    if starts is not None:
+        there = starts.diff().clamp(max=scores.max_seqlen_k)
+    if lengths is not None:
+        there = torch.minimum(there, lengths)
+    most = int(there.max()) if there.numel() else 0
+    if most > blocks * page:
+        raise ValueError(f"block_table: expected pages for {most} keys, got {blocks} of {page}")
+    used = torch.arange(blocks) * page < there.unsqueeze(1)
+    if bool((used & ((block_table < 0) | (block_table >= pages))).any()):
+        raise ValueError(f"block_table: expected pages from 0 to {pages - 1} up to each length, got {block_table}")
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -363,7 +403,7 @@ def attention(
     Args:
         q: (B, Hq, M, D), float32, float64, bfloat16 or float16, D from 1 to 512; any strides.
         k: (B, Hk, N, D), Hq a multiple of Hk: query head h reads key head ``h // (Hq // Hk)``.
-        v: (B, Hk, N, Dv).
+        v: (B, Hk, N, Dv). With `block_table` k and v are (pages, Hk, page_size, ...), see there.
         mask: see `seqkernels.scores.Scores`, as all others.
         bias: likewise.
         scale: factor on ``q k^T``; 1/sqrt(D) by default.
@@ -387,8 +427,10 @@ def attention(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """`attention` of arguments that are known to be right."""
-    if scores.bottom_right and scores.cu_seqlens_q is None and scores.key_lengths is None and q.shape[2] == k.shape[2]:
-        scores = scores._replace(bottom_right=False)
+    if scores.bottom_right and scores.cu_seqlens_q is None and scores.key_lengths is None:
+        _, _, queries, keys = scores.shape(q, k)
+        if queries == keys:
+            scores = scores._replace(bottom_right=False)
     bias, sink, slopes = _resolved(scores.bias), _resolved(scores.sink), _resolved(scores.alibi_slopes)
     if bias is not scores.bias or sink is not scores.sink or slopes is not scores.alibi_slopes:
         scores = scores._replace(bias=bias, sink=sink, alibi_slopes=slopes)
@@ -399,6 +441,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Ten
         backends.note("torch.func, forward mode or tracing: attention with its (M, N) weights in memory")
         return reference(q, k, v, scores)
     if torch.is_grad_enabled() and records(q, k, v, bias, sink):
+        if scores.block_table is not None:
+            raise ValueError(
+                "block_table: expected None where q, k, v, the bias or the sink requires a gradient, which pages do not"
+                " give; call it under torch.no_grad()"
+            )
         if torch.compiler.is_compiling():
             # Dynamo takes no tensor twice as an argument of a Function.
             k, v = k.view_as(k), v.view_as(v)
@@ -468,9 +515,9 @@ _modules: dict[Any, ModuleType | None] = {}
 
 def _compiled(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> ModuleType | None:
     """The module to call at once, without the dispatcher: for plain tensors in eager mode, where it is native's."""
-    _, mask, bias, left, right, bottom_right, key_lengths, cu_q, cu_k, _, _, slopes, softcap, sink, _, seed = scores
-    plain = mask is bias is key_lengths is cu_q is slopes is sink is seed is None
-    if not (eager(q, k, v) if plain else eager(q, k, v, mask, bias, key_lengths, cu_q, cu_k, slopes, sink, seed)):
+    _, mask, bias, left, right, bottom_right, lengths, cu_q, cu_k, _, _, slopes, softcap, sink, _, seed, table = scores
+    plain = mask is bias is lengths is cu_q is slopes is sink is seed is table is None
+    if not (eager(q, k, v) if plain else eager(q, k, v, mask, bias, lengths, cu_q, cu_k, slopes, sink, seed, table)):
         return None
     # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
     if q.shape[-1] <= 1 or v.shape[-1] <= 1 or not backends.unobserved():

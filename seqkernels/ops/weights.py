@@ -15,10 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..cells import accumulate_dtype
 from ..scores import Scores
 from ._eager import apart, gradients
-from .attention import _BIAS, _PACKED, _SINK, _library, _sink_gradient, _Tensors, attend, forward_op, weights_op
+from .attention import (
+    _BIAS,
+    _PACKED,
+    _SINK,
+    _library,
+    _sink_gradient,
+    _Tensors,
+    attend,
+    forward_op,
+    refuse_pages,
+    weights_op,
+)
 from .attention import backward_op as attention_backward_op
 
 _library.define(
@@ -239,7 +251,7 @@ def weights(q: Tensor, k: Tensor, lse: Tensor, scores: Scores, average: bool = F
 
     Args:
         q: (B, Hq, M, D), as in the call of `seqkernels.ops.attention.attention`.
-        k: (B, Hk, N, D), likewise.
+        k: (B, Hk, N, D), likewise; pages are gathered.
         lse: (B, Hq, M), which that call returned. A function of the others here: what it requires of a gradient goes
             to `q`, `k`, the bias and the sink.
         scores: of that call. With its dropout the weights are those after it.
@@ -250,6 +262,11 @@ def weights(q: Tensor, k: Tensor, lse: Tensor, scores: Scores, average: bool = F
         documents (`Scores.cu_seqlens_q`), with B documents, M `max_seqlen_q` and N `max_seqlen_k`. Rows whose keys are
         all masked are 0. Differentiable in `q`, `k`, the bias and the sink, any number of times.
     """
+    if scores.block_table is not None:
+        from ..backends.reference.attention import unpaged
+
+        backends.note("block_table: keys are gathered before their weights are computed")
+        k, _, scores = unpaged(k, k[..., :1], scores)
     scores = _plain(q, k, scores)
     if not 1 <= q.shape[3] <= 512 or k.shape[1] == 0:
         every = _dense_weights(q, k, scores)
@@ -275,13 +292,14 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, scores: Scores) -> Tensor:
         k: (B, Hk, N, D), likewise.
         lse: (B, Hq, M), which that call returned. A function of the others here: what it requires of a gradient goes
             to `q`, `k`, the bias and the sink.
-        scores: of that call.
+        scores: of that call, without pages.
 
     Returns:
         (B, Hq, N), of each query head, in the accumulation dtype (float32; float64 for float64); of documents
         (`Scores.cu_seqlens_q`) (1, Hq, all keys). Keys that no query reads have 0. Differentiable in `q`, `k`, the
         bias and the sink, any number of times.
     """
+    refuse_pages(scores)
     acc = accumulate_dtype(q.dtype)
     bias = None if scores.bias is None else scores.bias.to(acc)
     scores = _plain(q, k, scores)._replace(bias=bias, dropout_p=0.0, seed=None)

@@ -66,7 +66,7 @@ def test_packed_keys_are_limited():
 def test_values_behind_masks_do_not_show(queries, dtype):
     """Neither in the copies of 16-bit rows nor where rows are read as they lie."""
     for kind in (dtype, torch.float32):
-        inputs = testing.attention_inputs(1, 2, queries, 70, 32, kind, mask="B11N", requires_grad=False)
+        inputs = testing.attention_inputs(1, 4, queries, 70, 32, kind, kv_heads=2, mask="B11N", requires_grad=False)
         assert inputs.mask is not None
         hidden = ~inputs.mask[0, 0, 0]
         k, v = inputs.k.clone(), inputs.v.clone()

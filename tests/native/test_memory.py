@@ -294,3 +294,28 @@ def test_documents(lengths: tuple[list[int], list[int]], dtype: torch.dtype) -> 
             max_seqlen_k=longest[1],
         )
         attend_both_ways(q, k, v, documents._replace(**drawn), case + count)
+
+
+@pytest.mark.parametrize("page", [1, 5, 16, 40])
+def test_pages(page: int, dtype: torch.dtype) -> None:
+    """Pages in tensors of no more than these, in order and in reverse."""
+    names = [(), ("window", "bottom_right"), tuple(name for name in testing.ATTENTION_OPTIONS if name != "varlen")]
+    for case, ((queries, size, value_size), chosen) in enumerate(
+        itertools.product([(1, 1, 1), (1, 65, 7), (3, 24, 40), (9, 31, 17), (33, 64, 80)], names)
+    ):
+        blocks = case % 3 + 300 // page
+        keys = blocks * page
+        drawn = testing.attention_options(chosen, 2, 4, queries, keys, dtype, requires_grad=False, seed=case)
+        drawn["key_lengths"] = torch.tensor([keys, keys - page // 2 - 1], dtype=torch.int32)
+        table = torch.arange(2 * blocks, dtype=torch.int32).view(2, blocks)
+        q, *_ = testing.attention_inputs(2, 4, queries, 0, size, dtype, requires_grad=False)
+        _, k, v, *_ = testing.attention_inputs(
+            2 * blocks, 2, 0, page, size, dtype, value_size=value_size, requires_grad=False
+        )
+        if case % 2:
+            table = table.flip(0, 1)
+        for _ in settings():
+            scores = Scores(0.3, block_table=table, **drawn)
+            out, lse = attention.forward_op(q, k, v, *scores.pack())
+            finite(out)
+            assert not lse.isnan().any()

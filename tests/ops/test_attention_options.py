@@ -523,6 +523,7 @@ def test_who_has_the_options():
     every = (
         "alibi",
         "bias32",
+        "block_table",
         "bottom_right",
         "causal",
         "dropout",

@@ -56,10 +56,10 @@ def attention_forward(
 
 
 def _contiguous(scores: Scores) -> Scores:
-    """`scores` with what is one-dimensional contiguous."""
+    """`scores` with what has to be contiguous so."""
     made = {
         name: x.contiguous()
-        for name in ("key_lengths", "cu_seqlens_q", "cu_seqlens_k", "sink")
+        for name in ("key_lengths", "cu_seqlens_q", "cu_seqlens_k", "sink", "block_table")
         if (x := getattr(scores, name)) is not None and not x.is_contiguous()
     }
     return scores._replace(**made) if made else scores

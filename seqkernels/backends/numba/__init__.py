@@ -10,6 +10,7 @@ _DECLINED = {
     "attention": (
         "alibi",
         "bias32",
+        "block_table",
         "bottom_right",
         "dropout",
         "key_lengths",

@@ -2,7 +2,7 @@
 
 `attention` is differentiable by autograd and serves as the oracle; `attention_backward` is the same mathematics by
 hand (``docs/attention.md``), as the op needs it, and is tested against autograd. Documents behind one another
-(`Scores.cu_seqlens_q`) are padded to the longest one first.
+(`Scores.cu_seqlens_q`) are padded to the longest one first, pages (`Scores.block_table`) gathered.
 """
 
 from __future__ import annotations
@@ -90,6 +90,36 @@ def unpad(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     places, real = _places(cu_seqlens, x.shape[2], total)
     rows = x.transpose(1, 2)[real]
     return x.new_zeros((total, *rows.shape[1:])).index_put((places[real],), rows).transpose(0, 1).unsqueeze(0)
+
+
+def unpaged(k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor, Scores]:
+    """Keys and values without pages, and what the call then says of them; as they are where there are none.
+
+    Returns:
+        k and v (B, Hk, N, ...), or of documents (1, Hk, B blocks page_size, ...), and the scores, both without a
+        `Scores.block_table`.
+    """
+    table, starts, lengths = scores.block_table, scores.cu_seqlens_k, scores.key_lengths
+    if table is None:
+        return k, v, scores
+    if starts is not None:
+        lengths = _lengths(starts) if lengths is None else torch.minimum(_lengths(starts), lengths)
+    pages = table
+    if lengths is not None:
+        # What lies behind the last key need not be a page.
+        first = torch.arange(table.shape[1], device=table.device) * k.shape[2]
+        pages = torch.where(first < lengths.unsqueeze(1), table, 0)
+    k, v = (
+        (x[pages] if x.shape[0] > 0 else x.new_zeros(*pages.shape, *x.shape[1:])).transpose(1, 2).flatten(2, 3)
+        for x in (k, v)
+    )
+    scores = scores._replace(block_table=None, key_lengths=lengths)
+    if starts is None:
+        return k, v, scores
+    # Each document has the room of all its pages.
+    starts = torch.arange(starts.shape[0], device=k.device, dtype=torch.int32) * k.shape[2]
+    k, v = (x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (k, v))
+    return k, v, scores._replace(cu_seqlens_k=starts)
 
 
 class _Scored(NamedTuple):
@@ -192,6 +222,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, 
     Returns:
         ``out`` (B, Hq, M, Dv) and ``lse`` (B, Hq, M).
     """
+    k, v, scores = unpaged(k, v, scores)
     scored, weights, lse = weigh(q, k, v, scores)
     out = drop(weights, scored.dropped, scores.dropout_p) @ _finite(scored.values)
     leaks = scored.keep.to(out.dtype) @ (~scored.values.isfinite()).to(out.dtype) > 0
