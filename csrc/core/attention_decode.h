@@ -9,11 +9,11 @@ namespace seqkernels {
 namespace {
 
 // kRows rows of out (ldo) += s (lds) times rows of values as they lie, in kVectors vectors, of one of which only the
-// first `left` numbers are there. Of `keys` values each stream has `length`, of which `part` are added. What comes
-// later is fetched if `fetching`.
+// first `left` numbers are there. Of `keys` values each stream has `length`, of which `part` are added. What lies
+// `ahead` numbers later is fetched, unless that is 0.
 template <class T, int kRows, int kVectors, class S>
 void add_block(const S* value, std::int64_t stride, Range part, std::int64_t length, std::int64_t keys,
-               std::int64_t left, const T* s, std::int64_t lds, T* out, std::int64_t ldo, bool fetching) {
+               std::int64_t left, const T* s, std::int64_t lds, T* out, std::int64_t ldo, std::int64_t ahead) {
   constexpr int n = kLanes<T>;
   Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 2
@@ -25,7 +25,7 @@ void add_block(const S* value, std::int64_t stride, Range part, std::int64_t len
     const S* at = value + j * stride;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      if (fetching && v * n * sizeof(S) % 64 == 0) fetch(at + v * n);
+      if (ahead != 0 && v * n * sizeof(S) % 64 == 0) fetch(at + v * n + ahead);
       const Vec<T> x = kVectors == 1 ? load(at, left) : load(at + v * n);
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r) sum[r][v] += x * s[r * lds + j];
@@ -48,7 +48,7 @@ void add_rows(const S* value, std::int64_t stride, std::int64_t keys, std::int64
               std::int64_t lds, T* out, std::int64_t ldo) {
   constexpr int n = kLanes<T>, kMost = kVectorRegisters / 4;
   constexpr std::int64_t kNear = 8;  // keys of a stream whose values stay in the first cache
-  const std::int64_t length = stream_length(keys, 1);
+  const std::int64_t length = stream_length(keys, 1), ahead = fetch_distance<S>(stride, size);
   for (std::int64_t first = 0; first < length; first += kNear) {
     const Range part{first, min_of(length, first + kNear)};
     for (std::int64_t column = 0; column < size;) {
@@ -57,7 +57,7 @@ void add_rows(const S* value, std::int64_t stride, std::int64_t keys, std::int64
         for (std::int64_t r = 0; r < rows; r += 2) {
           const auto add = r + 1 < rows ? add_block<T, 2, kVectors, S> : add_block<T, 1, kVectors, S>;
           add(value + column, stride, part, length, keys, size - column, s + r * lds, lds, out + r * ldo + column, ldo,
-              r == 0);
+              r == 0 ? ahead : 0);
         }
         column += kVectors * n;
       };

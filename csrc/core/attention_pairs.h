@@ -119,7 +119,7 @@ __attribute__((target("avx512bf16"))) void dot_rows16(const BFloat16* key, std::
                                                       std::int64_t depth, const BFloat16* a, std::int64_t lda, float* s,
                                                       std::int64_t lds) {
   constexpr int n = kLanes<float>, kKeys = n / kRows;
-  const std::int64_t whole = depth / (2 * n) * (2 * n);
+  const std::int64_t whole = depth / (2 * n) * (2 * n), ahead = fetch_distance<BFloat16>(stride, depth);
   const Side<float, kRows> side(keys);
   for (std::int64_t j = 0; j < side.length; j += side.kEach) {
     const BFloat16* row[kKeys];
@@ -132,7 +132,7 @@ __attribute__((target("avx512bf16"))) void dot_rows16(const BFloat16* key, std::
       __m512bh x[kKeys];
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) {
-        fetch(row[i] + d);
+        fetch(row[i] + d + ahead);
         x[i] = (__m512bh)(lanes == ~0u ? _mm512_loadu_si512(row[i] + d) : _mm512_maskz_loadu_epi16(lanes, row[i] + d));
       }
 #pragma GCC unroll 16
@@ -166,7 +166,7 @@ template <int kRows, int kChunks>
 __attribute__((target("avx512bf16"))) void add_block16(const BFloat16* value, std::int64_t stride, Range part,
                                                        std::int64_t length, std::int64_t keys, std::int64_t left,
                                                        const BFloat16* weights, std::int64_t ldw, float* out,
-                                                       std::int64_t ldo, bool fetching) {
+                                                       std::int64_t ldo, std::int64_t ahead) {
   constexpr int n = kLanes<float>;
   const __mmask32 lanes = left >= 2 * n ? ~0u : (1u << left) - 1;
   __m512 low[kRows][kChunks], high[kRows][kChunks];
@@ -189,9 +189,9 @@ __attribute__((target("avx512bf16"))) void add_block16(const BFloat16* value, st
     }
 #pragma GCC unroll 4
     for (int c = 0; c < kChunks; ++c) {
-      if (fetching) {
-        fetch(at + 2 * n * c);
-        fetch(next + 2 * n * c);
+      if (ahead != 0) {
+        fetch(at + 2 * n * c + ahead);
+        fetch(next + 2 * n * c + ahead);
       }
       const __m512i x = read(at + 2 * n * c);
       const __m512i y = _mm512_maskz_mov_epi16(pair ? ~0u : 0, read(next + 2 * n * c));
@@ -233,6 +233,7 @@ inline void read_finite(DType, const void* from, std::int64_t stride, std::int64
 inline void add_rows(const BFloat16* value, std::int64_t stride, std::int64_t keys, std::int64_t size,
                      std::int64_t rows, const BFloat16* weights, std::int64_t ldw, float* out, std::int64_t ldo) {
   constexpr std::int64_t kNear = 16;
+  const std::int64_t ahead = fetch_distance<BFloat16>(stride, size);
   const std::int64_t length = stream_length(keys, 2);
   for (std::int64_t first = 0; first < length; first += kNear) {
     const Range part{first, min_of(length, first + kNear)};
@@ -243,7 +244,7 @@ inline void add_rows(const BFloat16* value, std::int64_t stride, std::int64_t ke
         for (std::int64_t r = 0; r < rows; r += 2) {
           const auto add = r + 1 < rows ? add_block16<2, kChunks> : add_block16<1, kChunks>;
           add(value + column, stride, part, length, keys, left, weights + r * ldw, ldw, out + r * ldo + column, ldo,
-              r == 0);
+              r == 0 ? ahead : 0);
         }
         column += kChunks * 2 * kLanes<float>;
       };

@@ -354,11 +354,18 @@ inline void with_rows(std::int64_t rows, const F& f) {
 }
 
 // A few rows read keys and values from several places at a time, each sequential, and ask for what comes this many
-// bytes later: one stream does not keep the memory busy, nor does the processor's own prefetching.
+// bytes of rows later: one stream does not keep the memory busy, nor does the processor's own prefetching.
 constexpr int kStreams = 4;
 constexpr std::int64_t kAhead = 2048;
 
-inline void fetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 2); }
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// How far what is asked for lies from what is read, in numbers.
+template <class S>
+inline std::int64_t fetch_distance(std::int64_t stride, std::int64_t size) {
+  return max_of<std::int64_t>(1, kAhead / max_of<std::int64_t>(1, size * static_cast<std::int64_t>(sizeof(S)))) *
+         stride;
+}
 
 // The keys of a step of dot products, side by side of all streams: kKeys of them for kRows rows.
 template <class T, int kRows>
@@ -384,7 +391,7 @@ template <class T, int kRows, class S>
 void dot_rows(const S* key, std::int64_t stride, std::int64_t keys, std::int64_t depth, const T* a, std::int64_t lda,
               T* s, std::int64_t lds) {
   constexpr int n = kLanes<T>, kKeys = n / kRows;
-  const std::int64_t whole = depth / n * n;
+  const std::int64_t whole = depth / n * n, ahead = fetch_distance<S>(stride, depth);
   const Side<T, kRows> side(keys);
   for (std::int64_t j = 0; j < side.length; j += side.kEach) {
     const S* row[kKeys];
@@ -397,7 +404,7 @@ void dot_rows(const S* key, std::int64_t stride, std::int64_t keys, std::int64_t
       Vec<T> x[kKeys];
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) {
-        if (d * static_cast<std::int64_t>(sizeof(S)) % 64 == 0) fetch(row[i] + d);
+        if (d * static_cast<std::int64_t>(sizeof(S)) % 64 == 0) fetch(row[i] + d + ahead);
         x[i] = count >= n ? load(row[i] + d) : load(row[i] + d, count);
       }
 #pragma GCC unroll 16
