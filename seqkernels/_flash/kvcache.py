@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._rotary import rotate
 from ..cells import accumulate_dtype
 from ..ops.attention import check
+from ..ops.rotary import rotate
 from .arguments import (
     build_scores,
     check_heads,
