@@ -69,13 +69,13 @@ _modules: dict[torch.dtype, ModuleType | None] = {}
 def _compiled(x: Tensor, cos: Tensor, sin: Tensor) -> ModuleType | None:
     """The module to call at once, without the dispatcher: for plain tensors in eager mode, where it is native's."""
     try:
-        if not eager(x, cos, sin) or x.dim() > MAX_DIMS or not backends.unobserved():
+        if not eager(x, cos, sin) or not 1 <= x.dim() <= MAX_DIMS or not backends.unobserved():
             return None
-        # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
-        if x.shape[-1] <= 1 or cos.shape[-1] <= 1 or sin.shape[-1] <= 1:
+        # A bit that memory does not show; the dispatcher does what it says.
+        if x.is_neg() or cos.is_neg() or sin.is_neg():
             return None
         dtype = x.dtype
-    except (AttributeError, IndexError):
+    except AttributeError:
         return None  # `check` says what is wrong
     if dtype not in _modules:
         chosen = backends.choice(backends.Call("rotary", "cpu", dtype))

@@ -176,6 +176,11 @@ def test_negated_parts_of_complex_tensors() -> None:
     assert torch.equal(rotate(x, cos, negated), rotate(x, cos, negated.resolve_neg()))
     one = torch.view_as_complex(draw(3, 1, 2)).conj().imag
     assert torch.equal(rotate(one, cos[:, :0], sin[:, :0]), one.resolve_neg())
+    y = draw(3, 8).requires_grad_()
+    assert torch.equal(rotate(torch._neg_view(y), cos, sin), rotate(-y, cos, sin))
+    assert torch.equal(rotate(y, torch._neg_view(cos), sin), rotate(y, -cos, sin))
+    grads = [torch.autograd.grad(rotate(y, cos, sin), y, g)[0] for g in (torch._neg_view(x), -x)]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of sizes that are compared

@@ -21,7 +21,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
     try:
         _C.rotary(x, cos, sin, interleaved, inverse, out, _threads())
     except ValueError:
-        given = [last_contiguous(t) for t in (x, cos, sin)]
+        given = [last_contiguous(t) if t.dim() else t for t in (x, cos, sin)]
         if all(t is have for t, have in zip(given, (x, cos, sin), strict=True)):
             raise
         _C.rotary(*given, interleaved, inverse, out, _threads())
