@@ -19,6 +19,7 @@ from .backends.native.extension import extension, load_error
 CALLS = (
     backends.Call("recurrence", "cpu", torch.float32, "lstm"),
     backends.Call("attention", "cpu", torch.float32),
+    backends.Call("rotary", "cpu", torch.float32),
 )
 
 

@@ -23,7 +23,6 @@ LAYERS = {
     "_version": 0,
     "cells": 0,
     "scores": 0,
-    "_rotary": 0,
     "_sequences": 1,
     "backends": 1,
     "_options": 2,

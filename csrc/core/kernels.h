@@ -3,6 +3,7 @@
 
 #include "core/attention.h"
 #include "core/recurrence.h"
+#include "core/rotary.h"
 #include "core/step.h"
 
 namespace seqkernels {
@@ -16,6 +17,7 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
   void (*attention_weights)(const AttentionWeights&);
+  void (*rotary)(const Rotary&);
   void (*activation)(const char* name, std::int64_t count, const void* x, void* y, DType dtype);
 };
 

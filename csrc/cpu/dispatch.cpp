@@ -15,11 +15,12 @@ namespace seqkernels {
   void attention_forward_##isa(const AttentionForward&);     \
   void attention_backward_##isa(const AttentionBackward&);   \
   void attention_weights_##isa(const AttentionWeights&);     \
+  void rotary_##isa(const Rotary&);                          \
   void activation_##isa(const char*, std::int64_t, const void*, void*, DType);
-#define SEQKERNELS_TABLE(isa, name)                                                                     \
-  Kernels {                                                                                             \
-    name, recurrence_forward_##isa, recurrence_backward_##isa, step_forward_##isa, step_backward_##isa, \
-        attention_forward_##isa, attention_backward_##isa, attention_weights_##isa, activation_##isa    \
+#define SEQKERNELS_TABLE(isa, name)                                                                                \
+  Kernels {                                                                                                        \
+    name, recurrence_forward_##isa, recurrence_backward_##isa, step_forward_##isa, step_backward_##isa,            \
+        attention_forward_##isa, attention_backward_##isa, attention_weights_##isa, rotary_##isa, activation_##isa \
   }
 
 #if defined(SEQKERNELS_HAS_baseline)

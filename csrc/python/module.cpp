@@ -64,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   bind_recurrence(m);
   bind_attention(m);
   bind_step(m);
+  bind_rotary(m);
   m.def("build_info", &build_info, "How this module was compiled.");
   m.def("isas", &isas, "Instruction sets that were built and that this processor has, best last.");
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");

@@ -67,5 +67,6 @@ int check_threads(int threads);
 void bind_recurrence(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_step(py::module_& m);
+void bind_rotary(py::module_& m);
 
 }  // namespace seqkernels

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._rotary import rotate
 from ..cells import accumulate_dtype
 from ..ops._eager import readable
 from ..ops.attention import check
+from ..ops.rotary import rotate
 from .arguments import (
     build_scores,
     check_heads,

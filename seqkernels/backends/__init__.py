@@ -2,8 +2,8 @@
 
 An implementation is a package beside this file. It says whether it can be used at all
 (``unavailable() -> str | None``), whether it serves a call (``unsupported(call) -> str | None``) and has one
-module per operation (``recurrence``, ``attention``) with the functions of the contract. It is imported when it
-is first asked for.
+module per operation (``recurrence``, ``attention``, and ``rotary`` where it has a kernel for it) with the functions
+of the contract. It is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("recurrence", "cpu"): ("native", "numba", "reference"),
     ("attention", "cpu"): ("native", "numba", "reference"),
+    ("rotary", "cpu"): ("native", "reference"),
 }
 #: On devices without a row in `PREFERENCE`.
 FALLBACK = ("reference",)
@@ -32,10 +33,10 @@ class Call(NamedTuple):
     """What the choice of an implementation may depend on: metadata of a call, never its values.
 
     Attributes:
-        op: ``"recurrence"`` or ``"attention"``.
+        op: ``"recurrence"``, ``"attention"`` or ``"rotary"``.
         device: the device type, ``"cpu"`` for example.
         dtype: dtype of the main input.
-        kind: the cell of a recurrence; empty for attention.
+        kind: the cell of a recurrence; else empty.
         features: what the call uses beyond the plain contract, sorted; of attention those of
             `seqkernels.scores.Scores.features`, and ``"weights"`` where they are asked for; of the recurrence
             ``"checkpoint"`` (recomputation in the backward pass), ``"control"``, ``"gates"`` (in the backward pass,
@@ -124,8 +125,8 @@ def select(call: Call) -> Decision:
     if decision is None:
         decision = _decisions[forced, call] = _decide(forced, call)
     recorder = _recorder.get()
-    # Weights of attention fill (M, N) elements whoever computes them.
-    slow = decision.chosen == "reference" and "weights" not in call.features
+    # Weights of attention fill (M, N) elements whoever computes them; a rotation is a few passes over its input.
+    slow = decision.chosen == "reference" and "weights" not in call.features and call.op != "rotary"
     if recorder is not None:
         recorder.append(decision)
     elif slow and forced is None and call not in _warned:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._rotary import rotate
 from ..cells import DTYPES, accumulate_dtype
+from ..ops.rotary import rotate
 
 _SCALINGS = (None, "linear", "dynamic", "yarn")
 _FIRST_ROWS = 64

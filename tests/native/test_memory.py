@@ -20,6 +20,7 @@ from seqkernels.backends.native.extension import extension
 from seqkernels.cells import CELLS, DTYPES, accumulate_dtype
 from seqkernels.ops import attention, recurrence
 from seqkernels.ops import weights as of_weights
+from seqkernels.ops.rotary import rotary_op
 from seqkernels.scores import UNBOUNDED, Scores
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -319,3 +320,21 @@ def test_pages(page: int, dtype: torch.dtype) -> None:
             out, lse = attention.forward_op(q, k, v, *scores.pack())
             finite(out)
             assert not lse.isnan().any()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(interleaved: bool, dtype: torch.dtype) -> None:
+    """Every rest of a vector, of elements and of pairs, alone and behind other rows."""
+    wide = accumulate_dtype(dtype)
+    for case, size in enumerate((*range(1, 36), 63, 64, 65, 66, 127, 128, 129, 200)):
+        for pairs in {0, size // 4, size // 2}:
+            leading = [(), (1,), (3,), (2, 3), (2, 2, 3), (0, 3)][case % 6]
+            x = torch.ones(*leading, size, dtype=dtype)
+            cos, sin = (torch.ones(*leading[-1:], pairs, dtype=wide) for _ in range(2))
+            for _ in settings():
+                finite(rotary_op(x, cos, sin, interleaved, case % 2 == 0))
+    # Rows in another order, enough for two threads.
+    x = torch.ones(2, 133, 5, 65, dtype=dtype).transpose(1, 2)
+    cos, sin = (torch.ones(133, 31, dtype=wide) for _ in range(2))
+    for _ in settings():
+        finite(rotary_op(x, cos, sin, interleaved, False))

@@ -36,5 +36,7 @@ def unsupported(call: Call) -> str | None:
     """``None`` for plain calls on the CPU, else why it cannot run."""
     if call.device != "cpu":
         return f"runs on cpu only, not on {call.device}"
+    if call.op not in _DECLINED:
+        return f"has no kernel for {call.op}"
     declined = [name for name in call.features if name in _DECLINED[call.op]]
     return f"has no {', '.join(declined)}" if declined else None
