@@ -26,6 +26,8 @@ def _check_encoding_input(name: str, x: Any) -> None:
 
 
 def _check_size(name: str, size: int, even: bool = False) -> None:
+    if not isinstance(size, int):
+        raise TypeError(f"{name}: expected an int, got {size!r}")
     if size < 1 or (even and size % 2 != 0):
         raise ValueError(f"{name}: expected a positive{' even' if even else ''} number, got {size}")
 
@@ -159,11 +161,11 @@ class RotaryEmbedding(_Tables):
     ) -> None:
         super().__init__()
         _check_size("dim", dim, even=True)
-        if not base > 1:
+        if not 1 < base < math.inf:
             raise ValueError(f"base: expected a number above 1, got {base}")
         if scaling not in _SCALINGS:
             raise ValueError(f"scaling: expected one of {', '.join(map(repr, _SCALINGS))}, got {scaling!r}")
-        if (factor is None) != (scaling is None) or (factor is not None and factor < 1):
+        if (factor is None) != (scaling is None) or (factor is not None and not 1 <= factor < math.inf):
             raise ValueError(f"factor: expected a number of at least 1 with a scaling and None without, got {factor}")
         if (original_max_position is None) == (scaling in ("dynamic", "yarn")) or (original_max_position or 1) < 1:
             raise ValueError(
@@ -320,6 +322,7 @@ class ALiBi(nn.Module):
 
     Raises:
         ValueError: `num_heads` is not positive.
+        TypeError: it is not an int.
     """
 
     slopes: Tensor

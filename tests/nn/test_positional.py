@@ -314,6 +314,8 @@ X = torch.zeros(2, 3, 4)
         (lambda: RotaryEmbedding(4, scaling="linear"), "factor"),
         (lambda: RotaryEmbedding(4, factor=2.0), "factor"),
         (lambda: RotaryEmbedding(4, scaling="linear", factor=0.5), "factor"),
+        (lambda: RotaryEmbedding(4, scaling="linear", factor=math.nan), "factor"),
+        (lambda: RotaryEmbedding(4, base=math.inf), "base"),
         (lambda: RotaryEmbedding(4, scaling="linear", factor=2.0, original_max_position=8), "original_max_position"),
         (lambda: RotaryEmbedding(4, scaling="yarn", factor=2.0), "original_max_position"),
         (lambda: RotaryEmbedding(2, scaling="dynamic", factor=2.0, original_max_position=8), "dim"),
@@ -347,6 +349,7 @@ def test_bad_values_are_named(make: Callable[[], object], name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "name"),
     [
+        (lambda: ALiBi(1.5), "num_heads"),
         (lambda: RotaryEmbedding(4)(X.long()), "q"),
         (lambda: RotaryEmbedding(4)([1.0]), "q"),
         (lambda: RotaryEmbedding(4)(X, positions=torch.arange(3.0)), "positions"),
