@@ -151,6 +151,11 @@ def unobserved() -> bool:
     return _forced.get() is None and _recorder.get() is None
 
 
+def may_repeat(name: str) -> bool:
+    """Whether a decision for `name` may be taken again unasked: no `explain`, no `use_backend` of another one."""
+    return _recorder.get() is None and _forced.get() in (None, name)
+
+
 def explained() -> bool:
     """Whether `explain` is at work, which wants to see each operation once."""
     return _recorder.get() is not None

@@ -117,7 +117,7 @@ def compiled(dtype: torch.dtype, cell: str, stem: str) -> ModuleType | None:
     ``None`` too while `explain` looks on: a call that turns out not to fit would be seen twice.
     """
     key = (dtype, cell, stem)
-    found = _modules.get(key) if backends.unobserved() else None
+    found = _modules.get(key) if backends.may_repeat("native") else None
     if found is None:
         if backends.explained():
             return None

@@ -194,7 +194,7 @@ class _Attention(torch.autograd.Function):
             packed = (tensors, ctx.numbers, ctx.settings)
             found = (None,) * 4
             if True in needs:
-                if ctx.module is not None and backends.unobserved() and _passes(grad_out) and _passes(grad_lse):
+                if ctx.module is not None and backends.may_repeat("native") and _passes(grad_out) and _passes(grad_lse):
                     scores = Scores.unpack(*packed)
                     found = ctx.module.attention_backward(grad_out, grad_lse, q, k, v, out, lse, scores, needs)
                 else:
@@ -481,7 +481,7 @@ def attend_plainly(
         devices, subclasses, strides that the compiled module does not take, transforms and the like.
     """
     try:
-        if not eager(q, k, v) or not k.is_cpu or not v.is_cpu or not backends.unobserved():
+        if not eager(q, k, v) or not k.is_cpu or not v.is_cpu or not backends.may_repeat("native"):
             return None
         _, heads, _, size = q.shape
         _, kv_heads, _, value_size = v.shape
@@ -520,7 +520,7 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> ModuleType | N
     if not (eager(q, k, v) if plain else eager(q, k, v, mask, bias, lengths, cu_q, cu_k, slopes, sink, seed, table)):
         return None
     # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
-    if q.shape[-1] <= 1 or v.shape[-1] <= 1 or not backends.unobserved():
+    if q.shape[-1] <= 1 or v.shape[-1] <= 1 or not backends.may_repeat("native"):
         return None
     if plain and softcap == 0.0 and left < 0 and not bottom_right:
         key: Any = (q.dtype, right, q.shape[1] == k.shape[1])

@@ -69,7 +69,7 @@ _modules: dict[torch.dtype, ModuleType | None] = {}
 def _compiled(x: Tensor, cos: Tensor, sin: Tensor) -> ModuleType | None:
     """The module to call at once, without the dispatcher: for plain tensors in eager mode, where it is native's."""
     try:
-        if not eager(x, cos, sin) or not 1 <= x.dim() <= MAX_DIMS or not backends.unobserved():
+        if not eager(x, cos, sin) or not 1 <= x.dim() <= MAX_DIMS or not backends.may_repeat("native"):
             return None
         # A bit that memory does not show; the dispatcher does what it says.
         if x.is_neg() or cos.is_neg() or sin.is_neg():

@@ -10,7 +10,8 @@ import torch
 
 import seqkernels
 from seqkernels import backends, testing
-from seqkernels.backends import Call
+from seqkernels.backends import Call, native
+from seqkernels.ops import attention as attention_ops
 from seqkernels.ops.attention import attention
 from seqkernels.ops.recurrence import recurrence
 
@@ -187,3 +188,15 @@ def test_explain_ends_when_the_function_raises():
     with pytest.raises(ZeroDivisionError):
         seqkernels.explain(lambda: 1 / 0)
     assert backends._recorder.get() is None
+
+
+def test_what_is_insisted_on_is_no_slower_way(monkeypatch):
+    """Insisting on the implementation that runs anyway goes the same way, without the dispatcher; on another, not."""
+    if native.unavailable() is not None:
+        pytest.skip(str(native.unavailable()))
+    q, seen, op = torch.randn(1, 1, 3, 8), [], attention_ops.forward_op
+    monkeypatch.setattr(attention_ops, "forward_op", lambda *args: seen.append(args) or op(*args))
+    for name, calls in (("native", 0), ("reference", 1)):
+        with seqkernels.use_backend(name):
+            seqkernels.functional.attention(q, q, q)
+        assert len(seen) == calls
