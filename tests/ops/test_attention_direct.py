@@ -127,6 +127,8 @@ def test_declines_what_is_not_for_it() -> None:
     assert _plainly(*(torch.randn(1, 1, 2, 513) for _ in range(3))) is None
     assert _plainly(q.int(), k.int(), v.int()) is None
     with seqkernels.use_backend("native"):
+        assert _plainly(q, k, v) is not None
+    with seqkernels.use_backend("reference"):
         assert _plainly(q, k, v) is None
     with torch.utils._python_dispatch.TorchDispatchMode():
         assert _plainly(q, k, v) is None
