@@ -28,6 +28,10 @@ COLORS = {
 }
 
 
+SPARSE = ("attention ALiBi",)
+"""Groups whose flops count keys that have no weight and may be left out."""
+
+
 class Entry(NamedTuple):
     """One case, mode and provider.
 
@@ -175,7 +179,7 @@ def rates(found: Sequence[Entry], machine: Roofline) -> Table:
     """What the machine was measured to do, and the most that a case reached of it."""
     rows = []
     for dtype in _unique((*machine.gflops, *(e.dtype for e in found))):
-        best = max((e for e in found if e.dtype == dtype), key=_gflops, default=None)
+        best = max((e for e in found if e.dtype == dtype and e.group not in SPARSE), key=_gflops, default=None)
         reached = ("-", "-") if best is None else (f"{_gflops(best):.0f} GFLOP/s", f"{best.provider} on {best.case}")
         name = dtype if dtype in machine.gflops else f"float32 for {dtype}"
         gflops = machine.gflops.get(dtype, machine.gflops["float32"])
@@ -211,11 +215,11 @@ def limits(found: Sequence[Entry], machine: Roofline) -> dict[tuple[str, str, st
     """What bounds each entry: by case, mode and provider.
 
     The arithmetic counts at the rate of ``torch.mm`` (of 16 bits at least at that of float32), or at the largest rate
-    that any case of the dtype reached if that is more;
+    that any case of the dtype reached if that is more, those aside that may leave out some of it;
     the call itself as the shortest one of one step and row, if there is one of that kind in the run.
     """
     peak = {
-        dtype: max(machine.peak(dtype), *(_gflops(entry) for entry in found if entry.dtype == dtype))
+        dtype: max(machine.peak(dtype), *(_gflops(e) for e in found if e.dtype == dtype and e.group not in SPARSE))
         for dtype in _unique(entry.dtype for entry in found)
     }
     shortest: dict[tuple[str, str, str], float] = {}
