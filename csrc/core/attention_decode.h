@@ -51,27 +51,14 @@ void add_rows(const S* value, std::int64_t stride, std::int64_t keys, std::int64
   const std::int64_t length = stream_length(keys, 1), ahead = fetch_distance<S>(stride, size);
   for (std::int64_t first = 0; first < length; first += kNear) {
     const Range part{first, min_of(length, first + kNear)};
-    for (std::int64_t column = 0; column < size;) {
-      const auto run = [&](auto vectors) {
-        constexpr int kVectors = decltype(vectors)::kValue;
-        for (std::int64_t r = 0; r < rows; r += 2) {
-          const auto add = r + 1 < rows ? add_block<T, 2, kVectors, S> : add_block<T, 1, kVectors, S>;
-          add(value + column, stride, part, length, keys, size - column, s + r * lds, lds, out + r * ldo + column, ldo,
-              r == 0 ? ahead : 0);
-        }
-        column += kVectors * n;
-      };
-      const std::int64_t whole = (size - column) / n;
-      if (whole >= kMost) {
-        run(Count<kMost>());
-      } else if (whole >= 4) {
-        run(Count<4>());
-      } else if (whole >= 2) {
-        run(Count<2>());
-      } else {
-        run(Count<1>());
+    for_columns<n, kMost>(size, [&](auto vectors, std::int64_t column) {
+      constexpr int kVectors = decltype(vectors)::kValue;
+      for (std::int64_t r = 0; r < rows; r += 2) {
+        const auto add = r + 1 < rows ? add_block<T, 2, kVectors, S> : add_block<T, 1, kVectors, S>;
+        add(value + column, stride, part, length, keys, size - column, s + r * lds, lds, out + r * ldo + column, ldo,
+            r == 0 ? ahead : 0);
       }
-    }
+    });
   }
 }
 

@@ -105,8 +105,7 @@ inline void product(std::int64_t rows, std::int64_t vectors, const BFloat16* a, 
         } else {
           pointers[0] = a + first * lda + 2 * m;
         }
-        const auto kernel = first == range.begin ? micro_kernel16_for<kLayout, kAdd>(count, width)
-                                                 : micro_kernel16_for<kLayout, true>(count, width);
+        const auto kernel = micro_kernel16_for(kLayout, kAdd || first > range.begin, count, width);
         kernel(min_of(2 * kChain, range.end - first), pointers, lda, b + first * ldb + 2 * begin * n, ldb, to, ldc);
       }
     }
@@ -233,29 +232,17 @@ inline void read_finite(DType, const void* from, std::int64_t stride, std::int64
 inline void add_rows(const BFloat16* value, std::int64_t stride, std::int64_t keys, std::int64_t size,
                      std::int64_t rows, const BFloat16* weights, std::int64_t ldw, float* out, std::int64_t ldo) {
   constexpr std::int64_t kNear = 16;
-  const std::int64_t ahead = fetch_distance<BFloat16>(stride, size);
-  const std::int64_t length = stream_length(keys, 2);
+  const std::int64_t length = stream_length(keys, 2), ahead = fetch_distance<BFloat16>(stride, size);
   for (std::int64_t first = 0; first < length; first += kNear) {
     const Range part{first, min_of(length, first + kNear)};
-    for (std::int64_t column = 0; column < size;) {
-      const std::int64_t left = size - column;
-      const auto run = [&](auto chunks) {
-        constexpr int kChunks = decltype(chunks)::kValue;
-        for (std::int64_t r = 0; r < rows; r += 2) {
-          const auto add = r + 1 < rows ? add_block16<2, kChunks> : add_block16<1, kChunks>;
-          add(value + column, stride, part, length, keys, left, weights + r * ldw, ldw, out + r * ldo + column, ldo,
-              r == 0 ? ahead : 0);
-        }
-        column += kChunks * 2 * kLanes<float>;
-      };
-      if (left >= 128) {
-        run(Count<4>());
-      } else if (left >= 64) {
-        run(Count<2>());
-      } else {
-        run(Count<1>());
+    for_columns<2 * kLanes<float>, 4>(size, [&](auto chunks, std::int64_t column) {
+      constexpr int kChunks = decltype(chunks)::kValue;
+      for (std::int64_t r = 0; r < rows; r += 2) {
+        const auto add = r + 1 < rows ? add_block16<2, kChunks> : add_block16<1, kChunks>;
+        add(value + column, stride, part, length, keys, size - column, weights + r * ldw, ldw, out + r * ldo + column,
+            ldo, r == 0 ? ahead : 0);
       }
-    }
+    });
   }
 }
 

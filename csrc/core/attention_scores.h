@@ -75,10 +75,11 @@ class Scores {
 
   // Whether ALiBi can leave far keys no weight at all.
   bool fades() const { return p_.slopes != nullptr && !masked_; }
-  // The largest score that rows of these lengths may have, ALiBi apart.
+  // The largest score that rows of these lengths may have, ALiBi apart, whatever was rounded.
   T largest(T q, T k) const {
-    if (softcap_) return static_cast<T>(p_.softcap) + T(0) * q * k;
-    return q * k * static_cast<T>(p_.scale < 0 ? -p_.scale : p_.scale);
+    constexpr T kMore = T(1.00001);
+    if (softcap_) return static_cast<T>(p_.softcap) * kMore + T(0) * q * k;
+    return q * k * static_cast<T>(p_.scale < 0 ? -p_.scale : p_.scale) * kMore;
   }
   // Takes those keys from a row whose weights are 0 in any case: their scores are at most `largest` - slope * distance,
   // the log-sum-exp is at least `lse`. Not if something is not finite.
@@ -199,7 +200,7 @@ class Scores {
   // x where the words do not drop it, and scaled, else 0.
   V drop(V x, const std::uint32_t* words) const {
     using Word = typename Lanes<T>::Int;
-    IntVec<T> dropped;
+    IntVec<T> dropped{};
     if constexpr (sizeof(T) == 4) {
       WordVec w;
       std::memcpy(&w, words, sizeof(w));

@@ -288,16 +288,6 @@ void pack_panels(DType dtype, const void* from, std::int64_t stride, std::int64_
   });
 }
 
-template <class T, Layout kLayout, bool kAdd>
-inline MicroKernel<T> tile_kernel(int rows, int vectors) {
-  if constexpr (kPanelVectors == 4) {
-    return micro_kernel_for<T, kLayout, kAdd>(rows, vectors);
-  } else {
-    return vectors == 1 ? micro_kernel_of_rows<T, 1, kLayout, kAdd>(rows)
-                        : micro_kernel_of_rows<T, 2, kLayout, kAdd>(rows);
-  }
-}
-
 struct Range {
   std::int64_t begin, end;
 };
@@ -326,18 +316,13 @@ inline void product(std::int64_t rows, std::int64_t vectors, const T* a, std::in
         } else {
           pointers[0] = a + first * lda + m;
         }
-        const auto kernel = first == range.begin ? tile_kernel<T, kLayout, kAdd>(count, width)
-                                                 : tile_kernel<T, kLayout, true>(count, width);
+        const auto kernel = micro_kernel_for<T>(kLayout, kAdd || first > range.begin, count, width);
         kernel(min_of(kChain, range.end - first), pointers, lda, b + first * ldb + begin * n, ldb, to, ldc);
       }
     }
   }
 }
 
-template <int kCount>
-struct Count {
-  static constexpr int kValue = kCount;
-};
 // Calls f with how many of a few rows go at once.
 template <class T, class F>
 inline void with_rows(std::int64_t rows, const F& f) {
@@ -430,6 +415,28 @@ template <class F>
 inline void for_streams(std::int64_t keys, std::int64_t each, Range part, std::int64_t length, const F& f) {
   for (std::int64_t i = part.begin; i < part.end; i += each) {
     for (std::int64_t j = i; j < keys; j += length) f(j);
+  }
+}
+
+// Calls f(Count, column) for blocks of columns: a power of 2 of kUnit numbers each, up to kMost of them, at the end one
+// that may not be whole.
+template <int kUnit, int kMost, class F>
+inline void for_columns(std::int64_t size, const F& f) {
+  for (std::int64_t column = 0; column < size;) {
+    const auto run = [&](auto units) {
+      f(units, column);
+      column += decltype(units)::kValue * kUnit;
+    };
+    const std::int64_t whole = (size - column) / kUnit;
+    if (whole >= kMost) {
+      run(Count<kMost>());
+    } else if (whole >= 4) {
+      run(Count<4>());
+    } else if (whole >= 2) {
+      run(Count<2>());
+    } else {
+      run(Count<1>());
+    }
   }
 }
 

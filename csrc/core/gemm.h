@@ -2,6 +2,7 @@
 // vectors of columns of B. The accumulators stay in registers over the whole depth; B is read once per block of rows.
 #pragma once
 
+#include "core/kernels.h"
 #include "core/simd.h"
 
 namespace seqkernels {
@@ -22,102 +23,41 @@ constexpr int block_rows(int vectors) {
   return rows < 1 ? 1 : rows > kMaxRows ? kMaxRows : rows;
 }
 
-constexpr int min_of_constant(int a, int b) { return a < b ? a : b; }
-
 // How A is addressed: row m at depth k is
 //   kRows:        a[m][k]           pointers to contiguous rows
 //   kTransposed:  a[0][k * step + m]
 enum class Layout { kRows, kTransposed };
+
+}  // namespace
 
 // c: (rows, vectors * lanes) with leading dimension ldc; b: (depth, vectors * lanes) with leading dimension ldb.
 template <class T>
 using MicroKernel = void (*)(std::int64_t depth, const T* const* a, std::int64_t step, const T* b, std::int64_t ldb,
                              T* c, std::int64_t ldc);
 
-// Unrolled by hand of the compiler: accumulators that are indexed in a loop would live in memory at its edges.
-template <class T, int kRows, int kVectors, Layout kLayout, bool kAdd>
-void micro_kernel(std::int64_t depth, const T* const* a, std::int64_t step, const T* b, std::int64_t ldb, T* c,
-                  std::int64_t ldc) {
-  constexpr int n = kLanes<T>;
-  // Few accumulators cannot hide the latency of the multiply-add: give them two turns. Not where the product is added
-  // to something: sums of many rows in few blocks then do not depend on how many rows there are.
-  constexpr int kTurns = kRows * kVectors <= 4 && !kAdd ? 2 : 1;
-  Vec<T> sum[kTurns][kRows][kVectors];
-  const T* row[kRows];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) row[m] = kLayout == Layout::kRows ? a[m] : a[0] + m;
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 8
-      for (int u = 0; u < kTurns; ++u) sum[u][m][v] = Vec<T>{};
-    }
-  }
-  const std::int64_t stride = kLayout == Layout::kRows ? 1 : step;
-  std::int64_t k = 0;
-  for (; k + kTurns <= depth; k += kTurns) {
-#pragma GCC unroll 8
-    for (int u = 0; u < kTurns; ++u) {
-      Vec<T> column[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) column[v] = load_full(b + (k + u) * ldb + v * n);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const T x = row[m][(k + u) * stride];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[u][m][v] += column[v] * x;
-      }
-    }
-  }
-  for (; k < depth; ++k) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const T x = row[m][k * stride];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[0][m][v] += load_full(b + k * ldb + v * n) * x;
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 8
-      for (int u = 1; u < kTurns; ++u) sum[0][m][v] += sum[u][m][v];
-      // Added last: a sum of sums is more exact than one long sum.
-      if constexpr (kAdd) sum[0][m][v] += load_full(c + m * ldc + v * n);
-      store_full(c + m * ldc + v * n, sum[0][m][v]);
-    }
-  }
+// All for one type of operands, made in gemm.cpp for whoever multiplies: [whether the product is added to c]
+// [vectors - 1][rows - 1], up to block_rows(vectors) rows.
+template <class Kernel>
+struct MicroKernels {
+  Kernel rows[2][kMaxVectors][kMaxRows], transposed[2][kMaxVectors][kMaxRows];
+};
+
+extern const MicroKernels<MicroKernel<float>> SEQKERNELS_ENTRY(micro_kernels_float);
+extern const MicroKernels<MicroKernel<double>> SEQKERNELS_ENTRY(micro_kernels_double);
+
+namespace {
+
+template <class Kernel>
+inline Kernel one_of(const MicroKernels<Kernel>& all, Layout layout, bool add, int rows, int vectors) {
+  return (layout == Layout::kRows ? all.rows : all.transposed)[add][vectors - 1][rows - 1];
 }
 
-template <class T, int kVectors, Layout kLayout, bool kAdd>
-inline MicroKernel<T> micro_kernel_of_rows(int rows) {
-  static constexpr MicroKernel<T> kTable[kMaxRows] = {
-      micro_kernel<T, 1, kVectors, kLayout, kAdd>,
-      micro_kernel<T, min_of_constant(2, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel<T, min_of_constant(3, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel<T, min_of_constant(4, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel<T, min_of_constant(5, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel<T, min_of_constant(6, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel<T, min_of_constant(7, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel<T, min_of_constant(8, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-  };
-  return kTable[rows - 1];
-}
-
-// rows from 1 to block_rows(vectors), vectors from 1 to kMaxVectors.
-template <class T, Layout kLayout, bool kAdd>
-inline MicroKernel<T> micro_kernel_for(int rows, int vectors) {
-  switch (vectors) {
-    case 1:
-      return micro_kernel_of_rows<T, 1, kLayout, kAdd>(rows);
-    case 2:
-      return micro_kernel_of_rows<T, 2, kLayout, kAdd>(rows);
-    case 3:
-      return micro_kernel_of_rows<T, 3, kLayout, kAdd>(rows);
-    default:
-      return micro_kernel_of_rows<T, 4, kLayout, kAdd>(rows);
+template <class T>
+inline MicroKernel<T> micro_kernel_for(Layout layout, bool add, int rows, int vectors) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return one_of(SEQKERNELS_ENTRY(micro_kernels_float), layout, add, rows, vectors);
+  } else {
+    return one_of(SEQKERNELS_ENTRY(micro_kernels_double), layout, add, rows, vectors);
   }
 }
 
@@ -140,8 +80,7 @@ inline void product(std::int64_t rows, std::int64_t depth, const T* const* a, co
       const int count = static_cast<int>(size + (i < larger));
       const T* at[kMaxRows];
       for (int m = 0; m < count; ++m) at[m] = a[r + m] + k;
-      const auto kernel = add || k > 0 ? micro_kernel_for<T, Layout::kRows, true>(count, vectors)
-                                       : micro_kernel_for<T, Layout::kRows, false>(count, vectors);
+      const auto kernel = micro_kernel_for<T>(Layout::kRows, add || k > 0, count, vectors);
       kernel(part, at, 1, b + k * width, width, c + r * ldc, ldc);
       r += count;
     }
@@ -152,9 +91,8 @@ inline void product(std::int64_t rows, std::int64_t depth, const T* const* a, co
 template <class T>
 inline void strip_product(int count, std::int64_t depth, const T* strip, const T* panel, int vectors, bool add, T* c,
                           std::int64_t ldc) {
-  (add ? micro_kernel_for<T, Layout::kTransposed, true>(count, vectors)
-       : micro_kernel_for<T, Layout::kTransposed, false>(count, vectors))(depth, &strip, count, panel,
-                                                                          vectors * kLanes<T>, c, ldc);
+  micro_kernel_for<T>(Layout::kTransposed, add, count, vectors)(depth, &strip, count, panel, vectors * kLanes<T>, c,
+                                                                ldc);
 }
 
 }  // namespace

@@ -21,100 +21,19 @@ inline std::uint32_t load_pair(const BFloat16* p) {
   return pair;
 }
 
-// As micro_kernel. Layout::kRows: a[m] points to a row of `depth` numbers; kTransposed: a[0][(k * step + m) * 2] to
-// pairs. b: (pairs of the depth, vectors * lanes) pairs.
-template <int kRows, int kVectors, Layout kLayout, bool kAdd>
-__attribute__((target("avx512bf16"))) void micro_kernel16(std::int64_t depth, const BFloat16* const* a,
-                                                          std::int64_t step, const BFloat16* b, std::int64_t ldb,
-                                                          float* c, std::int64_t ldc) {
-  constexpr int n = kLanes<float>;
-  constexpr int kTurns = kRows * kVectors <= 4 && !kAdd ? 2 : 1;
-  __m512 sum[kTurns][kRows][kVectors];
-  const BFloat16* row[kRows];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) row[m] = kLayout == Layout::kRows ? a[m] : a[0] + 2 * m;
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 8
-      for (int u = 0; u < kTurns; ++u) sum[u][m][v] = _mm512_setzero_ps();
-    }
-  }
-  const std::int64_t stride = kLayout == Layout::kRows ? 2 : 2 * step;
-  const std::int64_t pairs = kLayout == Layout::kRows ? depth / 2 : (depth + 1) / 2;
-  std::int64_t k = 0;
-  for (; k + kTurns <= pairs; k += kTurns) {
-#pragma GCC unroll 8
-    for (int u = 0; u < kTurns; ++u) {
-      __m512bh column[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        column[v] = (__m512bh)_mm512_loadu_si512(b + ((k + u) * ldb + v * n) * 2);
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(load_pair(row[m] + (k + u) * stride)));
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[u][m][v] = _mm512_dpbf16_ps(sum[u][m][v], x, column[v]);
-      }
-    }
-  }
-  for (; k < (depth + 1) / 2; ++k) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      // A last number without a partner: what lies behind it is none of this row's.
-      const std::uint32_t pair = k < pairs ? load_pair(row[m] + k * stride) : row[m][k * stride].bits;
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair));
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const __m512bh column = (__m512bh)_mm512_loadu_si512(b + (k * ldb + v * n) * 2);
-        sum[0][m][v] = _mm512_dpbf16_ps(sum[0][m][v], x, column);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 8
-      for (int u = 1; u < kTurns; ++u) sum[0][m][v] += sum[u][m][v];
-      if constexpr (kAdd) sum[0][m][v] += _mm512_loadu_ps(c + m * ldc + v * n);
-      _mm512_storeu_ps(c + m * ldc + v * n, sum[0][m][v]);
-    }
-  }
-}
+}  // namespace
 
+// As MicroKernel. Layout::kRows: a[m] points to a row of `depth` numbers; kTransposed: a[0][(k * step + m) * 2] to
+// pairs. b: (pairs of the depth, vectors * lanes) pairs.
 using MicroKernel16 = void (*)(std::int64_t depth, const BFloat16* const* a, std::int64_t step, const BFloat16* b,
                                std::int64_t ldb, float* c, std::int64_t ldc);
 
-template <int kVectors, Layout kLayout, bool kAdd>
-inline MicroKernel16 micro_kernel16_of_rows(int rows) {
-  static constexpr MicroKernel16 kTable[kMaxRows] = {
-      micro_kernel16<1, kVectors, kLayout, kAdd>,
-      micro_kernel16<min_of_constant(2, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel16<min_of_constant(3, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel16<min_of_constant(4, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel16<min_of_constant(5, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel16<min_of_constant(6, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel16<min_of_constant(7, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-      micro_kernel16<min_of_constant(8, block_rows(kVectors)), kVectors, kLayout, kAdd>,
-  };
-  return kTable[rows - 1];
-}
+extern const MicroKernels<MicroKernel16> SEQKERNELS_ENTRY(micro_kernels_pairs);
 
-template <Layout kLayout, bool kAdd>
-inline MicroKernel16 micro_kernel16_for(int rows, int vectors) {
-  switch (vectors) {
-    case 1:
-      return micro_kernel16_of_rows<1, kLayout, kAdd>(rows);
-    case 2:
-      return micro_kernel16_of_rows<2, kLayout, kAdd>(rows);
-    case 3:
-      return micro_kernel16_of_rows<3, kLayout, kAdd>(rows);
-    default:
-      return micro_kernel16_of_rows<4, kLayout, kAdd>(rows);
-  }
+namespace {
+
+inline MicroKernel16 micro_kernel16_for(Layout layout, bool add, int rows, int vectors) {
+  return one_of(SEQKERNELS_ENTRY(micro_kernels_pairs), layout, add, rows, vectors);
 }
 
 // As product.
@@ -131,8 +50,7 @@ inline void product(std::int64_t rows, std::int64_t depth, const BFloat16* const
       const int count = static_cast<int>(size + (i < larger));
       const BFloat16* at[kMaxRows];
       for (int m = 0; m < count; ++m) at[m] = a[r + m] + k;
-      const auto kernel = add || k > 0 ? micro_kernel16_for<Layout::kRows, true>(count, vectors)
-                                       : micro_kernel16_for<Layout::kRows, false>(count, vectors);
+      const auto kernel = micro_kernel16_for(Layout::kRows, add || k > 0, count, vectors);
       kernel(part, at, 1, b + k * width, width, c + r * ldc, ldc);
       r += count;
     }
@@ -142,9 +60,8 @@ inline void product(std::int64_t rows, std::int64_t depth, const BFloat16* const
 // As strip_product.
 inline void strip_product(int count, std::int64_t depth, const BFloat16* strip, const BFloat16* panel, int vectors,
                           bool add, float* c, std::int64_t ldc) {
-  (add ? micro_kernel16_for<Layout::kTransposed, true>(count, vectors)
-       : micro_kernel16_for<Layout::kTransposed, false>(count, vectors))(depth, &strip, count, panel,
-                                                                         vectors * kLanes<float>, c, ldc);
+  micro_kernel16_for(Layout::kTransposed, add, count, vectors)(depth, &strip, count, panel, vectors * kLanes<float>, c,
+                                                               ldc);
 }
 
 // The first `count` numbers, up to two for each lane; the others are 0.

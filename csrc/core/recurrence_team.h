@@ -103,17 +103,33 @@ void run_cell(const Params& p) {
   }
 }
 
-template <template <template <class> class, class, bool, class> class Pass, bool kOptions, class Params>
-void run_dtype(const Params& p) {
+// Without options a pass is compiled apart, for a twentieth more speed; not for processors before 2011.
+#if defined(__x86_64__) && !defined(__AVX__)
+constexpr bool kPlainApart = false;
+#else
+constexpr bool kPlainApart = true;
+#endif
+
+template <template <template <class> class, class, bool, class> class Pass, class S, bool kApart, class Params>
+void run_options(const Params& p, bool options) {
+  using O = Compute<S>;
+  if constexpr (kApart && kPlainApart) {
+    if (!options) return run_cell<Pass, S, false, O>(p);
+  }
+  run_cell<Pass, S, true, O>(p);
+}
+
+template <template <template <class> class, class, bool, class> class Pass, bool kApart, class Params>
+void run_dtype(const Params& p, bool options) {
   switch (p.dtype) {
     case DType::kFloat32:
-      return run_cell<Pass, float, kOptions, float>(p);
+      return run_options<Pass, float, kApart>(p, options);
     case DType::kFloat64:
-      return run_cell<Pass, double, kOptions, double>(p);
+      return run_options<Pass, double, kApart>(p, options);
     case DType::kBFloat16:
-      return run_cell<Pass, BFloat16, kOptions, float>(p);
+      return run_options<Pass, BFloat16, kApart>(p, options);
     case DType::kFloat16:
-      return run_cell<Pass, Float16, kOptions, float>(p);
+      return run_options<Pass, Float16, kApart>(p, options);
   }
 }
 

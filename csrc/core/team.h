@@ -147,10 +147,10 @@ inline Pool& pool() {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(std::int64_t count)
+  [[gnu::noinline]] explicit Scratch(std::int64_t count)
       : bytes_(max_of<std::size_t>(1, static_cast<std::size_t>(count) * sizeof(T))),
         data_(static_cast<T*>(pool().take(bytes_))) {}
-  ~Scratch() { pool().give(data_, bytes_); }
+  [[gnu::noinline]] ~Scratch() { pool().give(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }

@@ -17,4 +17,10 @@ struct Float16 {
   std::uint16_t bits;
 };
 
+// A number known when compiling, as an argument.
+template <int kCount>
+struct Count {
+  static constexpr int kValue = kCount;
+};
+
 }  // namespace seqkernels

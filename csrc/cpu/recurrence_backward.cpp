@@ -502,15 +502,15 @@ class Backward {
 }  // namespace
 
 void SEQKERNELS_ENTRY(recurrence_backward)(const RecurrenceBackward& p) {
-  if (has_options(p)) return run_dtype<Backward, true>(p);
+  const bool options = has_options(p);
 #if defined(SEQKERNELS_DOT16)
   // The RNN keeps float32 products: where a sum is near 0, its rounding decides what a relu lets through.
-  if (p.dtype == DType::kBFloat16 && has_dot16()) {
+  if (!options && p.dtype == DType::kBFloat16 && has_dot16()) {
     if (p.cell == CellKind::kLstm) return Backward<Lstm, BFloat16, false, BFloat16>(p).run();
     if (p.cell == CellKind::kGru) return Backward<Gru, BFloat16, false, BFloat16>(p).run();
   }
 #endif
-  run_dtype<Backward, false>(p);
+  run_dtype<Backward, true>(p, options);
 }
 
 }  // namespace seqkernels

@@ -536,15 +536,15 @@ class Forward {
 }  // namespace
 
 void SEQKERNELS_ENTRY(recurrence_forward)(const RecurrenceForward& p) {
-  if (has_options(p)) return run_dtype<Forward, true>(p);
+  const bool options = has_options(p);
 #if defined(SEQKERNELS_DOT16)
   // The RNN keeps float32 products: where a sum is near 0, its rounding decides what a relu lets through.
-  if (p.dtype == DType::kBFloat16 && has_dot16()) {
+  if (!options && p.dtype == DType::kBFloat16 && has_dot16()) {
     if (p.cell == CellKind::kLstm) return Forward<Lstm, BFloat16, false, BFloat16>(p).run();
     if (p.cell == CellKind::kGru) return Forward<Gru, BFloat16, false, BFloat16>(p).run();
   }
 #endif
-  run_dtype<Forward, false>(p);
+  run_dtype<Forward, true>(p, options);
 }
 
 }  // namespace seqkernels

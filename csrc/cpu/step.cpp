@@ -286,7 +286,7 @@ class StepBackward : Step<CellOf, S, CellStepBackward> {
 
 }  // namespace
 
-void SEQKERNELS_ENTRY(step_forward)(const CellStepForward& p) { run_dtype<StepForward, false>(p); }
-void SEQKERNELS_ENTRY(step_backward)(const CellStepBackward& p) { run_dtype<StepBackward, false>(p); }
+void SEQKERNELS_ENTRY(step_forward)(const CellStepForward& p) { run_dtype<StepForward, false>(p, false); }
+void SEQKERNELS_ENTRY(step_backward)(const CellStepBackward& p) { run_dtype<StepBackward, false>(p, false); }
 
 }  // namespace seqkernels

@@ -220,16 +220,10 @@ StridedOut written(const Tensor& x, const AttentionScores& p) {
   return result;
 }
 
-// Runs `kernel` without the interpreter's lock where it takes long enough to be worth the handover.
-template <class Kernel, class Params>
-void run(Kernel kernel, const Params& p) {
-  constexpr std::int64_t kShort = 32768;  // scores times head sizes; some microseconds
-  const std::int64_t sizes = p.head_size + p.value_size;
-  if (p.batch * p.heads * p.queries < kShort && p.batch * p.heads * p.queries * p.keys * sizes < kShort) {
-    return kernel(p);
-  }
-  const py::gil_scoped_release release;
-  kernel(p);
+bool brief(const AttentionScores& p) {
+  constexpr std::int64_t kShort = 32768;  // scores times head sizes
+  const std::int64_t rows = p.batch * p.heads * p.queries;
+  return rows < kShort && rows * p.keys * (p.head_size + p.value_size) < kShort;
 }
 
 // q, k, v, scores, out, lse, threads
@@ -243,7 +237,7 @@ void attention_forward(PyObject* const* args) {
   check_lse(lse, q);
   p.out = written(out, p);
   p.lse = lse.data();
-  run(kernels().attention_forward, p);
+  call(kernels().attention_forward, p, brief(p));
 }
 
 // grad_out, grad_lse, q, k, v, out, lse, scores, grad_q, grad_k, grad_v, grad_bias, threads
@@ -280,7 +274,7 @@ void attention_backward(PyObject* const* args) {
       p.grad_bias_size *= grad_bias.size(i);
     }
   }
-  run(kernels().attention_backward, p);
+  call(kernels().attention_backward, p, brief(p));
 }
 
 void attention_weights(py::handle q_, py::handle k_, py::handle lse_, py::handle scores_, py::handle weights_,
@@ -300,7 +294,7 @@ void attention_weights(py::handle q_, py::handle k_, py::handle lse_, py::handle
     weights.expect({p.batch, p.heads, p.queries, p.keys});
   }
   p.weights = weights.expect(compute_dtype(p.dtype)).expect_contiguous().data();
-  run(kernels().attention_weights, p);
+  call(kernels().attention_weights, p, brief(p));
 }
 
 }  // namespace

@@ -32,13 +32,13 @@ struct Weights {
 };
 
 // The arguments that both passes share.
-struct Common {
+struct LayerArguments {
   CellShape cell;
   Tensor input, control;
   Weights weights;
   DType dtype;
 
-  Common(py::handle input_, const py::tuple& weights_, py::handle control_, const std::string& name)
+  LayerArguments(py::handle input_, const py::tuple& weights_, py::handle control_, const std::string& name)
       : cell(cell_shape(name)),
         input(input_, "input"),
         control(control_, "control", true),
@@ -105,7 +105,7 @@ std::int64_t check_every(std::int64_t every) {
 void recurrence_forward(py::handle input, const py::tuple& weights, py::handle state0_, py::handle control,
                         const std::string& cell, bool reverse, py::handle states_, py::handle state_n_,
                         py::handle reserve_, std::int64_t every, int threads) {
-  const Common common(input, weights, control, cell);
+  const LayerArguments common(input, weights, control, cell);
   const Tensor state0(state0_, "state0");
   const Tensor states(states_, "states"), state_n(state_n_, "state_n"), reserve(reserve_, "reserve", true);
   RecurrenceForward p{};
@@ -131,16 +131,14 @@ void recurrence_forward(py::handle input, const py::tuple& weights, py::handle s
   }
   p.states = states.data();
   (every == 0 ? p.reserve : p.checkpoints) = reserve.data();
-  const Kernels& table = kernels();
-  py::gil_scoped_release release;
-  table.recurrence_forward(p);
+  call(kernels().recurrence_forward, p, false);
 }
 
 // The same as a layer has it: forward, without control, and with states of their own, each (1, B, H).
 void layer_forward(py::handle input, const py::tuple& weights, py::handle hidden0_, py::handle cells0_,
                    const std::string& cell, py::handle states_, py::handle reserve_, py::handle hidden_n_,
                    py::handle cells_n_, int threads) {
-  const Common common(input, weights, py::none(), cell);
+  const LayerArguments common(input, weights, py::none(), cell);
   Tensor hidden0(hidden0_, "hidden0", true), cells0(cells0_, "cells0", true);
   const Tensor states(states_, "states"), reserve(reserve_, "reserve", true);
   Tensor hidden_n(hidden_n_, "hidden_n"), cells_n(cells_n_, "cells_n", common.cell.states == 1);
@@ -169,9 +167,7 @@ void layer_forward(py::handle input, const py::tuple& weights, py::handle hidden
   p.reserve = reserve.data();
   p.state_n[0] = hidden_n.data();
   p.state_n[1] = cells_n.data();
-  const Kernels& table = kernels();
-  py::gil_scoped_release release;
-  table.recurrence_forward(p);
+  call(kernels().recurrence_forward, p, false);
 }
 
 // What the backward pass writes, in the order of the op's results: of input, state0, weight_ih, weight_hh, bias_ih,
@@ -201,7 +197,7 @@ struct Results {
 void recurrence_backward(const py::tuple& grads, py::handle input, const py::tuple& weights, py::handle states_,
                          py::handle reserve_, py::handle made_, py::handle control, const std::string& cell,
                          bool reverse, const py::tuple& results, std::int64_t every, int threads) {
-  const Common common(input, weights, control, cell);
+  const LayerArguments common(input, weights, control, cell);
   if (grads.size() != 4) fail_argument("grads", "4 tensors or None", std::to_string(grads.size()));
   const py::object grads_[] = {grads[0], grads[1], grads[2], grads[3]};
   const Tensor grad_hidden(grads_[0], "grad_hidden", true), grad_cells(grads_[1], "grad_cells", true);
@@ -261,9 +257,7 @@ void recurrence_backward(const py::tuple& grads, py::handle input, const py::tup
   p.grad_norm_h = to.norm_h.data();
   p.grad_norm_c = to.norm_c.data();
   p.grad_state0 = to.state0.data();
-  const Kernels& table = kernels();
-  py::gil_scoped_release release;
-  table.recurrence_backward(p);
+  call(kernels().recurrence_backward, p, false);
 }
 
 }  // namespace

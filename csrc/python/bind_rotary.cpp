@@ -7,8 +7,6 @@
 namespace seqkernels {
 namespace {
 
-constexpr std::int64_t kShort = 65536;  // elements; some microseconds
-
 bool truth(py::handle object) {
   const int found = PyObject_IsTrue(object.ptr());
   if (found < 0) throw py::error_already_set();
@@ -71,9 +69,8 @@ void rotary(PyObject* const* args) {
     align(cos, p.cos.stride);
     align(sin, p.sin.stride);
   }
-  if (p.sizes[0] * p.sizes[1] * p.sizes[2] * p.size < kShort) return kernels().rotary(p);
-  const py::gil_scoped_release release;
-  kernels().rotary(p);
+  constexpr std::int64_t kShort = 65536;  // elements
+  call(kernels().rotary, p, p.sizes[0] * p.sizes[1] * p.sizes[2] * p.size < kShort);
 }
 
 }  // namespace

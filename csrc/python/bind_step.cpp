@@ -8,8 +8,6 @@
 namespace seqkernels {
 namespace {
 
-constexpr std::int64_t kShort = 32768;  // weights of a gate; some microseconds
-
 // Types that are no more than tensors: others may mean something else by an operation.
 PyTypeObject* plain_types[2] = {};
 
@@ -40,22 +38,19 @@ CellShape cell_named(py::handle name) {
   throw py::type_error("cell: expected a str, got " + py::cast<std::string>(py::str(py::type::of(name))));
 }
 
-// Runs `kernel` without the interpreter's lock where it reads enough of the weights to be worth the handover.
-template <class Kernel, class Params>
-void run(Kernel kernel, const Params& p) {
-  if (p.hidden * (p.inputs + p.hidden) < kShort) return kernel(p);
-  const py::gil_scoped_release release;
-  kernel(p);
+bool brief(const CellStep& p) {
+  constexpr std::int64_t kShort = 32768;  // weights of a gate
+  return p.hidden * (p.inputs + p.hidden) < kShort;
 }
 
 // The arguments that both passes share.
-struct Common {
+struct StepArguments {
   CellShape cell;
   Tensor input, hidden, cells, weight_ih, weight_hh;
   DType dtype;
 
-  Common(py::handle input_, py::handle hidden_, py::handle cells_, py::handle weight_ih_, py::handle weight_hh_,
-         py::handle name)
+  StepArguments(py::handle input_, py::handle hidden_, py::handle cells_, py::handle weight_ih_, py::handle weight_hh_,
+                py::handle name)
       : cell(cell_named(name)),
         input(input_, "input"),
         hidden(hidden_, "hidden", true),
@@ -97,7 +92,7 @@ void step_forward(PyObject* const* args) {
   const py::handle next_hidden_ = args[8], next_cells_ = args[9], reserve_ = args[10];
   const int threads = thread_count(args[11]);
   expect_plain({input, hidden, cells, weight_ih, weight_hh, bias_ih_, bias_hh_});
-  const Common common(input, hidden, cells, weight_ih, weight_hh, cell);
+  const StepArguments common(input, hidden, cells, weight_ih, weight_hh, cell);
   const Tensor bias_ih(bias_ih_, "bias_ih", true), bias_hh(bias_hh_, "bias_hh", true);
   const Tensor next_hidden = matrix(next_hidden_, "next_hidden");
   const Tensor next_cells = matrix(next_cells_, "next_cells", common.cell.states == 1);
@@ -115,7 +110,7 @@ void step_forward(PyObject* const* args) {
   p.next[0] = next_hidden.data();
   p.next[1] = next_cells.data();
   p.reserve = reserve.data();
-  run(kernels().step_forward, p);
+  call(kernels().step_forward, p, brief(p));
 }
 
 void step_backward(PyObject* const* args) {
@@ -126,7 +121,7 @@ void step_backward(PyObject* const* args) {
   const py::handle grad_weight_ih_ = args[14], grad_weight_hh_ = args[15];
   const py::handle grad_bias_ih_ = args[16], grad_bias_hh_ = args[17];
   const int threads = thread_count(args[18]);
-  const Common common(input, hidden, cells, weight_ih, weight_hh, cell);
+  const StepArguments common(input, hidden, cells, weight_ih, weight_hh, cell);
   const Tensor grad_hidden = matrix(grad_hidden_, "grad_hidden", true);
   const Tensor grad_cells = matrix(grad_cells_, "grad_cells", true);
   const Tensor next_hidden = matrix(next_hidden_, "next_hidden"), reserve(reserve_, "reserve");
@@ -164,7 +159,7 @@ void step_backward(PyObject* const* args) {
   p.grad_weight_hh = grad_weight_hh.data();
   p.grad_bias_ih = grad_bias_ih.data();
   p.grad_bias_hh = grad_bias_hh.data();
-  run(kernels().step_backward, p);
+  call(kernels().step_backward, p, brief(p));
 }
 
 }  // namespace

@@ -64,6 +64,14 @@ inline DType compute_dtype(DType dtype) { return dtype == DType::kFloat64 ? DTyp
 [[noreturn]] void fail_argument(const char* name, const std::string& expected, const std::string& got);
 int check_threads(int threads);
 
+// Calls a kernel, without the interpreter's lock unless it is `brief`: some microseconds, not worth the handover.
+template <class Kernel, class Params>
+void call(Kernel kernel, const Params& p, bool brief) {
+  if (brief) return kernel(p);
+  const py::gil_scoped_release release;
+  kernel(p);
+}
+
 void bind_recurrence(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_step(py::module_& m);
