@@ -25,8 +25,9 @@ demo: build
 	$(RUN) -m seqkernels info
 	$(RUN) examples/translate.py
 
+# In as many processes as there are cores, whose threads do not spin while they wait for each other.
 test: build
-	$(RUN) -m pytest
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4
 
 bench: build
 	$(RUN) benchmarks/run.py
