@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export SEQKERNELS_BUILD ?= 1
 
-.PHONY: demo test bench bench-quick bench-engines errors lint build pure wheel sanitize ci clean
+.PHONY: demo test bench bench-quick bench-engines errors lint build pure wheel sanitize interpret kernels ci clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: requirements-dev.txt
@@ -64,6 +64,15 @@ wheel:
 # Native tests under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/.installed
 	.ci/sanitize $(RUN)
+
+# The Triton kernels in Triton's interpreter, which has to be switched on before a kernel is defined.
+interpret: build
+	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 -m "not many" -k triton \
+		tests/ops/test_attention.py tests/ops/test_attention_options.py tests/ops/test_attention_pages.py
+
+# The Triton kernels compiled for GPUs, held to the reviewed budget.
+kernels: build
+	$(RUN) -m seqkernels compile
 
 ci:
 	.ci/run

@@ -8,15 +8,19 @@ from typing import NamedTuple
 
 import hypothesis
 import pytest
+import torch
 
 import seqkernels
 from seqkernels import backends, testing
+
+#: Whether Triton's interpreter runs its kernels here, a thousand times as slowly as a processor.
+INTERPRETED = not torch.cuda.is_available() and backends.backend("triton").unavailable() is None
 
 hypothesis.settings.register_profile(
     "seqkernels",
     derandomize=True,
     deadline=None,
-    max_examples=30,
+    max_examples=3 if INTERPRETED else 30,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("seqkernels")
@@ -41,13 +45,15 @@ def _isas(name: str) -> list[str | None]:
     return [*extension().isas()]
 
 
+DEVICE = "cpu"
 BACKENDS = [name for name in backends.NAMES if backends.backend(name).unavailable() is None]
+# The reference leaves threads to torch, Triton has none; how threads share the work is the same for each instruction set.
+_THREADS = {"reference": (1,), "triton": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}
 RUNNERS = [
     Runner(name, isa, threads)
     for name in BACKENDS
     for isa in _isas(name)
-    # The reference leaves threads to torch.
-    for threads in ((1,) if name == "reference" else (1, 2))
+    for threads in _THREADS.get(isa or name, (1, 2))
 ]
 # Each implementation once, with the instruction set that it chooses by itself.
 PLAIN = [Runner(name, None, 1) for name in BACKENDS]
@@ -57,6 +63,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pure", action="store_true", help="the package was installed without its compiled module, on purpose"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what an implementation says it does not serve: operations and dtypes, the latter also by a mark."""
+    left_out = [item for item in items if _declined(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _declined(item: pytest.Item) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    runner = params.get("runner") or params.get("plain_runner")
+    if runner is None or runner.backend != "triton":
+        return False
+    op = "recurrence" if "recurrence" in item.path.stem else "rotary" if "rotary" in item.path.stem else "attention"
+    marked = item.get_closest_marker("dtype")
+    dtype = marked.args[0] if marked else params.get("dtype", torch.float32)
+    return backends.why_not("triton", backends.Call(op, DEVICE, dtype)) is not None
 
 
 @pytest.fixture

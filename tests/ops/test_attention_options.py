@@ -19,6 +19,8 @@ from seqkernels.ops.attention import attention, backward_op, forward_op, weights
 from seqkernels.scores import Scores
 from seqkernels.testing.baselines import ATTENTIONS
 
+from ..conftest import INTERPRETED
+
 OPTIONS = testing.ATTENTION_OPTIONS
 DENSE = [name for name in OPTIONS if name != "varlen"]
 PATTERNS = ["".join(letters) for letters in itertools.product(*(("1", letter) for letter in "BHMN"))]
@@ -31,7 +33,7 @@ def _call(
     """Several draws of inputs, and options; with ``"varlen"`` the lengths are those of all documents together."""
     if count is None:
         # Few scores, or elements, are judged over more draws.
-        count = min(24, 2 + 600 // (1 + min(lengths) * min(size, value_size or size, 8)))
+        count = min(2 if INTERPRETED else 24, 2 + 600 // (1 + min(lengths) * min(size, value_size or size, 8)))
     common = {"layout": layout, "requires_grad": requires_grad}
     options = testing.attention_options(names, batch, heads, *lengths, dtype, seed=seed, **common)
     full = options.get("max_seqlen_q", lengths[0]), options.get("max_seqlen_k", lengths[1])
@@ -376,6 +378,7 @@ def test_layouts(plain_runner, layout):
             testing.check_attention(*draws, grads=testing.random_grads(outputs, layout), **options)
 
 
+@pytest.mark.many
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "heads"), [(70_000, 1), (1, 70_000)])
 def test_many_heads(plain_runner, batch, heads):
