@@ -476,3 +476,11 @@ def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], mes
 def test_scale_is_for_keywords_only() -> None:
     with pytest.raises(TypeError, match="positional"):
         scaled_dot_product_attention(*GOOD.values(), None, 0.0, False, 1.0)
+
+
+def test_the_choice_is_a_constant_of_a_compiled_graph():
+    """torch's decorator has an effect that ours repeats, without its import."""
+    from seqkernels import _attention
+
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked).items() <= vars(_attention._is_fused).items()
