@@ -17,9 +17,10 @@ from .attention_scores import LN2, LOG2E, document, drop, exp_of, key_rows, plac
 @triton.jit
 def load_rows(pointers, there, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of a head; what is not there is 0."""
-    if SIZE == BLOCK:
-        return tl.load(pointers[:, None] + columns[None, :], mask=there[:, None], other=0.0)
-    return tl.load(pointers[:, None] + columns[None, :], mask=there[:, None] & (columns < SIZE)[None, :], other=0.0)
+    mask = there[:, None]
+    if SIZE < BLOCK:
+        mask = mask & (columns < SIZE)[None, :]
+    return tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -271,7 +272,7 @@ def backward_q_kernel(
     row_delta = tl.load(delta + at, mask=mine, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     end = tl.minimum(begin + BLOCK_M, queries)
-    first, last, _, _ = reach(begin, end, terms, diagonal, keys, BLOCK_N)
+    first, last, whole_first, whole_last = reach(begin, end, terms, diagonal, keys, BLOCK_N)
     for j0 in range(first, last, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         there = j < keys
@@ -280,7 +281,7 @@ def backward_q_kernel(
         kt, vt = finite(kt).to(kt.dtype), finite(vt).to(vt.dtype)
         raw = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
         grad_p = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
-        _, grad_s, grad_raw = gradients(
+        p, grad_s, grad_raw = gradients(
             raw, grad_p, row_lse[:, None], row_delta[:, None], terms, b, head[:, None], i[:, None], j[None, :], queries,
             keys, diagonal, heads, most_queries, most_keys,
         )  # fmt: skip
@@ -352,7 +353,7 @@ def backward_kv_kernel(
             raw = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
             grad_p = tl.dot(vt, tl.trans(gt), input_precision=PRECISION)
             head = h + i * 0
-            p, _, grad_raw = gradients(
+            p, grad_s, grad_raw = gradients(
                 raw, grad_p, row_lse[None, :], row_delta[None, :], terms, b, head[None, :], i[None, :], j[:, None],
                 queries, keys, diagonal, heads, most_queries, most_keys,
             )  # fmt: skip
@@ -428,7 +429,7 @@ def backward_bias_kernel(
                     vt = load_rows(key_rows(v, terms, b, entry, h // group, first_k, j, there), there, dv, DV, BLOCK_DV)
                     raw = tl.dot(qt, tl.trans(finite(kt).to(kt.dtype)), input_precision=PRECISION)
                     grad_p = tl.dot(gt, tl.trans(finite(vt).to(vt.dtype)), input_precision=PRECISION)
-                    _, grad_s, _ = gradients(
+                    p, grad_s, grad_raw = gradients(
                         raw, grad_p, row_lse[:, None], row_delta[:, None], terms, b, head[:, None], i[:, None],
                         j[None, :], queries, keys, diagonal, heads, most_queries, most_keys,
                     )  # fmt: skip

@@ -135,16 +135,20 @@ def exp_of(s, base, terms):
     """The exponential of scores less a base in the same units."""
     if terms.plain is not None:
         factor = terms.scale * LOG2E
-        return tl.exp2(s * factor - base * factor)
-    return tl.exp2((s - base) * LOG2E)
+        power = s * factor - base * factor
+    else:
+        power = (s - base) * LOG2E
+    return tl.exp2(power)
 
 
 @triton.jit
 def weight_of(s, lse, terms):
     """The exponential of scores less a log-sum-exp, which has the scale in it."""
     if terms.plain is not None:
-        return tl.exp2(s * (terms.scale * LOG2E) - lse * LOG2E)
-    return tl.exp2((s - lse) * LOG2E)
+        power = s * (terms.scale * LOG2E) - lse * LOG2E
+    else:
+        power = (s - lse) * LOG2E
+    return tl.exp2(power)
 
 
 @triton.jit
@@ -156,13 +160,13 @@ def place(x, b, h, i, j):
 @triton.jit
 def drop(x, terms, b, h, i, j, heads, most_queries, most_keys):
     """Weights after dropout: word ``j % 64 // 16`` of Philox4x32-10 at the counter of row and key decides."""
-    if terms.seed is None:
-        return x
-    row = (b.to(tl.int64) * heads + h) * most_queries + i
-    counter = (row * ((most_keys + 63) // 64) + j // 64) * 16 + j % 16
-    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    zero = low * 0
-    w0, w1, w2, w3 = tl.philox(tl.load(terms.seed), low, high, zero, zero)
-    which = (j % 64) // 16
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    return tl.where(word.to(tl.int64) < terms.threshold, 0.0, x * terms.kept)
+    if terms.seed is not None:
+        row = (b.to(tl.int64) * heads + h) * most_queries + i
+        counter = (row * ((most_keys + 63) // 64) + j // 64) * 16 + j % 16
+        low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+        zero = low * 0
+        w0, w1, w2, w3 = tl.philox(tl.load(terms.seed), low, high, zero, zero)
+        which = (j % 64) // 16
+        word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+        x = tl.where(word.to(tl.int64) < terms.threshold, 0.0, x * terms.kept)
+    return x
