@@ -59,6 +59,12 @@ RUNNERS = [
 PLAIN = [Runner(name, None, 1) for name in BACKENDS]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:
+        # Of NumPy, which computes for the interpreter: infinities and what is no number are among the inputs of tests.
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pure", action="store_true", help="the package was installed without its compiled module, on purpose"
