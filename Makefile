@@ -25,7 +25,7 @@ demo: build
 	$(RUN) -m seqkernels info
 	$(RUN) examples/translate.py
 
-# In as many processes as there are cores, whose threads do not spin while they wait for each other.
+# In a process for each core, up to four, whose threads do not spin while they wait for each other.
 test: build
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4
 

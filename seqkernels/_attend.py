@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._sequences import require
 from .cells import DTYPES, accumulate_dtype
 from .ops import weights
 from .ops.attention import FARTHEST, LONGEST, attend, check
@@ -268,14 +269,6 @@ def _readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
-def _require(condition: Tensor, values: Tensor, text: str) -> None:
-    """Raise `text` unless all of `condition` holds, on other devices and in compiled programs without waiting."""
-    if not _readable(condition):
-        torch._assert_async(condition.all(), text)
-    elif not bool(condition.all()):
-        raise ValueError(f"{text}, got {values.tolist()}")
-
-
 def _told(number: int, words: str) -> str:
     """`number` in a message, or `words` in a program being compiled, which would then serve this number alone."""
     return words if torch.compiler.is_compiling() else str(number)
@@ -332,7 +325,7 @@ def _starts(
     if starts.shape[0] == 0:
         raise ValueError(f"{name}: expected at least 1 element, got none")
     lengths, total = starts.diff(), rows.shape[0]
-    _require(
+    require(
         torch.cat((starts[:1] >= 0, lengths >= 0, starts[-1:] <= total)),
         starts,
         f"{name}: expected to ascend from at least 0 to at most {_told(total, 'as many as there are')}, the rows of its"
@@ -349,7 +342,7 @@ def _starts(
         raise TypeError(f"{name_of_most}: expected an integer or None, got {type(most).__name__}")
     if not 0 <= most <= LONGEST:
         raise ValueError(f"{name_of_most}: expected from 0 to {LONGEST}, got {most}")
-    _require(
+    require(
         lengths <= most, lengths, f"{name_of_most}: expected no document of {name} longer than {_told(most, 'it says')}"
     )
     return starts.to(torch.int32), most
@@ -371,7 +364,7 @@ def _key_lengths(x: Tensor | None, scores: Scores, full: tuple[int, ...]) -> Ten
             if isinstance(most, int)
             else "from 0 to the number of keys of each document"
         )
-        _require((lengths >= 0) & (lengths <= most), lengths, f"key_lengths: expected values {text}")
+        require((lengths >= 0) & (lengths <= most), lengths, f"key_lengths: expected values {text}")
     return lengths.to(torch.int32)
 
 

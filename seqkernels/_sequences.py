@@ -81,6 +81,26 @@ class Layout(NamedTuple):
         return (self.lengths - 1).clamp(min=0) * self.batch + row
 
 
+def require(holds: Tensor, values: Tensor, text: str, error: type[Exception] = ValueError) -> None:
+    """Raise unless all of `holds` is true, where its values are and without waiting for them.
+
+    Args:
+        holds: bool, of any shape.
+        values: of an argument, for the message where they are at hand.
+        text: names the argument and what is allowed.
+        error: what to raise; on other devices and in compiled programs it is torch's.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds.all(), text)
+        return
+    try:
+        torch._assert_async(holds.all(), text)
+    except RuntimeError as found:
+        if text not in str(found):
+            raise
+        raise error(f"{text}, got {values.tolist()}") from None
+
+
 def padded(x: Tensor, lengths: Tensor | None) -> Layout:
     """The layout of steps (T, B, ...) of which sequence b has the first ``lengths[b]``."""
     steps, batch = x.shape[0], x.shape[1]
@@ -92,7 +112,8 @@ def padded(x: Tensor, lengths: Tensor | None) -> Layout:
             f" got {tuple(lengths.shape)} {lengths.dtype} on {lengths.device}"
         )
     # Checked where the values are, without waiting for them.
-    torch._assert_async(((lengths >= 0) & (lengths <= steps)).all(), "lengths: expected values from 0 to T")
+    text = "lengths: expected values from 0 to T, the steps of the input"
+    require((lengths >= 0) & (lengths <= steps), lengths, text, RuntimeError)
     lengths = lengths.to(torch.int64)
     return Layout(steps, batch, lengths=lengths, hold=_past(steps, lengths))
 
@@ -140,10 +161,9 @@ def documents(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, alone: bool
         raise ValueError(f"max_seqlen: expected an integer of at least 0, got {max_seqlen!r}")
     # No document is longer than all rows, whose number a bound may exceed by far.
     max_seqlen = min(max_seqlen, count)
-    fits = torch.cat((starts[:1] == 0, starts[-1:] == count, lengths >= 0, lengths <= max_seqlen)).all()
-    torch._assert_async(
-        fits, "cu_seqlens: expected to ascend from 0 to N, the rows of the input, in steps of at most max_seqlen"
-    )
+    text = "cu_seqlens: expected to ascend from 0 to N, the rows of the input, in steps of at most max_seqlen"
+    fits = torch.cat((starts[:1] == 0, starts[-1:] == count, lengths >= 0, lengths <= max_seqlen))
+    require(fits, starts, text, RuntimeError)
     steps = max(max_seqlen, 1)
     row = torch.arange(count, device=x.device)
     document = torch.searchsorted(starts, row, right=True) - 1
