@@ -130,9 +130,12 @@ def test_any_shape(plain_runner, batch, groups, kv_heads, lengths, sizes, mask, 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(plain_runner, layout):
     for mask, bias, is_causal in MASKS:
-        inputs = testing.attention_inputs(2, 4, 6, 9, 12, kv_heads=2, mask=mask, bias=bias, layout=layout)
-        outputs = testing.evaluate(testing.attention_oracle, inputs, {})
-        testing.check_attention(inputs, is_causal=is_causal, grads=testing.random_grads(outputs, layout))
+        draws = [
+            testing.attention_inputs(2, 4, 6, 9, 12, kv_heads=2, mask=mask, bias=bias, layout=layout, seed=seed)
+            for seed in range(2)
+        ]
+        outputs = testing.evaluate(testing.attention_oracle, draws[0], {})
+        testing.check_attention(*draws, is_causal=is_causal, grads=testing.random_grads(outputs, layout))
 
 
 def test_expanded_masks(plain_runner):
@@ -276,14 +279,14 @@ def test_visible_nan_shows(runner, name):
 
 
 def test_scores_of_any_size(runner):
-    inputs = testing.attention_inputs(1, 2, 9, 40, 16, bias="1HMN")
-    grads = testing.random_grads(testing.evaluate(testing.attention_oracle, inputs, {}))
+    draws = [testing.attention_inputs(1, 2, 9, 40, 16, bias="1HMN", seed=seed) for seed in range(4)]
+    grads = testing.random_grads(testing.evaluate(testing.attention_oracle, draws[0], {}))
     for scale in (30.0, 1e4):
-        results = testing.evaluate(attention, inputs, grads, scale=scale)
+        results = testing.evaluate(attention, draws[0], grads, scale=scale)
         assert all(x.isfinite().all() for x in results.values())
     for offset in (-1e4, 1e4):
-        shifted = inputs._replace(bias=(inputs.bias.detach() + offset).requires_grad_())
-        testing.check_attention(shifted)
+        shifted = [x._replace(bias=(x.bias.detach() + offset).requires_grad_()) for x in draws]
+        testing.check_attention(*shifted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -19,7 +19,7 @@ from seqkernels.ops.attention import attention, backward_op, forward_op, weights
 from seqkernels.scores import Scores
 from seqkernels.testing.baselines import ATTENTIONS
 
-from ..conftest import INTERPRETED
+from ..conftest import INTERPRETED, examples
 
 OPTIONS = testing.ATTENTION_OPTIONS
 DENSE = [name for name in OPTIONS if name != "varlen"]
@@ -237,7 +237,7 @@ def test_bias_of_the_accumulation_dtype(runner, dtype):
     layout=st.sampled_from(testing.LAYOUTS[:-2]),
     seed=st.integers(0, 9),
 )
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=examples(150))
 def test_any_options(plain_runner, names, batch, heads, lengths, sizes, mask, bias, dtype, layout, seed):
     draws, options = _call(
         names, lengths, dtype, batch=batch, heads=heads[0] * heads[1], kv_heads=heads[0], size=sizes[0],
@@ -250,7 +250,7 @@ def test_any_options(plain_runner, names, batch, heads, lengths, sizes, mask, bi
 @hypothesis.given(
     size=st.integers(1, 512), value_size=st.integers(1, 512), names=st.sampled_from([DENSE, ["varlen"], ["softcap"]])
 )
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=examples(20))
 def test_head_sizes(plain_runner, size, value_size, names):
     draws, options = _call(names, (33, 40), size=size, value_size=value_size, heads=2, kv_heads=1, count=8)
     _check(plain_runner, draws, options)
@@ -387,6 +387,7 @@ def test_many_heads(plain_runner, batch, heads):
     _check(plain_runner, draws, options)
 
 
+@pytest.mark.many
 def test_many_documents(plain_runner):
     starts = torch.arange(301, dtype=torch.int32)
     documents = {"cu_seqlens_q": starts, "cu_seqlens_k": starts * 2, "max_seqlen_q": 1, "max_seqlen_k": 2}
@@ -403,6 +404,7 @@ def test_short_documents_beside_a_long_one(runner):
         _check(runner, [inputs], rows | {"max_seqlen_q": max(longest, 23), "max_seqlen_k": max(longest, 23)})
 
 
+@pytest.mark.many
 def test_a_long_row(runner):
     inputs = testing.attention_inputs(1, 2, 1, 200_000, 8, kv_heads=1)
     length = torch.tensor([199_990], dtype=torch.int32)

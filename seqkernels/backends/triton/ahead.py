@@ -73,7 +73,7 @@ def variants() -> Iterator[Variant]:
 
 
 def _terms(variant: Variant) -> Terms:
-    none = Terms(0.125, 1, *[None] * 17)
+    none = Terms(0.125, None if variant.dtype == torch.float32 else 1, *[None] * 17)
     if variant.features == "plain":
         return none
     if variant.features == "causal":

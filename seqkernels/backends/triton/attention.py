@@ -31,6 +31,7 @@ def _full(x: Tensor | None) -> Full | None:
 
 
 def _terms(scores: Scores, shape: tuple[int, int, int, int], k: Tensor) -> Terms:
+    """What the kernels do to scores; plain ones of 16-bit numbers are worth a factor rounded twice."""
     _, _, queries, keys = shape
     slopes, table = scores.alibi_slopes, scores.block_table
     dropped = scores.dropout_p > 0.0
@@ -39,7 +40,7 @@ def _terms(scores: Scores, shape: tuple[int, int, int, int], k: Tensor) -> Terms
     more = scores.softcap != 0.0 or scores.bias is not None or slopes is not None
     return Terms(
         scores.scale,
-        None if more or scores.scale <= 0.0 else 1,
+        None if more or scores.scale <= 0.0 or k.dtype == torch.float32 else 1,
         scores.softcap or None,
         left,
         right,
