@@ -124,7 +124,7 @@ def _compile(architectures: list[str], only: str, as_json: bool) -> int:
         return 1
     found = ahead.compile_all(architectures, only)
     if as_json:
-        print(json.dumps(ahead.as_budget(found), indent=1))
+        print(ahead.as_json(found))
     else:
         print(ahead.render(found))
     breaches = ahead.breaches(found)

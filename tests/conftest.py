@@ -14,6 +14,7 @@ import seqkernels
 from seqkernels import backends, testing
 from seqkernels.testing import budget
 
+from .device import carry
 from .interpreter import hasten
 
 #: Whether Triton's interpreter runs its kernels here, a thousand times as slowly as a processor.
@@ -70,10 +71,13 @@ PLAIN = [Runner(name, None, 1) for name in BACKENDS]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.is_available():
+        carry("triton")
+    if INTERPRETED or torch.cuda.is_available():
+        # Neither NumPy nor a GPU has the exponential of the CPU's libraries, and sums are in another order.
+        budget.TIMES = 3
     if INTERPRETED:
         hasten()
-        # NumPy has no fused multiply-add, and adds up in the order of its own.
-        budget.TIMES = 3
         # Of NumPy, which computes for the interpreter: infinities and what is no number are among the inputs of tests.
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 

@@ -414,13 +414,14 @@ def test_a_long_row(runner):
     _check(runner, [inputs], {"key_lengths": length, "softcap": 1.5, "dropout_p": 0.25, "seed": seed})
 
 
-IDENTITY = [(2, 2, 5, n) for n in (1, 15, 17, 64, 65, 130)] + [(1, 3, 70, 33), (1, 1, 2, 512)]
+IDENTITY = [(2, 2, 5, n) for n in (1, 15, 17, 64)] + [(2, 2, 5, 65), (2, 2, 5, 130), (1, 3, 70, 33), (1, 1, 2, 512)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_drops_the_same_everywhere(runner, dtype):
     """Values that are unit vectors show the weights."""
-    for (b, h, m, n), p, value in itertools.product(IDENTITY, (0.0, 2.0**-32, 0.1, 0.5, 1.0), (7, -(2**62) - 3)):
+    identity = IDENTITY[-4:] if INTERPRETED else IDENTITY
+    for (b, h, m, n), p, value in itertools.product(identity, (0.0, 2.0**-32, 0.1, 0.5, 1.0), (7, -(2**62) - 3)):
         seed = torch.tensor(value)
         q, k = torch.zeros(b, h, m, 4, dtype=dtype), torch.ones(b, h, n, 4, dtype=dtype)
         v = torch.eye(n, dtype=dtype).expand(b, h, n, n)
@@ -430,7 +431,9 @@ def test_dropout_drops_the_same_everywhere(runner, dtype):
         gone = dropped(seed, (b, h, m, n), p)
         assert torch.equal(out == 0, gone)
         assert torch.equal(lse, attention(q, k, v)[1])
-        assert out[~gone].unique().numel() <= 1
+        # Parts of the keys that are merged round once more.
+        kept = out[~gone].unique().double()
+        assert kept.numel() == 0 or (kept.max() - kept.min()) <= 8 * torch.finfo(dtype).eps * kept.max()
         # The backward pass draws again.
         grad, keep = torch.ones_like(out[..., :1]), torch.zeros_like(v[..., :1]).requires_grad_()
         last = attention(q[:, :, -1:], k, keep, dropout_p=p, seed=seed)[0]
@@ -497,7 +500,7 @@ def test_opcheck(plain_runner, names):
     (inputs,), options = _call(names, count=1, mask="B11N", bias="1HMN")
     if not _served(plain_runner, inputs, options):
         return
-    for op, args in _op_calls(names, torch.bfloat16):
+    for op, args in _op_calls(names, torch.float16 if INTERPRETED else torch.bfloat16):
         if op is weights_op and _no_weights(plain_runner.backend):
             continue
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))

@@ -29,7 +29,7 @@ from .configs import Blocks, blocks_of
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BUDGET = Path(__file__).with_name("budget.json")
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_HEADS = (64, 128, 256)
+_HEADS = (64, 128, 256, 512)
 
 
 class Pointer(NamedTuple):
@@ -64,7 +64,7 @@ def variants() -> Iterator[Variant]:
     for size in _HEADS:
         for dtype in _TYPES:
             for features in ("plain", "causal", "all"):
-                if features == "all" and size != 128:
+                if size == 512 and features != "causal" or features == "all" and size not in (64, 128):
                     continue
                 for kernel in ("forward", "few_rows", "backward_q", "backward_kv"):
                     yield Variant(kernel, dtype, size, features)
@@ -106,7 +106,7 @@ def _terms(variant: Variant) -> Terms:
 def _arguments(variant: Variant) -> tuple[triton.JITFunction, dict[str, Any], Blocks]:
     """The kernel, its arguments by name, with `Pointer` for tensors, and its tiles."""
     dtype, size = _TYPES[variant.dtype], variant.size
-    blocks = blocks_of(variant.kernel if variant.kernel != "backward_bias" else "backward_q", variant.dtype, size, size)
+    blocks = blocks_of(variant.kernel, variant.dtype, size, size, many_terms=variant.features == "all")
     rows = Rows(Pointer(dtype), 16 * 4096 * size, size, 16 * size)
     sums = Rows(Pointer("fp32"), 16 * 4096, 4096, 1)
     constants = {"D": size, "DV": size, "PRECISION": "ieee", **blocks.constants()}
@@ -221,12 +221,17 @@ def compile_all(architectures: Sequence[str], only: str = "") -> Found:
     return {job: found[job] for job in jobs}
 
 
-def as_budget(found: Found) -> dict[str, dict[str, list[int]]]:
-    """What kernels need in the form of ``budget.json``: registers, spilled and shared bytes."""
-    table: dict[str, dict[str, list[int]]] = {}
+def as_json(found: Found) -> str:
+    """What kernels need in the form of ``budget.json``: registers, spilled and shared bytes, a line for each kernel."""
+    table: dict[str, dict[str, str]] = {}
     for (architecture, variant), needs in found.items():
-        table.setdefault(architecture, {})[str(variant)] = [needs.registers, needs.spilled, needs.shared]
-    return table
+        numbers = [needs.registers, needs.spilled, needs.shared]
+        table.setdefault(architecture, {})[str(variant)] = json.dumps(numbers)
+    parts = []
+    for architecture, rows in table.items():
+        lines = ",\n".join(f"  {json.dumps(name)}: {numbers}" for name, numbers in rows.items())
+        parts.append(f" {json.dumps(architecture)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def render(found: Found) -> str:

@@ -11,7 +11,7 @@ from ...cells import accumulate_dtype
 from ...scores import Scores, dropout_threshold
 from . import attention_kernels as kernels
 from .attention_scores import Full, Rows, Terms
-from .configs import FEW_ROWS, Blocks, blocks_of
+from .configs import FEW_ROWS, ROOMY, Blocks, blocks_of
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -67,6 +67,13 @@ def _rows_of_heads(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Te
     return x.new_empty((batch, length, heads, size), dtype=dtype).transpose(1, 2)
 
 
+def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
+    terms = scores.mask, scores.bias, scores.alibi_slopes
+    many = any(x is not None for x in terms) or scores.softcap != 0.0 or scores.dropout_p > 0.0
+    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else ROOMY
+    return blocks_of(kernel, q.dtype, q.shape[3], v.shape[3], many_terms=many, shared=shared)
+
+
 def _options(blocks: Blocks) -> dict[str, int]:
     return {"num_warps": blocks.warps, "num_stages": blocks.stages}
 
@@ -85,7 +92,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[
         return out, lse
     group = heads // k.shape[1]
     few = queries * group <= FEW_ROWS
-    blocks = blocks_of("few_rows" if few else "forward", q.dtype, q.shape[3], v.shape[3])
+    blocks = _blocks("few_rows" if few else "forward", q, v, scores)
     # All heads of a group share the rows of a tile where they have room in it.
     pack = group if few else 1
     programs = batch * heads // pack * -(-queries * pack // blocks.m)
@@ -181,7 +188,7 @@ def attention_backward(
     terms = _terms(scores, shape, k)
     group = heads // k.shape[1]
     delta = torch.empty_like(lse)
-    blocks = blocks_of("backward_q", q.dtype, q.shape[3], v.shape[3])
+    blocks = _blocks("backward_q", q, v, scores)
     rows = q.shape[0] * heads * -(-q.shape[2] // blocks.m)
     kernels.delta_kernel[(rows,)](
         _rows(grad_out),
@@ -210,6 +217,7 @@ def attention_backward(
             **_options(blocks),
         )
     if needs_bias and bias is not None and not whole:
+        blocks = _blocks("backward_bias", q, v, scores)
         sums = tuple(size == 1 and full > 1 for size, full in zip(bias.shape, shape, strict=True))
         apart = sums[2] or sums[3]
         target = grad_bias
@@ -231,7 +239,7 @@ def attention_backward(
         if apart:
             grad_bias = target.sum_to_size(bias.shape)
     if needs[1] or needs[2]:
-        blocks = blocks_of("backward_kv", q.dtype, q.shape[3], v.shape[3])
+        blocks = _blocks("backward_kv", q, v, scores)
         kernels.backward_kv_kernel[(batch * k.shape[1] * -(-keys // blocks.n),)](
             *common,
             _rows(grad_k) if needs[1] else None,

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-
 #: Up to so many rows of all heads of a group, the tile of the forward pass has no more.
 FEW_ROWS = 16
+
+#: Bytes of shared memory that a program has at least on a device for which the first row of a table below is meant.
+ROOMY = 160 * 1024
 
 
 class Blocks(NamedTuple):
@@ -27,30 +29,59 @@ class Blocks(NamedTuple):
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_D": self.d, "BLOCK_DV": self.dv}
 
 
+# Rows, keys, warps and stages, for head sizes up to 64, 128, 256 and 512. The largest tiles that ptxas gives all their
+# registers; float32 products without tensor cores take several for each element. Scores that a mask, a bias, ALiBi, a
+# soft cap or dropout go into have the tables named "... of many terms".
+_HALF: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "forward": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
+    "forward of many terms": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "few_rows": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 8, 3), (16, 16, 8, 2)),
+    "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 8, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_q": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_q of many terms": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+    "backward_kv": ((64, 64, 4, 2), (32, 128, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_kv of many terms": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+    "backward_bias": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+}
+_FLOAT: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "forward": ((64, 32, 8, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 16, 1)),
+    "forward of many terms": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
+    "few_rows": ((16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
+    "few_rows of many terms": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
+    "backward_q": ((16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 1)),
+    "backward_q of many terms": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 1)),
+    "backward_kv": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 16, 1)),
+    "backward_kv of many terms": ((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 16, 1)),
+    "backward_bias": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
+}
+
+
 def _power_of_2(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def blocks_of(kernel: str, dtype: torch.dtype, size: int, value_size: int) -> Blocks:
+def blocks_of(
+    kernel: str, dtype: torch.dtype, size: int, value_size: int, *, many_terms: bool = False, shared: int = ROOMY
+) -> Blocks:
     """The tiles of a kernel.
 
     Args:
-        kernel: ``"forward"``, ``"few_rows"`` (the forward pass of few queries), ``"backward_q"`` or
-            ``"backward_kv"``.
+        kernel: ``"forward"``, ``"few_rows"`` (the forward pass of few queries), ``"backward_q"``, ``"backward_kv"``
+            or ``"backward_bias"``.
         dtype: of q, k and v.
         size: D, of q and k.
         value_size: Dv.
+        many_terms: whether more goes into scores than the product and bounds.
+        shared: bytes of shared memory that the device has for a program.
     """
     d, dv = _power_of_2(size), _power_of_2(value_size)
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles.
         return Blocks(FEW_ROWS if kernel == "few_rows" else 32, 16, d, dv, 1, 1)
-    widest = max(d, dv)
-    wide = 2 if dtype == torch.float32 else 1
-    if kernel == "few_rows":
-        return Blocks(FEW_ROWS, 64 if widest * wide <= 256 else 32, d, dv, 4, 3)
-    if kernel == "forward":
-        m, n = (128, 64) if widest * wide <= 128 else (64, 32) if widest * wide <= 256 else (32, 16)
-    else:
-        m, n = (64, 64) if widest * wide <= 128 else (32, 32) if widest * wide <= 256 else (16, 16)
-    return Blocks(m, n, d, dv, 4 if m * widest <= 64 * 64 else 8, 2)
+    table = _FLOAT if dtype == torch.float32 else _HALF
+    named = f"{kernel} of many terms"
+    row = table[named if many_terms and named in table else kernel]
+    m, n, warps, stages = row[max((max(d, dv) - 1).bit_length() - 6, 0)]
+    if shared < ROOMY:
+        n = max(n // 2, 16)
+    return Blocks(m, n, d, dv, warps, stages)
