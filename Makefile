@@ -4,7 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export SEQKERNELS_BUILD ?= 1
 
-.PHONY: demo test bench bench-quick bench-engines errors lint build pure wheel sanitize interpret kernels ci clean
+.PHONY: demo test bench bench-quick bench-engines errors lint build pure wheel sanitize interpret kernels \
+	gpu gpu-test gpu-bench ci clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: requirements-dev.txt
@@ -74,6 +75,19 @@ interpret: build
 kernels: build
 	$(RUN) -m seqkernels compile --arch sm_90
 	$(RUN) -m seqkernels compile --arch sm_80,sm_100 --only "bf16 D=128"
+
+# On a machine with a GPU, offline, by a Python that has torch, triton, pytest and hypothesis: the tests of the GPU
+# backends on the device, memcheck over some of them, and the benchmarks, whose summary is printed last.
+GPU_PYTHON ?= python3
+gpu:
+	$(MAKE) gpu-test
+	$(MAKE) gpu-bench
+
+gpu-test:
+	.ci/gpu $(GPU_PYTHON)
+
+gpu-bench:
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 ci:
 	.ci/run

@@ -21,7 +21,6 @@ from .interpreter import hasten
 INTERPRETED = not torch.cuda.is_available() and backends.backend("triton").unavailable() is None
 
 
-
 def examples(count: int) -> int:
     """So many examples, or the tenth where Triton's interpreter runs them."""
     return max(count // 10, 2) if INTERPRETED else count
@@ -58,7 +57,7 @@ def _isas(name: str) -> list[str | None]:
 
 DEVICE = "cpu"
 BACKENDS = [name for name in backends.NAMES if backends.backend(name).unavailable() is None]
-# The reference leaves threads to torch, Triton has none; how threads share the work is the same for each instruction set.
+# The reference leaves threads to torch, Triton has none; how threads share work is the same for each instruction set.
 _THREADS = {"reference": (1,), "triton": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}
 RUNNERS = [
     Runner(name, isa, threads)

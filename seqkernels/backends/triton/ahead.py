@@ -29,7 +29,12 @@ from .configs import Blocks, blocks_of
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BUDGET = Path(__file__).with_name("budget.json")
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_HEADS = (64, 128, 256, 512)
+_FEATURES = {
+    64: ("plain", "causal", "all"),
+    128: ("plain", "causal", "all"),
+    256: ("plain", "causal"),
+    512: ("causal",),
+}
 
 
 class Pointer(NamedTuple):
@@ -61,11 +66,9 @@ class Needs(NamedTuple):
 
 def variants() -> Iterator[Variant]:
     """Every kernel in every configuration that is shipped."""
-    for size in _HEADS:
+    for size in _FEATURES:
         for dtype in _TYPES:
-            for features in ("plain", "causal", "all"):
-                if size == 512 and features != "causal" or features == "all" and size not in (64, 128):
-                    continue
+            for features in _FEATURES[size]:
                 for kernel in ("forward", "few_rows", "backward_q", "backward_kv"):
                     yield Variant(kernel, dtype, size, features)
                 if features == "all":
@@ -108,9 +111,9 @@ def _arguments(variant: Variant) -> tuple[triton.JITFunction, dict[str, Any], Bl
     dtype, size = _TYPES[variant.dtype], variant.size
     blocks = blocks_of(variant.kernel, variant.dtype, size, size, many_terms=variant.features == "all")
     rows = Rows(Pointer(dtype), 16 * 4096 * size, size, 16 * size)
-    sums = Rows(Pointer("fp32"), 16 * 4096, 4096, 1)
+    sums = Pointer("fp32")
     constants = {"D": size, "DV": size, "PRECISION": "ieee", **blocks.constants()}
-    sizes = {"heads": 16, "group": 2, "most_queries": 4096, "most_keys": 4096}
+    sizes = {"heads": 16, "group": 2, "rows": 4096, "most_queries": 4096, "most_keys": 4096}
     all_of_it = variant.features == "all"
     given: dict[str, Any] = {"q": rows, "k": rows, "v": rows, "terms": _terms(variant), **sizes, **constants}
     if variant.kernel in ("forward", "few_rows"):
@@ -166,7 +169,8 @@ def compile_variant(variant: Variant, architecture: str) -> Needs:
             constants[(i,)] = value
             signature[parameter.name] = "constexpr"
         else:
-            signature[parameter.name] = _specialize(value, (i,), constants, attributes)
+            of_value = {} if parameter.do_not_specialize else attributes
+            signature[parameter.name] = _specialize(value, (i,), constants, of_value)
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from ...cells import accumulate_dtype
@@ -67,10 +69,17 @@ def _rows_of_heads(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Te
     return x.new_empty((batch, length, heads, size), dtype=dtype).transpose(1, 2)
 
 
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes of shared memory that a program may have."""
+    found: int = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    return found
+
+
 def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
     terms = scores.mask, scores.bias, scores.alibi_slopes
     many = any(x is not None for x in terms) or scores.softcap != 0.0 or scores.dropout_p > 0.0
-    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else ROOMY
+    shared = _shared_memory(q.device.index) if q.is_cuda else ROOMY
     return blocks_of(kernel, q.dtype, q.shape[3], v.shape[3], many_terms=many, shared=shared)
 
 
@@ -108,11 +117,12 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[
         _rows(k),
         _rows(v),
         _rows(first),
-        _rows(first_lse.unsqueeze(3)),
+        first_lse,
         None if sink is None else sink.contiguous(),
         _terms(scores, shape, k),
         heads,
         group,
+        q.shape[2],
         queries,
         keys,
         split_keys,
@@ -131,7 +141,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[
             _rows(first),
             parts_lse,
             _rows(out),
-            _rows(lse.unsqueeze(3)),
+            lse,
             heads,
             q.shape[2],
             splits,
@@ -194,15 +204,15 @@ def attention_backward(
         _rows(grad_out),
         _rows(out),
         None if grad_lse is None else _rows(grad_lse.unsqueeze(3)),
-        _rows(delta.unsqueeze(3)),
+        delta,
         heads,
         q.shape[2],
         DV=v.shape[3],
         BLOCK_M=blocks.m,
         BLOCK_DV=blocks.dv,
     )
-    common = (_rows(grad_out), _rows(q), _rows(k), _rows(v), _rows(lse.unsqueeze(3)), delta)
-    sizes = (heads, group, queries, keys)
+    common = (_rows(grad_out), _rows(q), _rows(k), _rows(v), lse, delta)
+    sizes = (heads, group, q.shape[2], queries, keys)
     constants = {"D": q.shape[3], "DV": v.shape[3], "PRECISION": "ieee"}
     whole = needs_bias and bias is not None and tuple(bias.shape) == shape
     if needs[0] or whole:

@@ -13,14 +13,26 @@ import triton.language as tl
 
 from .attention_scores import LN2, LOG2E, document, drop, exp_of, key_rows, place, score, tanh, weight_of
 
+#: Arguments whose values kernels are not compiled for: one program serves all lengths, batch sizes, numbers of heads.
+LENGTHS = (
+    *("batch", "heads", "group", "rows", "most_queries", "most_keys"),
+    *("splits", "split_keys", "split_out", "split_lse"),
+)
+
 
 @triton.jit
 def load_rows(pointers, there, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a head; what is not there is 0."""
-    mask = there[:, None]
-    if SIZE < BLOCK:
-        mask = mask & (columns < SIZE)[None, :]
-    return tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0)
+    """Rows of a head; what is not there is 0. All rows are there if `there` is ``None``."""
+    if there is not None:
+        mask = there[:, None]
+        if SIZE < BLOCK:
+            mask = mask & (columns < SIZE)[None, :]
+        x = tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0)
+    elif SIZE < BLOCK:
+        x = tl.load(pointers[:, None] + columns[None, :], mask=(columns < SIZE)[None, :], other=0.0)
+    else:
+        x = tl.load(pointers[:, None] + columns[None, :])
+    return x
 
 
 @triton.jit
@@ -66,28 +78,33 @@ def forward_tiles(
 ):  # fmt: skip
     """Online softmax over tiles of keys from j_begin to j_end."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for j0 in range(j_begin, j_end, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
-        there = j < keys
-        kt = load_rows(key_rows(k, terms, b, entry, kv_head, first_k, j, there), there, d, D, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    guard: tl.constexpr = BOUNDED or terms.mask is not None or terms.bias is not None
+    for j_next in range(j_begin, j_end, BLOCK_N):
+        j0 = j_next + first_k * 0
+        j = j0 + n
+        there = j < keys if BOUNDED else None
+        kt = load_rows(key_rows(k, terms, b, entry, kv_head, first_k, j0, n, there), there, d, D, BLOCK_D)
         raw = tl.dot(q, tl.trans(kt), input_precision=PRECISION)
         s, keep = score(raw, terms, b, head[:, None], i[:, None], j[None, :], queries, keys, diagonal, BOUNDED)
         higher = tl.maximum(most, tl.max(s, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
+        base = higher
+        if guard:
+            base = tl.where(higher == float("-inf"), 0.0, higher)
         p = exp_of(s, base[:, None], terms)
         shrink = exp_of(most, base, terms)
+        acc = acc * shrink[:, None]
         total = total * shrink + tl.sum(p, 1)
         p = drop(p, terms, b, head[:, None], i[:, None], j[None, :], heads, most_queries, most_keys)
-        vt = load_rows(key_rows(v, terms, b, entry, kv_head, first_k, j, there), there, dv, DV, BLOCK_DV)
-        guard: tl.constexpr = BOUNDED or terms.mask is not None or terms.bias is not None
-        acc = weigh_values(acc * shrink[:, None], p, vt, keep, PRECISION, guard)
+        vt = load_rows(key_rows(v, terms, b, entry, kv_head, first_k, j0, n, there), there, dv, DV, BLOCK_DV)
+        acc = weigh_values(acc, p, vt, keep, PRECISION, guard)
         most = higher
     return acc, total, most
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
-    q, k, v, out, lse, sink, terms, heads, group, most_queries, most_keys, split_keys, split_out, split_lse,
+    q, k, v, out, lse, sink, terms, heads, group, rows, most_queries, most_keys, split_keys, split_out, split_lse,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +172,7 @@ def forward_kernel(
     acc = tl.where(tl.abs(acc) == float("inf"), float("nan"), acc)
     dv = tl.arange(0, BLOCK_DV)
     to = entry.to(tl.int64) * out.batch + head.to(tl.int64) * out.head + (first_q + i).to(tl.int64) * out.row
-    to_lse = entry.to(tl.int64) * lse.batch + head.to(tl.int64) * lse.head + first_q + i
+    to_lse = (entry.to(tl.int64) * heads + head) * rows + first_q + i
     if split_keys is not None:
         to += part.to(tl.int64) * split_out
         to_lse += part.to(tl.int64) * split_lse
@@ -164,10 +181,10 @@ def forward_kernel(
         acc.to(out.data.dtype.element_ty),
         mask=mine[:, None] & (dv < DV)[None, :],
     )
-    tl.store(lse.data + to_lse, found, mask=mine)
+    tl.store(lse + to_lse, found, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def merge_kernel(
     parts, parts_lse, out, lse, heads, rows, splits, split_out, split_lse,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -178,7 +195,7 @@ def merge_kernel(
     i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     mine = i < rows
     dv = tl.arange(0, BLOCK_DV)
-    from_lse = b.to(tl.int64) * lse.batch + h.to(tl.int64) * lse.head + i
+    from_lse = (b.to(tl.int64) * heads + h) * rows + i
     from_row = b.to(tl.int64) * parts.batch + h.to(tl.int64) * parts.head + i.to(tl.int64) * parts.row
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for part in range(splits):
@@ -201,17 +218,17 @@ def merge_kernel(
         (acc / total[:, None]).to(out.data.dtype.element_ty),
         mask=mine[:, None] & (dv < DV)[None, :],
     )
-    tl.store(lse.data + from_lse, tl.where(empty, float("-inf"), base + tl.log2(total) * LN2), mask=mine)
+    tl.store(lse + from_lse, tl.where(empty, float("-inf"), base + tl.log2(total) * LN2), mask=mine)
 
 
-@triton.jit
-def delta_kernel(grad, out, grad_lse, delta, heads, queries, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+@triton.jit(do_not_specialize=LENGTHS)
+def delta_kernel(grad, out, grad_lse, delta, heads, rows, DV: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_DV: tl.constexpr):  # fmt: skip
     """The delta of each row, sum(grad out) - grad_lse."""
-    tiles = tl.cdiv(queries, BLOCK_M)
+    tiles = tl.cdiv(rows, BLOCK_M)
     b, h = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
     i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    mine = i < queries
+    mine = i < rows
     dv = tl.arange(0, BLOCK_DV)
     found = tl.zeros((BLOCK_M,), tl.float32)
     if grad is not None:
@@ -219,11 +236,10 @@ def delta_kernel(grad, out, grad_lse, delta, heads, queries, DV: tl.constexpr, B
         x = load_rows(grad.data + row, mine, dv, DV, BLOCK_DV).to(tl.float32)
         row = b.to(tl.int64) * out.batch + h.to(tl.int64) * out.head + i.to(tl.int64) * out.row
         found += tl.sum(x * load_rows(out.data + row, mine, dv, DV, BLOCK_DV).to(tl.float32), 1)
-    at = b.to(tl.int64) * delta.batch + h.to(tl.int64) * delta.head + i
     if grad_lse is not None:
         found -= tl.load(grad_lse.data + b.to(tl.int64) * grad_lse.batch + h.to(tl.int64) * grad_lse.head
                          + i.to(tl.int64) * grad_lse.row, mask=mine, other=0.0)  # fmt: skip
-    tl.store(delta.data + at, found, mask=mine)
+    tl.store(delta + (b.to(tl.int64) * heads + h) * rows + i, found, mask=mine)
 
 
 @triton.jit
@@ -243,9 +259,9 @@ def gradients(raw, grad_p, lse, delta, terms, b, h, i, j, queries, keys, diagona
     return p, grad_s, grad_raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def backward_q_kernel(
-    grad, q, k, v, lse, delta, grad_q, grad_bias, terms, heads, group, most_queries, most_keys,
+    grad, q, k, v, lse, delta, grad_q, grad_bias, terms, heads, group, rows, most_queries, most_keys,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -267,17 +283,19 @@ def backward_q_kernel(
         grad.data + entry.to(tl.int64) * grad.batch + h.to(tl.int64) * grad.head + row * grad.row, mine, dv, DV,
         BLOCK_DV,
     )  # fmt: skip
-    at = entry.to(tl.int64) * lse.batch + h.to(tl.int64) * lse.head + row
-    row_lse = tl.load(lse.data + at, mask=mine, other=float("-inf"))
+    at = (entry.to(tl.int64) * heads + h) * rows + row
+    row_lse = tl.load(lse + at, mask=mine, other=float("-inf"))
     row_delta = tl.load(delta + at, mask=mine, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     end = tl.minimum(begin + BLOCK_M, queries)
     first, last, whole_first, whole_last = reach(begin, end, terms, diagonal, keys, BLOCK_N)
-    for j0 in range(first, last, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_N)
+    for j_next in range(first, last, BLOCK_N):
+        j0 = j_next + begin * 0
+        j = j0 + n
         there = j < keys
-        kt = load_rows(key_rows(k, terms, b, entry, h // group, first_k, j, there), there, d, D, BLOCK_D)
-        vt = load_rows(key_rows(v, terms, b, entry, h // group, first_k, j, there), there, dv, DV, BLOCK_DV)
+        kt = load_rows(key_rows(k, terms, b, entry, h // group, first_k, j0, n, there), there, d, D, BLOCK_D)
+        vt = load_rows(key_rows(v, terms, b, entry, h // group, first_k, j0, n, there), there, dv, DV, BLOCK_DV)
         kt, vt = finite(kt).to(kt.dtype), finite(vt).to(vt.dtype)
         raw = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
         grad_p = tl.dot(gt, tl.trans(vt), input_precision=PRECISION)
@@ -302,9 +320,9 @@ def backward_q_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def backward_kv_kernel(
-    grad, q, k, v, lse, delta, grad_k, grad_v, terms, heads, group, most_queries, most_keys,
+    grad, q, k, v, lse, delta, grad_k, grad_v, terms, heads, group, rows, most_queries, most_keys,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -319,11 +337,12 @@ def backward_kv_kernel(
         own = tl.load(terms.starts_k + b + 1) - first_k
     if begin >= own:
         return
-    j = begin + tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_N)
+    j = begin + n
     there = j < keys
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    kt = load_rows(key_rows(k, terms, b, entry, kv_head, first_k, j, there), there, d, D, BLOCK_D)
-    vt = load_rows(key_rows(v, terms, b, entry, kv_head, first_k, j, there), there, dv, DV, BLOCK_DV)
+    kt = load_rows(key_rows(k, terms, b, entry, kv_head, first_k, begin, n, there), there, d, D, BLOCK_D)
+    vt = load_rows(key_rows(v, terms, b, entry, kv_head, first_k, begin, n, there), there, dv, DV, BLOCK_DV)
     kt, vt = finite(kt).to(kt.dtype), finite(vt).to(vt.dtype)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -347,8 +366,8 @@ def backward_kv_kernel(
                 grad.data + entry.to(tl.int64) * grad.batch + h.to(tl.int64) * grad.head + row * grad.row, mine, dv, DV,
                 BLOCK_DV,
             )  # fmt: skip
-            at = entry.to(tl.int64) * lse.batch + h.to(tl.int64) * lse.head + row
-            row_lse = tl.load(lse.data + at, mask=mine, other=float("-inf"))
+            at = (entry.to(tl.int64) * heads + h) * rows + row
+            row_lse = tl.load(lse + at, mask=mine, other=float("-inf"))
             row_delta = tl.load(delta + at, mask=mine, other=0.0)
             raw = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
             grad_p = tl.dot(vt, tl.trans(gt), input_precision=PRECISION)
@@ -377,9 +396,9 @@ def backward_kv_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def backward_bias_kernel(
-    grad, q, k, v, lse, delta, grad_bias, terms, batch, heads, group, most_queries, most_keys,
+    grad, q, k, v, lse, delta, grad_bias, terms, batch, heads, group, rows, most_queries, most_keys,
     SUM_ROWS: tl.constexpr, SUM_KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -402,6 +421,7 @@ def backward_bias_kernel(
         b_first, b_step, b_end = pid // own_heads, 1 if grad_bias.batch == 0 else batch, batch
         h_first, h_step = pid % own_heads, 1 if grad_bias.head == 0 else heads
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    n = tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for b_next in range(b_first, b_end, b_step):
         b = b_next + pid * 0
@@ -419,14 +439,19 @@ def backward_bias_kernel(
                 qt = load_rows(q.data + at, mine, d, D, BLOCK_D)
                 at = entry.to(tl.int64) * grad.batch + h.to(tl.int64) * grad.head + row * grad.row
                 gt = load_rows(grad.data + at, mine, dv, DV, BLOCK_DV)
-                at = entry.to(tl.int64) * lse.batch + h.to(tl.int64) * lse.head + row
-                row_lse = tl.load(lse.data + at, mask=mine, other=float("-inf"))
+                at = (entry.to(tl.int64) * heads + h) * rows + row
+                row_lse = tl.load(lse + at, mask=mine, other=float("-inf"))
                 row_delta = tl.load(delta + at, mask=mine, other=0.0)
-                for j0 in range(own_keys, key_end, BLOCK_N):
-                    j = j0 + tl.arange(0, BLOCK_N)
+                for j_next in range(own_keys, key_end, BLOCK_N):
+                    j0 = j_next + pid * 0
+                    j = j0 + n
                     there = j < keys
-                    kt = load_rows(key_rows(k, terms, b, entry, h // group, first_k, j, there), there, d, D, BLOCK_D)
-                    vt = load_rows(key_rows(v, terms, b, entry, h // group, first_k, j, there), there, dv, DV, BLOCK_DV)
+                    kt = load_rows(
+                        key_rows(k, terms, b, entry, h // group, first_k, j0, n, there), there, d, D, BLOCK_D
+                    )
+                    vt = load_rows(
+                        key_rows(v, terms, b, entry, h // group, first_k, j0, n, there), there, dv, DV, BLOCK_DV
+                    )
                     raw = tl.dot(qt, tl.trans(finite(kt).to(kt.dtype)), input_precision=PRECISION)
                     grad_p = tl.dot(gt, tl.trans(finite(vt).to(vt.dtype)), input_precision=PRECISION)
                     p, grad_s, grad_raw = gradients(

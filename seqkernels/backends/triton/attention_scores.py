@@ -87,14 +87,20 @@ def document(terms, b, queries, keys):
 
 
 @triton.jit
-def key_rows(x, terms, b, entry, head, first_k, j, there):
-    """Pointers to the rows of keys, or values, j."""
+def key_rows(x, terms, b, entry, head, first_k, j0, n, there):
+    """Pointers to the rows of keys, or values, j0 + n, of which those `there` are; n is the same in all tiles."""
     if terms.table is not None:
-        block = tl.load(terms.table + b.to(tl.int64) * terms.table_batch + j // terms.page, mask=there, other=0)
-        place = block.to(tl.int64) * x.batch + (j % terms.page).to(tl.int64) * x.row
+        j = j0 + n
+        at = terms.table + b.to(tl.int64) * terms.table_batch + j // terms.page
+        if there is not None:
+            block = tl.load(at, mask=there, other=0)
+        else:
+            block = tl.load(at)
+        rows = x.data + head.to(tl.int64) * x.head + block.to(tl.int64) * x.batch
+        return rows + (j % terms.page).to(tl.int64) * x.row
     else:
-        place = entry.to(tl.int64) * x.batch + (first_k + j).to(tl.int64) * x.row
-    return x.data + head.to(tl.int64) * x.head + place
+        start = entry.to(tl.int64) * x.batch + head.to(tl.int64) * x.head
+        return x.data + start + (first_k + j0 + n).to(tl.int64) * x.row
 
 
 @triton.jit

@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
 # registers; float32 products without tensor cores take several for each element. Scores that a mask, a bias, ALiBi, a
 # soft cap or dropout go into have the tables named "... of many terms".
 _HALF: dict[str, tuple[tuple[int, int, int, int], ...]] = {
-    "forward": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2)),
+    "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
     "forward of many terms": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     "few_rows": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 8, 3), (16, 16, 8, 2)),
     "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 8, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
