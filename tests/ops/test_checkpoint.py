@@ -166,6 +166,7 @@ def test_only_what_is_needed_is_given(capable, cell):
             assert torch.equal(y, x) if j == k else y.shape == (0,)
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("reader", CAPABLE)
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_one_saves_another_reads(capable, cell, reader):
@@ -183,6 +184,7 @@ def test_what_one_saves_another_reads(capable, cell, reader):
     )
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])
 def test_second_derivatives(capable, cell):
     inputs, options = _call(cell, (4, 2, 2), torch.float64, _options(capable, cell), control=True)
@@ -233,6 +235,7 @@ def test_without_gradients_it_changes_nothing(capable, cell):
             assert (x is None and y is None) or torch.equal(x, y)
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
 def test_compile(capable, cell):
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """The recurrence on a GPU: products over all steps by torch, the loop over time by kernels.
 
-Each step is a product of torch and a launch of `recurrence_kernels`.
+Where no norm needs whole rows, the kernels of `recurrence_sequence` run a sequence of steps in one launch, their weights
+at hand; else each step is a product of torch and a launch of `recurrence_steps`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...cells import CELLS, HOLD, RESET, Weights, accumulate_dtype
-from . import recurrence_steps
+from . import recurrence_sequence, recurrence_steps
 from .recurrence_cells import Parts, Sums
 from .recurrence_loop import Gradients, Loop, entering, product, rounded_product
 
@@ -35,7 +36,7 @@ def _gates_x(input: Tensor, weights: Weights) -> Tensor:
     if weights.weight_ih is None:
         return input.contiguous()
     steps, batch, size = input.shape
-    return product(input.reshape(steps * batch, size), weights.weight_ih.t()).view(steps, batch, -1)
+    return product(input.reshape(steps * batch, size), weights.weight_ih.t()).view(steps, batch, weights.weight_hh.shape[0])
 
 
 def _segments(steps: int, every: int, reverse: bool) -> list[tuple[int, int]]:
@@ -49,14 +50,16 @@ def _forward(
     loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int
 ) -> None:
     if loop.batch and loop.hidden and begin < end:
-        recurrence_steps.forward(loop, carry, states, reserve, begin, end, base)
+        path = recurrence_sequence if recurrence_sequence.serves(loop) else recurrence_steps
+        path.forward(loop, carry, states, reserve, begin, end, base)
 
 
 def _backward(
     loop: Loop, grads: Gradients, carry: Tensor, states: Tensor, reserve: Tensor, begin: int, end: int, base: int
 ) -> None:
     if loop.batch and loop.hidden and begin < end:
-        recurrence_steps.backward(loop, grads, carry, states, reserve, begin, end, base)
+        path = recurrence_sequence if recurrence_sequence.serves(loop) else recurrence_steps
+        path.backward(loop, grads, carry, states, reserve, begin, end, base)
 
 
 def recurrence_forward(
@@ -220,7 +223,7 @@ def _through_time(
         found["input"] = of_input.view(input.shape)
     if needs["weight_ih"] and weights.weight_ih is not None:
         seen = input if control is None else input.masked_fill((control & HOLD).bool().unsqueeze(2), 0)
-        found["weight_ih"] = product(of_x.t(), seen.reshape(steps * batch, -1 if seen.numel() else seen.shape[2]))
+        found["weight_ih"] = product(of_x.t(), seen.reshape(steps * batch, seen.shape[2]))
     if needs["weight_hh"]:
         found["weight_hh"] = product(pending.to_product().view_as(of_x).t(), entered)
     if needs["bias_ih"]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
+
+from ...cells import CELLS
 
 
 class StepTiles(NamedTuple):
@@ -34,3 +37,61 @@ def step_tiles(hidden: int, whole: bool) -> StepTiles:
     if not whole:
         columns = min(columns, 256)
     return StepTiles(max(512 // columns, 1), columns, 4 if columns <= 1024 else 8 if columns <= 2048 else 16)
+
+
+class SequenceTiles(NamedTuple):
+    """The tile of a program that does a sequence of steps.
+
+    Attributes:
+        rows: of the batch, 16 or more for tensor cores.
+        columns: hidden units, of all gates.
+        depth: rows of the weights in one product.
+        lanes: gates beside each other in a product, a power of 2; 1 where they are one behind the other.
+        resident: whether the weights stay with the program through the loop.
+        warps: of a program.
+        stages: of the loads of weights that do not stay.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    lanes: int
+    resident: bool
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, object]:
+        """As the kernels name them."""
+        return {
+            "LANES": self.lanes,
+            "BLOCK_B": self.rows,
+            "BLOCK_C": self.columns,
+            "BLOCK_K": self.depth,
+            "RESIDENT": self.resident,
+            "STAGES": self.stages,
+            "PRECISION": "ieee",
+        }
+
+
+#: The largest hidden size whose steps go into one launch.
+MOST_HIDDEN = 1024
+
+
+def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> SequenceTiles:
+    """The tiles of the kernels of a sequence.
+
+    Args:
+        kernel: ``"forward"`` or ``"backward"``.
+        cell: a key of `seqkernels.cells.CELLS`.
+        dtype: of the input.
+        hidden: H, up to `MOST_HIDDEN`.
+    """
+    lanes = 1 if CELLS[cell].gates == 1 else 4
+    size = max(power_of_2(hidden), 16)
+    if triton.knobs.runtime.interpret:
+        # Small tests shall still have several tiles; both kinds of loops over weights are run.
+        return SequenceTiles(4, 16, 16, lanes, hidden <= 24, 1, 1)
+    if dtype == torch.float32:
+        return SequenceTiles(16, 16, 32, lanes, False, 4, 3)
+    columns = 16 if lanes == 4 else 32
+    return SequenceTiles(16, columns, min(size, 256), lanes, True, 8 if size > 512 else 4, 1)
