@@ -20,7 +20,6 @@ from .interpreter import hasten
 INTERPRETED = not torch.cuda.is_available() and backends.backend("triton").unavailable() is None
 
 
-
 def examples(count: int) -> int:
     """So many examples, or the tenth where Triton's interpreter runs them."""
     return max(count // 10, 2) if INTERPRETED else count

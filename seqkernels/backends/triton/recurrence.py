@@ -1,7 +1,7 @@
 """The recurrence on a GPU: products over all steps by torch, the loop over time by kernels.
 
-Where no norm needs whole rows, the kernels of `recurrence_sequence` run a sequence of steps in one launch, their weights
-at hand; else each step is a product of torch and a launch of `recurrence_steps`.
+Where no norm needs whole rows, the kernels of `recurrence_sequence` run a sequence of steps in one launch, their
+weights at hand; else each step is a product of torch and a launch of `recurrence_steps`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def _gates_x(input: Tensor, weights: Weights) -> Tensor:
     if weights.weight_ih is None:
         return input.contiguous()
     steps, batch, size = input.shape
-    return product(input.reshape(steps * batch, size), weights.weight_ih.t()).view(steps, batch, weights.weight_hh.shape[0])
+    return product(input.reshape(steps * batch, size), weights.weight_ih.t()).view(
+        steps, batch, weights.weight_hh.shape[0]
+    )
 
 
 def _segments(steps: int, every: int, reverse: bool) -> list[tuple[int, int]]:

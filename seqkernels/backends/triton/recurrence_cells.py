@@ -47,6 +47,7 @@ _EPS = tl.constexpr(NORM_EPS)
 
 @triton.jit
 def sigmoid(x):
+    """The logistic function; infinities are its arguments too."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -88,6 +89,7 @@ def load_bias(data, j, there, H: tl.constexpr, GATES: tl.constexpr):
 
 @triton.jit
 def add_gates(x, y):
+    """The sum for each gate."""
     return x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3]
 
 
@@ -157,7 +159,7 @@ def norm_of_gates(x, there, H: tl.constexpr, GATES: tl.constexpr):
 def recurrent_part(u, parts, bias, j, there, H: tl.constexpr, GATES: tl.constexpr):
     """What the recurrent product becomes: normalised, and with its bias."""
     if parts.norm_h is not None:
-        normal, scale = norm_of_gates(u, there, H, GATES)
+        normal = norm_of_gates(u, there, H, GATES)[0]
         gain = load_gates(parts.norm_h, j, H, there, GATES)
         u = (normal[0] * gain[0], normal[1] * gain[1], normal[2] * gain[2], normal[3] * gain[3])
     return add_gates(u, bias)
@@ -167,7 +169,7 @@ def recurrent_part(u, parts, bias, j, there, H: tl.constexpr, GATES: tl.constexp
 def seen_cell(c, parts, j, there, H: tl.constexpr):
     """The cell state as the output sees it."""
     if parts.norm_c is not None:
-        normal, scale = norm_of(c, there, H)
+        normal = norm_of(c, there, H)[0]
         c = normal * column(parts.norm_c, 0, j, there, H) + column(parts.norm_c, 1, j, there, H)
     return c
 
@@ -194,10 +196,7 @@ def step_of(x, u, h, c, parts, j, there, H: tl.constexpr, CELL: tl.constexpr):
         saved = (r, z, n, u[2])
     else:
         a = x[0] + u[0]
-        if CELL == "rnn_tanh":
-            new_h = tanh(a)
-        else:
-            new_h = tl.where(a < 0.0, 0.0, a)
+        new_h = tanh(a) if CELL == "rnn_tanh" else tl.where(a < 0.0, 0.0, a)
         new_c = c
         saved = (a, a, a, a)
     return new_h, new_c, saved
@@ -210,8 +209,8 @@ def kept(parts, state, t, b, j, batch, H: tl.constexpr, STATES: tl.constexpr):
     if parts.seed is not None:
         n = ((t * batch + b).to(tl.int64) * STATES + state) * H + j
         low, high = n.to(tl.uint32), (n >> 32).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox(tl.load(parts.seed), low, high, low * 0, low * 0)
-        found = tl.where((w0 >> 8).to(tl.float32) * 5.9604644775390625e-8 < p, 1.0, 0.0)
+        word = tl.philox(tl.load(parts.seed), low, high, low * 0, low * 0)[0]
+        found = tl.where((word >> 8).to(tl.float32) * 5.9604644775390625e-8 < p, 1.0, 0.0)
     else:
         found = (b * 0 + j * 0).to(tl.float32) + p
     return found
@@ -374,11 +373,8 @@ def backward_step(
         if parts.zoneout is not None:
             u = recurrent_part(product, parts, load_bias(parts.bias_hh, j, there, H, GATES), j, there, H, GATES)
             x = add_gates(x, load_bias(parts.bias_ih, j, there, H, GATES))
-            h_new, c_new, nothing = step_of(x, u, h_prev, c_prev, parts, j, there, H, CELL)
-        if CELL == "rnn_tanh":
-            of_a = of_h * (1.0 - h_new * h_new)
-        else:
-            of_a = tl.where(h_new > 0.0, of_h, 0.0)
+            h_new = step_of(x, u, h_prev, c_prev, parts, j, there, H, CELL)[0]
+        of_a = of_h * (1.0 - h_new * h_new) if CELL == "rnn_tanh" else tl.where(h_new > 0.0, of_h, 0.0)
         of_x = (of_a, of_a, of_a, of_a)
         of_u = of_x
     of_product = product_backward(of_u, product, parts, sums, b, j, there, mask, batch, H, GATES)

@@ -33,7 +33,7 @@ def step_tiles(hidden: int, whole: bool) -> StepTiles:
     columns = power_of_2(hidden)
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles.
-        return StepTiles(4, columns if whole else min(columns, 16), 1)
+        return StepTiles(4, columns if whole else max(columns // 4, 16), 1)
     if not whole:
         columns = min(columns, 256)
     return StepTiles(max(512 // columns, 1), columns, 4 if columns <= 1024 else 8 if columns <= 2048 else 16)
@@ -72,6 +72,10 @@ class SequenceTiles(NamedTuple):
             "PRECISION": "ieee",
         }
 
+    def options(self) -> dict[str, object]:
+        """Of a launch. The loop over time is never pipelined: a load must not be moved to the step before."""
+        return {"num_warps": self.warps, "num_stages": 1}
+
 
 #: The largest hidden size whose steps go into one launch.
 MOST_HIDDEN = 1024
@@ -90,8 +94,14 @@ def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> S
     size = max(power_of_2(hidden), 16)
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles; both kinds of loops over weights are run.
-        return SequenceTiles(4, 16, 16, lanes, hidden <= 24, 1, 1)
+        columns = max(size // 4, 16)
+        return SequenceTiles(4 if size <= 64 else 8, columns, columns, lanes, hidden <= 24, 1, 1)
     if dtype == torch.float32:
-        return SequenceTiles(16, 16, 32, lanes, False, 4, 3)
-    columns = 16 if lanes == 4 else 32
-    return SequenceTiles(16, columns, min(size, 256), lanes, True, 8 if size > 512 else 4, 1)
+        return SequenceTiles(16, 16, 16, lanes, False, 4, 3)
+    if lanes == 1:
+        # One program has the weights of all units where that is up to 128 KiB.
+        columns = size if size <= 256 else 32
+        return SequenceTiles(16, columns, min(size, 256), 1, True, 4 if size <= 128 else 8, 1)
+    if size <= 64:
+        return SequenceTiles(16, size, min(size, 64), lanes if kernel == "forward" else 1, True, 8, 1)
+    return SequenceTiles(16, 32 if size <= 256 else 16, 128, lanes, True, 4 if size <= 512 else 8, 1)

@@ -10,17 +10,17 @@ import triton
 import triton.language as tl
 
 from .recurrence_cells import (
+    _HOLD,
+    add_gates,
     backward_step,
     control_of,
     finish_step,
     forward_step,
     load_bias,
     load_gates,
-    add_gates,
     recurrent_part,
     replace,
     store_gates,
-    _HOLD,
 )
 
 # Times and numbers of steps and rows are in no key of a compiled kernel.
@@ -75,7 +75,9 @@ def step_forward_kernel(
     if CONTROLLED:
         bits = control_of(control, time, b, mine, batch)
         h, c = replace(h, c, bits, parts, j, there, H, CELL)
-    x = add_gates(load_gates(gates_x, row * (GATES * H) + j, H, mask, GATES), load_bias(parts.bias_ih, j, there, H, GATES))
+    x = add_gates(
+        load_gates(gates_x, row * (GATES * H) + j, H, mask, GATES), load_bias(parts.bias_ih, j, there, H, GATES)
+    )
     u = load_gates(product, b.to(tl.int64) * (GATES * H) + j, H, mask, GATES)
     u = recurrent_part(u, parts, load_bias(parts.bias_hh, j, there, H, GATES), j, there, H, GATES)
     h, c, saved = forward_step(x, u, h, c, bits, parts, time, b, j, there, batch, H, CELL, GATES, STATES, CONTROLLED)
@@ -159,7 +161,12 @@ def step_backward_kernel(
         if grad_cells is not None:
             grad_c += tl.load(grad_cells + row * H + j, mask=mask, other=0.0).to(tl.float32)
         zero = tl.zeros_like(grad_h)
-        of_gates, x, saved, raw = (zero, zero, zero, zero), (zero, zero, zero, zero), (zero, zero, zero, zero), (zero, zero, zero, zero)
+        of_gates, x, saved, raw = (
+            (zero, zero, zero, zero),
+            (zero, zero, zero, zero),
+            (zero, zero, zero, zero),
+            (zero, zero, zero, zero),
+        )
         if grad_gates is not None:
             of_gates = load_gates(grad_gates, gates, H, mask, GATES)
         before, after = time - base + reverse, time - base + 1 - reverse

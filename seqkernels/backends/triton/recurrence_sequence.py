@@ -24,7 +24,7 @@ class Launch(NamedTuple):
 
     Attributes:
         first: step in time.
-        count: of steps.
+        steps: their number.
         tile: the first tile of rows.
         tiles: their number.
         sync: whether programs meet.
@@ -32,7 +32,7 @@ class Launch(NamedTuple):
     """
 
     first: int
-    count: int
+    steps: int
     tile: int
     tiles: int
     sync: bool = False
@@ -74,7 +74,7 @@ def _each_launch(
     columns, rows = triton.cdiv(loop.hidden, tiles.columns), triton.cdiv(loop.batch, tiles.rows)
     counters = None
     for launch in launches(order, columns, rows, _processors(carry), backward):
-        options = {**loop.constants(), **tiles.constants(), "SYNC": launch.sync, "num_warps": tiles.warps}
+        options = {**loop.constants(), **tiles.constants(), "SYNC": launch.sync, **tiles.options()}
         if launch.sync:
             options["launch_cooperative_grid"] = True
             if counters is None:
@@ -82,9 +82,7 @@ def _each_launch(
         yield (columns, launch.tiles), launch, counters if launch.sync else None, options
 
 
-def forward(
-    loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int
-) -> None:
+def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int) -> None:
     """The steps [begin, end), as `recurrence_steps.forward`."""
     tiles = sequence_tiles("forward", loop.cell, states.dtype, loop.hidden)
     for grid, launch, counters, options in _each_launch(loop, loop.order(begin, end), tiles, carry):
@@ -99,7 +97,7 @@ def forward(
             loop.parts,
             loop.batch,
             launch.first,
-            launch.count,
+            launch.steps,
             launch.tile,
             base,
             int(loop.reverse),
@@ -133,7 +131,7 @@ def backward(
             grads.sums,
             loop.batch,
             launch.first,
-            launch.count,
+            launch.steps,
             -1 if launch.after is None else launch.after,
             launch.tile,
             base,

@@ -126,7 +126,7 @@ def sequence_forward_kernel(
     weights = ()
     if RESIDENT:
         for k0 in tl.static_range(0, H, BLOCK_K):
-            weights = weights + (weight_tile(weight, k0, row_of, valid, H, BLOCK_K),)
+            weights = weights + (weight_tile(weight, k0, row_of, valid, H, BLOCK_K),)  # type: ignore[assignment]  # noqa: RUF005
     bias_x, bias_h = load_bias(parts.bias_ih, j, there, H, GATES), load_bias(parts.bias_hh, j, there, H, GATES)
     at = b.to(tl.int64) * H + j
     of_cells = batch.to(tl.int64) * H
@@ -312,7 +312,7 @@ def sequence_backward_kernel(
     weights = ()
     if RESIDENT and not STEPWISE:
         for k0 in tl.static_range(0, DEPTH, BLOCK_K):
-            weights = weights + (weight_rows(weight, k0, j, H, GATES, LANES, BLOCK_K),)
+            weights = weights + (weight_rows(weight, k0, j, H, GATES, LANES, BLOCK_K),)  # type: ignore[assignment]  # noqa: RUF005
     at = b.to(tl.int64) * H + j
     of_cells = batch.to(tl.int64) * H
     grad_h = tl.load(carry + at, mask=mask, other=0.0)
@@ -320,7 +320,7 @@ def sequence_backward_kernel(
     if CELL == "lstm":
         grad_c = tl.load(carry + of_cells + at, mask=mask, other=0.0)
     to_product = of_x if of_u is None else of_u
-    if STEPWISE:
+    if STEPWISE:  # noqa: SIM102
         if after >= 0:
             bits = 0
             if CONTROLLED:
@@ -357,13 +357,14 @@ def sequence_backward_kernel(
             x = load_gates(gates_x, gates, H, mask, GATES)
             if CONTROLLED:
                 x = (tl.where((bits & _HOLD) != 0, 0.0, x[0]), x[1], x[2], x[3])
-        found_x, found_u, found_product, past_h, past_c = backward_step(
+        found = backward_step(
             grad_h, grad_c, of_gates, h_prev, c_prev, h_new, x, raw, (r0, r1, r2, r3), bits, parts, sums, t, b, j,
             there, mask, batch, H, CELL, GATES, STATES, CONTROLLED,
         )  # fmt: skip
-        store_gates(of_x, gates, H, found_x, mask, GATES)
+        past_h, past_c = found[3], found[4]
+        store_gates(of_x, gates, H, found[0], mask, GATES)
         if of_u is not None:
-            store_gates(of_u, gates, H, found_u, mask, GATES)
+            store_gates(of_u, gates, H, found[1], mask, GATES)
         # Of the next step, on their way while the programs meet.
         more_h, more_c, h_prev, c_prev, h_new, r0, r1, r2, r3 = saved_of(
             grad_hidden, grad_cells, states, reserve, t + along, base, reverse, stride, b, j, mask & (s + 1 < count),

@@ -11,9 +11,7 @@ from .recurrence_configs import step_tiles
 from .recurrence_loop import Gradients, Loop, entering, product
 
 
-def forward(
-    loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int
-) -> None:
+def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int) -> None:
     """The steps [begin, end).
 
     Args:
