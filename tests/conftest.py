@@ -36,6 +36,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("seqkernels")
 
 
+def widest(backend: str) -> torch.dtype:
+    """The dtype in which errors of an implementation are the least likely to be luck."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
 class Runner(NamedTuple):
     """An implementation and how it is run."""
 
@@ -95,12 +100,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left_out)]
 
 
+#: Parameters that name an implementation.
+_CHOOSING = ("runner", "plain_runner", "other_backend", "options_backend", "options_reader", "capable", "reader")
+
+
 def _declined(item: pytest.Item) -> bool:
     params = getattr(getattr(item, "callspec", None), "params", {})
-    runner = params.get("runner") or params.get("plain_runner")
-    if "triton" not in (getattr(runner, "backend", None), params.get("other_backend")):
+    used = {getattr(param, "backend", param) for name, param in params.items() if name in _CHOOSING}
+    if "triton" not in used | {params.get("options_runner", ("",))[0]}:
         return False
-    op = "recurrence" if "recurrence" in item.path.stem else "rotary" if "rotary" in item.path.stem else "attention"
+    stem = item.path.stem
+    op = "recurrence" if "recurrence" in stem or "checkpoint" in stem else "rotary" if "rotary" in stem else "attention"
     marked = item.get_closest_marker("dtype")
     dtype = marked.args[0] if marked else params.get("dtype", torch.float32)
     return backends.why_not("triton", backends.Call(op, DEVICE, dtype)) is not None

@@ -23,6 +23,7 @@ PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("recurrence", "cpu"): ("native", "numba", "reference"),
     ("attention", "cpu"): ("native", "numba", "reference"),
     ("rotary", "cpu"): ("native", "reference"),
+    ("recurrence", "cuda"): ("triton", "reference"),
     ("attention", "cuda"): ("triton", "reference"),
 }
 #: On devices without a row in `PREFERENCE`.

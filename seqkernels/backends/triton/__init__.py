@@ -27,7 +27,7 @@ def unsupported(call: Call) -> str | None:
     interpreted = triton.knobs.runtime.interpret
     if call.device != ("cpu" if interpreted else "cuda"):
         return f"runs on {'cpu (interpreted)' if interpreted else 'cuda'} only, not on {call.device}"
-    if call.op != "attention":
+    if call.op not in ("attention", "recurrence"):
         return f"has no kernel for {call.op}"
     if "weights" in call.features:
         return "has no weights"

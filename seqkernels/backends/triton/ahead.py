@@ -22,9 +22,10 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention_kernels
+from . import attention_kernels, recurrence_ahead
 from .attention_scores import Full, Rows, Terms
 from .configs import Blocks, blocks_of
+from .recurrence_ahead import RecurrenceVariant
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BUDGET = Path(__file__).with_name("budget.json")
@@ -54,6 +55,14 @@ class Variant(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kernel} {_TYPES[self.dtype]} D={self.size} {self.features}"
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether it has a matrix product for tensor cores."""
+        return self.dtype != torch.float32
+
+
+Variants = Variant | RecurrenceVariant
+
 
 class Needs(NamedTuple):
     """What a compiled kernel needs: registers of a thread, bytes of them that spill, bytes of shared memory."""
@@ -64,7 +73,7 @@ class Needs(NamedTuple):
     tensor_cores: bool
 
 
-def variants() -> Iterator[Variant]:
+def variants() -> Iterator[Variants]:
     """Every kernel in every configuration that is shipped."""
     for size in _FEATURES:
         for dtype in _TYPES:
@@ -73,6 +82,7 @@ def variants() -> Iterator[Variant]:
                     yield Variant(kernel, dtype, size, features)
                 if features == "all":
                     yield Variant("backward_bias", dtype, size, features)
+    yield from recurrence_ahead.variants(_TYPES)
 
 
 def _terms(variant: Variant) -> Terms:
@@ -152,14 +162,18 @@ def _specialize(value: Any, at: tuple[int, ...], constants: dict[Any, Any], attr
     return "i32" if value < 2**31 else "i64"
 
 
-def compile_variant(variant: Variant, architecture: str) -> Needs:
+def compile_variant(variant: Variants, architecture: str) -> Needs:
     """Compiles a kernel for an architecture, into Triton's cache, and says what it needs.
 
     Raises:
         ValueError: `architecture` is not one of `ARCHITECTURES`.
     """
     _check_architecture(architecture)
-    kernel, given, blocks = _arguments(variant)
+    if isinstance(variant, RecurrenceVariant):
+        kernel, given, options = recurrence_ahead.arguments(variant, Pointer)
+    else:
+        kernel, given, blocks = _arguments(variant)
+        options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     signature: dict[str, Any] = {}
@@ -173,7 +187,6 @@ def compile_variant(variant: Variant, architecture: str) -> Needs:
             signature[parameter.name] = _specialize(value, (i,), constants, of_value)
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     compiled = triton.compile(source, target=target, options=options)
     ptx: str = compiled.asm["ptx"]
     registers, spilled = _resources(compiled.asm["cubin"])
@@ -198,7 +211,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-Found = dict[tuple[str, Variant], Needs]
+Found = dict[tuple[str, Variants], Needs]
 
 
 def compile_all(architectures: Sequence[str], only: str = "") -> Found:
@@ -249,7 +262,10 @@ def render(found: Found) -> str:
 
 def breaches(found: Found) -> list[str]:
     """What needs more than ``budget.json`` allows, or has no place in it, or no tensor cores for 16-bit numbers."""
-    allowed = json.loads(BUDGET.read_text())
+    allowed: dict[str, dict[str, list[int]]] = {}
+    for budget in (BUDGET, recurrence_ahead.BUDGET):
+        for architecture, limits_of in (json.loads(budget.read_text()) if budget.exists() else {}).items():
+            allowed.setdefault(architecture, {}).update(limits_of)
     said = []
     for (architecture, variant), needs in found.items():
         limits = allowed.get(architecture, {}).get(str(variant))
@@ -259,6 +275,6 @@ def breaches(found: Found) -> list[str]:
         for name, need, limit in zip(Needs._fields, needs, limits, strict=False):
             if need > limit:
                 said.append(f"{architecture} {variant}: {name} {need}, allowed {limit}")
-        if not needs.tensor_cores and variant.dtype != torch.float32:
+        if not needs.tensor_cores and variant.multiplies:
             said.append(f"{architecture} {variant}: no tensor-core instructions")
     return said
