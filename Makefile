@@ -69,7 +69,8 @@ sanitize: $(VENV)/.installed
 # The Triton kernels in Triton's interpreter, which has to be switched on before a kernel is defined.
 interpret: build
 	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 -m "not many and not slow" -k triton \
-		tests/ops/test_attention.py tests/ops/test_attention_options.py tests/ops/test_attention_pages.py
+		$(addprefix tests/ops/test_,attention.py attention_options.py attention_pages.py recurrence.py \
+		recurrence_options.py checkpoint.py) tests/backends/test_triton_recurrence.py
 
 # The Triton kernels compiled for GPUs, held to the reviewed budget: all of them for Hopper, some for the others.
 kernels: build

@@ -262,10 +262,7 @@ def render(found: Found) -> str:
 
 def breaches(found: Found) -> list[str]:
     """What needs more than ``budget.json`` allows, or has no place in it, or no tensor cores for 16-bit numbers."""
-    allowed: dict[str, dict[str, list[int]]] = {}
-    for budget in (BUDGET, recurrence_ahead.BUDGET):
-        for architecture, limits_of in (json.loads(budget.read_text()) if budget.exists() else {}).items():
-            allowed.setdefault(architecture, {}).update(limits_of)
+    allowed = json.loads(BUDGET.read_text())
     said = []
     for (architecture, variant), needs in found.items():
         limits = allowed.get(architecture, {}).get(str(variant))

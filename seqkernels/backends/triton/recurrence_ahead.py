@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,6 @@ from . import recurrence_kernels, recurrence_sequence_kernels
 from .recurrence_cells import Parts, Sums
 from .recurrence_configs import sequence_tiles, step_tiles
 
-BUDGET = Path(__file__).with_name("recurrence_budget.json")
 _HIDDEN = (64, 128, 256, 512, 1024)
 
 
