@@ -72,9 +72,28 @@ class SequenceTiles(NamedTuple):
             "PRECISION": "ieee",
         }
 
+    def shared(self, depth: int, itemsize: int) -> int:
+        """Bytes of shared memory, no fewer than a program needs where the weights stay: they, and tiles at work.
+
+        Args:
+            depth: rows of the weights that a lane multiplies.
+            itemsize: of a weight.
+        """
+        kept = -(-depth // self.depth) * self.depth * self.lanes * self.columns * itemsize
+        return kept + 20 * 1024 if self.resident else 0
+
     def options(self) -> dict[str, object]:
         """Of a launch. The loop over time is never pipelined: a load must not be moved to the step before."""
         return {"num_warps": self.warps, "num_stages": 1}
+
+
+def shared_memory(cell: str, dtype: torch.dtype, hidden: int) -> int:
+    """Bytes of shared memory that the kernels of a sequence need at most, of a program."""
+    found = []
+    for kernel, gates_behind in (("forward", 1), ("backward", CELLS[cell].gates)):
+        tiles = sequence_tiles(kernel, cell, dtype, hidden)
+        found.append(tiles.shared(hidden * (gates_behind if tiles.lanes == 1 else 1), dtype.itemsize))
+    return max(found)
 
 
 #: The largest hidden size whose steps go into one launch.
