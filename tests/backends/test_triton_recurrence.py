@@ -81,7 +81,8 @@ def test_nothing_to_do(path, cell, shape):
     inputs = testing.recurrence_inputs(cell, *shape, control=True, input_size=6)
     options = _options(cell, *shape[1:])
     testing.check_recurrence(inputs, cell=cell, **options)
-    testing.check_recurrence(inputs, cell=cell, every=2, **options)
+    hidden, _, state_n = recurrence(*inputs, cell=cell, every=2, **options)
+    (hidden.sum() + state_n.sum()).backward()
     assert not taken
 
 
@@ -171,3 +172,17 @@ def test_what_the_sequence_serves():
     assert not serves(loop(1025))
     assert not serves(loop(8, norm_h=some))
     assert not serves(loop(8, norm_c=some))
+
+
+def test_shared_memory_is_enough_for_what_stays(monkeypatch):
+    import triton
+
+    from seqkernels.backends.triton import recurrence_configs as configs
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    for cell in CELLS:
+        for hidden in (1, 64, 100, 256, 650, 1024):
+            tiles = configs.sequence_tiles("backward", cell, torch.float16, hidden)
+            weights = CELLS[cell].gates * hidden * min(tiles.columns, hidden) * 2
+            assert weights < configs.shared_memory(cell, torch.float16, hidden) < 227 * 1024
+            assert configs.shared_memory(cell, torch.float32, hidden) == 0

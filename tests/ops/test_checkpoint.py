@@ -221,7 +221,7 @@ def _stored(inputs, options, **more):
 def test_memory(capable, cell, dtype):
     """Apart from the arguments and the output: one state for every k steps, and nothing else."""
     state = CELLS[cell].states * B * H * torch.empty(0, dtype=accumulate_dtype(dtype)).itemsize
-    for steps in (12, 96):
+    for steps in (12,) if INTERPRETED else (12, 96):
         inputs, options = _call(cell, (steps, B, H), dtype, names=("weight_ih", "bias_ih"), control=True)
         for every in (1, 4, 5, 12, 1000):
             assert _stored(inputs, options, cell=cell, every=every) == -(-steps // every) * state

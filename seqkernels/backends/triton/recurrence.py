@@ -20,8 +20,10 @@ from .recurrence_loop import Gradients, Loop, entering, product, rounded_product
 
 @contextlib.contextmanager
 def _as_given(device: torch.device) -> Iterator[None]:
-    """No gradients and no autocast: the op has its dtypes from its arguments."""
+    """No gradients and no autocast, since the op has its dtypes from its arguments; launches go to their device."""
     with torch.no_grad(), contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
         if torch.amp.is_autocast_available(device.type) and torch._C._is_any_autocast_enabled():
             stack.enter_context(torch.autocast(device.type, enabled=False))
         yield

@@ -48,6 +48,7 @@ class SequenceTiles(NamedTuple):
         depth: rows of the weights in one product.
         lanes: gates beside each other in a product, a power of 2; 1 where they are one behind the other.
         resident: whether the weights stay with the program through the loop.
+        ahead: loads on their way before the product of the first, where the weights stay.
         warps: of a program.
         stages: of the loads of weights that do not stay.
     """
@@ -57,6 +58,7 @@ class SequenceTiles(NamedTuple):
     depth: int
     lanes: int
     resident: bool
+    ahead: int
     warps: int
     stages: int
 
@@ -68,6 +70,7 @@ class SequenceTiles(NamedTuple):
             "BLOCK_C": self.columns,
             "BLOCK_K": self.depth,
             "RESIDENT": self.resident,
+            "AHEAD": self.ahead,
             "STAGES": self.stages,
             "PRECISION": "ieee",
         }
@@ -95,13 +98,35 @@ def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> S
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles; both kinds of loops over weights are run.
         columns = max(size // 4, 16)
-        return SequenceTiles(4 if size <= 64 else 8, columns, columns, lanes, hidden <= 24, 1, 1)
+        return SequenceTiles(4 if size <= 64 else 8, columns, columns, lanes, hidden <= 24, 1, 1, 1)
     if dtype == torch.float32:
-        return SequenceTiles(16, 16, 16, lanes, False, 4, 3)
+        return SequenceTiles(16, 16, 16, lanes, False, 0, 4, 3)
     if lanes == 1:
         # One program has the weights of all units where that is up to 128 KiB.
         columns = size if size <= 256 else 32
-        return SequenceTiles(16, columns, min(size, 256), 1, True, 4 if size <= 128 else 8, 1)
+        return SequenceTiles(16, columns, min(size, 256), 1, True, 3, 4 if size <= 128 else 8, 1)
     if size <= 64:
-        return SequenceTiles(16, size, min(size, 64), lanes if kernel == "forward" else 1, True, 8, 1)
-    return SequenceTiles(16, 32 if size <= 256 else 16, 128, lanes, True, 4 if size <= 512 else 8, 1)
+        return SequenceTiles(16, size, min(size, 64), lanes if kernel == "forward" else 1, True, 3, 8, 1)
+    # All of a forward pass; in the backward pass they are four times as large, and shared memory ends.
+    ahead = 7 if kernel == "forward" else 3 if size <= 512 else 1
+    return SequenceTiles(16, 32 if size <= 256 else 16, 128, lanes, True, ahead, 4 if size <= 512 else 8, 1)
+
+
+def shared_memory(cell: str, dtype: torch.dtype, hidden: int) -> int:
+    """Bytes of shared memory that a program of a sequence needs: weights that stay, and tiles at work.
+
+    Args:
+        cell, dtype, hidden: as in `sequence_tiles`.
+    """
+    found = 0
+    for kernel in ("forward", "backward"):
+        tiles = sequence_tiles(kernel, cell, dtype, hidden)
+        behind = CELLS[cell].gates if kernel == "backward" and tiles.lanes == 1 else 1
+        chunks = -(-hidden * behind // tiles.depth)
+        weights = chunks * tiles.depth * tiles.lanes * tiles.columns * dtype.itemsize
+        beside = tiles.lanes if kernel == "backward" else 1
+        factors = min(tiles.ahead + 1, chunks) * tiles.rows * tiles.depth * beside * dtype.itemsize
+        products = tiles.rows * tiles.lanes * tiles.columns * 4
+        if tiles.resident:
+            found = max(found, weights + max(factors, products))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,13 +11,25 @@ import triton
 from torch import Tensor
 
 from . import recurrence_sequence_kernels as kernels
-from .recurrence_configs import MOST_HIDDEN, SequenceTiles, sequence_tiles
+from .recurrence_configs import MOST_HIDDEN, SequenceTiles, sequence_tiles, shared_memory
 from .recurrence_loop import Gradients, Loop
 
 
 def serves(loop: Loop) -> bool:
-    """Whether the kernels of a sequence can run a call."""
-    return loop.parts.norm_h is None and loop.parts.norm_c is None and loop.hidden <= MOST_HIDDEN
+    """Whether the kernels of a sequence can run a call, both passes of it."""
+    if loop.parts.norm_h is not None or loop.parts.norm_c is not None or loop.hidden > MOST_HIDDEN:
+        return False
+    weight = loop.weight_hh
+    if not weight.is_cuda:
+        return True
+    return shared_memory(loop.cell, weight.dtype, loop.hidden) <= _limits(weight.device)[1]
+
+
+@functools.cache
+def _limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a device, and bytes of shared memory that a program may have."""
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return found["multiprocessor_count"], found["max_shared_mem"]
 
 
 class Launch(NamedTuple):
@@ -63,17 +76,14 @@ def launches(order: range, columns: int, rows: int, processors: int, backward: b
             yield Launch(t, 1, 0, rows)
 
 
-def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
-
-
 def _each_launch(
     loop: Loop, order: range, tiles: SequenceTiles, carry: Tensor, backward: bool = False
 ) -> Iterator[tuple[tuple[int, int], Launch, Tensor | None, dict[str, object]]]:
     """For each launch its grid, its part of the loop, its counters and its constants and options."""
     columns, rows = triton.cdiv(loop.hidden, tiles.columns), triton.cdiv(loop.batch, tiles.rows)
+    processors = _limits(carry.device)[0] if carry.is_cuda else 0
     counters = None
-    for launch in launches(order, columns, rows, _processors(carry), backward):
+    for launch in launches(order, columns, rows, processors, backward):
         options = {**loop.constants(), **tiles.constants(), "SYNC": launch.sync, **tiles.options()}
         if launch.sync:
             options["launch_cooperative_grid"] = True

@@ -108,6 +108,7 @@ def sequence_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     SYNC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -119,6 +120,7 @@ def sequence_forward_kernel(
     mine, there = b < batch, j < H
     mask = mine & there
     CONTROLLED: tl.constexpr = control is not None
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     lane = tl.arange(0, LANES * BLOCK_C)
     unit = tl.program_id(0) * BLOCK_C + lane // LANES
     row_of = lane % LANES * H + unit
@@ -146,9 +148,13 @@ def sequence_forward_kernel(
         row = (t - base + reverse) * batch + b
         acc = tl.zeros((BLOCK_B, LANES * BLOCK_C), tl.float32)
         if RESIDENT:
-            for k0 in tl.static_range(0, H, BLOCK_K):
-                entered = entering_tile(states, row, bits, parts, b, mine, k0, H, BLOCK_K, CONTROLLED)
-                acc = tl.dot(entered, weights[k0 // BLOCK_K], acc, input_precision=PRECISION)
+            loaded = ()
+            for i in tl.static_range(0, CHUNKS + AHEAD):
+                if i < CHUNKS:
+                    entered = entering_tile(states, row, bits, parts, b, mine, i * BLOCK_K, H, BLOCK_K, CONTROLLED)
+                    loaded = loaded + (entered,)  # type: ignore[assignment]  # noqa: RUF005
+                if i >= AHEAD:
+                    acc = tl.dot(loaded[i - AHEAD], weights[i - AHEAD], acc, input_precision=PRECISION)
         else:
             for k0 in tl.range(0, H, BLOCK_K, num_stages=STAGES):
                 entered = entering_tile(states, row, bits, parts, b, mine, k0, H, BLOCK_K, CONTROLLED)
@@ -243,16 +249,21 @@ def add_lanes(acc, a, w, LANES: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def sent_back(
     to_product, row, mine, weight, weights, j, H: tl.constexpr, GATES: tl.constexpr, LANES: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The product of the gradients in `row` with the weights, columns j."""
     DEPTH: tl.constexpr = GATES * H if LANES == 1 else H
     sent = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     if RESIDENT:
-        for k0 in tl.static_range(0, DEPTH, BLOCK_K):
-            a = product_rows(to_product, row, mine, k0, H, GATES, LANES, BLOCK_K)
-            sent = add_lanes(sent, a, weights[k0 // BLOCK_K], LANES, PRECISION)
+        CHUNKS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
+        loaded = ()
+        for i in tl.static_range(0, CHUNKS + AHEAD):
+            if i < CHUNKS:
+                a = product_rows(to_product, row, mine, i * BLOCK_K, H, GATES, LANES, BLOCK_K)
+                loaded = loaded + (a,)  # type: ignore[assignment]  # noqa: RUF005
+            if i >= AHEAD:
+                sent = add_lanes(sent, loaded[i - AHEAD], weights[i - AHEAD], LANES, PRECISION)
     else:
         for k0 in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
             a = product_rows(to_product, row, mine, k0, H, GATES, LANES, BLOCK_K)
@@ -295,6 +306,7 @@ def sequence_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     SYNC: tl.constexpr,
     STEPWISE: tl.constexpr,
@@ -327,7 +339,7 @@ def sequence_backward_kernel(
                 bits = control_of(control, after.to(tl.int64), b, mine, batch)
             sent = sent_back(
                 to_product, after.to(tl.int64) * batch + b, mine, weight, weights, j, H, GATES, LANES, BLOCK_B, BLOCK_C,
-                BLOCK_K, False, STAGES, PRECISION,
+                BLOCK_K, False, AHEAD, STAGES, PRECISION,
             )  # fmt: skip
             grad_h, grad_c = finish_step(
                 grad_h, grad_c, sent, bits, parts, sums, b, j, there, mask, batch, H, CELL, CONTROLLED
@@ -375,8 +387,8 @@ def sequence_backward_kernel(
         else:
             meet(counters + tile if SYNC else counters, tl.num_programs(0) * (s + 1), SYNC)
             sent = sent_back(
-                to_product, row, mine, weight, weights, j, H, GATES, LANES, BLOCK_B, BLOCK_C, BLOCK_K, RESIDENT, STAGES,
-                PRECISION,
+                to_product, row, mine, weight, weights, j, H, GATES, LANES, BLOCK_B, BLOCK_C, BLOCK_K, RESIDENT, AHEAD,
+                STAGES, PRECISION,
             )  # fmt: skip
             grad_h, grad_c = finish_step(
                 past_h, past_c, sent, bits, parts, sums, b, j, there, mask, batch, H, CELL, CONTROLLED
