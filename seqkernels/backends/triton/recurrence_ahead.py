@@ -24,7 +24,7 @@ class RecurrenceVariant(NamedTuple):
         dtype: of the input.
         type: its name in Triton.
         size: H.
-        features: ``"plain"`` or ``"all"`` options.
+        features: ``"plain"``, ``"all"`` options that the kernel has, or ``"apart"``, plain steps that are launches.
     """
 
     kernel: str
@@ -50,6 +50,9 @@ def variants(types: Mapping[torch.dtype, str]) -> Iterator[RecurrenceVariant]:
             for size in _HIDDEN:
                 for kernel in ("forward", "backward"):
                     yield RecurrenceVariant(kernel, cell, dtype, name, size, "plain")
+                    if size == 256:
+                        yield RecurrenceVariant(kernel, cell, dtype, name, size, "all")
+                        yield RecurrenceVariant(kernel, cell, dtype, name, size, "apart")
             for kernel in ("step_forward", "step_backward"):
                 yield RecurrenceVariant(kernel, cell, dtype, name, 1024, "all")
 
@@ -63,19 +66,20 @@ def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tupl
         ("batch", "steps", "t", "t_next", "t_after", "first", "count", "after", "first_tile", "base", "reverse"), 33
     )
     everything = variant.features == "all"
-    lstm = variant.cell == "lstm"
+    lstm, whole = variant.cell == "lstm", variant.kernel.startswith("step")
     parts = Parts(None, own, None, None, None, None, None, None, None)
     sums = Sums(None, None, None, None)
     if everything:
-        peephole, norm_c = (own, own) if lstm else (None, None)
-        parts = Parts(own, own, own, peephole, own, own, norm_c, exact, pointer("i64"))
+        parts = Parts(own, own, own, own if lstm else None, own, own, own if lstm else None, exact, pointer("i64"))
         sums = Sums(exact, exact if lstm else None, exact, exact if lstm else None)
+        if not whole:
+            parts, sums = parts._replace(norm_h=None, norm_c=None), sums._replace(norm_h=None, norm_c=None)
     made_again = exact if everything and gates == 1 else None
     given |= {
         "stride": 333,
         "gates_x": exact if "forward" in variant.kernel else made_again,
         "weight": own,
-        "product": exact if everything else None,
+        "product": exact if everything and whole else made_again,
         "carry": exact,
         "states": own,
         "reserve": exact if gates > 1 or "backward" in variant.kernel else None,
@@ -85,8 +89,8 @@ def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tupl
         "parts": parts,
         "sums": sums,
         "grad_hidden": own,
-        "grad_cells": None,
-        "grad_gates": None,
+        "grad_cells": own if everything and lstm else None,
+        "grad_gates": own if everything and gates > 1 else None,
         "of_x": own,
         "of_u": own if variant.cell == "gru" else None,
         "of_product": own if everything else None,
@@ -97,13 +101,14 @@ def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tupl
         "EVERY_STATE": lstm,
         "STEP": True,
     }
-    if variant.kernel.startswith("step"):
+    if whole:
         step = step_tiles(variant.size, everything)
         kernel = getattr(recurrence_kernels, f"{variant.kernel}_kernel")
         return kernel, given | {"BLOCK_B": step.rows, "BLOCK_H": step.columns}, {"num_warps": step.warps}
     tiles = sequence_tiles(variant.kernel, variant.cell, variant.dtype, variant.size)
-    sync = variant.size > tiles.columns
-    given |= {"counters": pointer("i32") if sync else None, "SYNC": sync, "STEPWISE": False, **tiles.constants()}
+    apart = variant.features == "apart"
+    sync = variant.size > tiles.columns and not apart
+    given |= {"counters": pointer("i32") if sync else None, "SYNC": sync, "STEPWISE": apart, **tiles.constants()}
     options = tiles.options()
     if sync:
         options["launch_cooperative_grid"] = True
