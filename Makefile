@@ -66,9 +66,12 @@ wheel:
 sanitize: $(VENV)/.installed
 	.ci/sanitize $(RUN)
 
-# The Triton kernels in Triton's interpreter, which has to be switched on before a kernel is defined.
+# The Triton kernels in Triton's interpreter, which has to be switched on before a kernel is defined. All cases take ten
+# minutes on two cores; CI runs a part of each test function's.
+EVERY ?= 1
 interpret: build
-	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 -m "not many and not slow" -k triton \
+	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 \
+		-m "not many and not slow" -k triton --every $(EVERY) \
 		$(addprefix tests/ops/test_,attention.py attention_options.py attention_pages.py recurrence.py \
 		recurrence_options.py checkpoint.py) tests/backends/test_triton_recurrence.py
 

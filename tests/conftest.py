@@ -90,14 +90,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pure", action="store_true", help="the package was installed without its compiled module, on purpose"
     )
+    parser.addoption("--every", type=int, default=1, help="of each test function every N-th case only (%(default)s)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what an implementation says it does not serve: operations and dtypes, the latter also by a mark."""
-    left_out = [item for item in items if _declined(item)]
+    """Leaves out what an implementation says it does not serve, operations and dtypes, and what `--every` does."""
+    every, kept, left_out = config.getoption("every"), [], []
+    count: dict[str, int] = {}
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        served = not _declined(item)
+        if served:
+            count[function] = count.get(function, -1) + 1
+        (kept if served and count[function] % every == 0 else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        items[:] = kept
 
 
 #: Parameters that name an implementation.

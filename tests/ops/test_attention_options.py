@@ -420,7 +420,7 @@ IDENTITY = [(2, 2, 5, n) for n in (1, 15, 17, 64)] + [(2, 2, 5, 65), (2, 2, 5, 1
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_drops_the_same_everywhere(runner, dtype):
     """Values that are unit vectors show the weights."""
-    identity = IDENTITY[-4:] if INTERPRETED else IDENTITY
+    identity = IDENTITY[-3:-1] if INTERPRETED else IDENTITY
     for (b, h, m, n), p, value in itertools.product(identity, (0.0, 2.0**-32, 0.1, 0.5, 1.0), (7, -(2**62) - 3)):
         seed = torch.tensor(value)
         q, k = torch.zeros(b, h, m, 4, dtype=dtype), torch.ones(b, h, n, 4, dtype=dtype)
