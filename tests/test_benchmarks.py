@@ -19,7 +19,7 @@ from seqkernels.testing import assert_within_budget
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, conftest, engines, gpu, gpu_cases, measure, roofline, workloads  # noqa: E402
+from benchmarks import cases, conftest, engines, floor, gpu, gpu_cases, measure, roofline, workloads  # noqa: E402
 
 EVERY = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 
@@ -515,3 +515,21 @@ def test_gpu_benchmark_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 1
     assert "--dry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", gpu_cases.CASES, ids=lambda case: case.name)
+def test_floors(case):
+    for mode in case.modes:
+        found = floor.work(case, mode)
+        assert found.done_flops >= found.flops > 0
+        assert found.moved > 0
+        assert found.floor_ms * 1e-3 >= found.flops / (floor.PEAK_TFLOPS[case.dtype] * 1e12)
+        assert found.floor_ms * 1e-3 >= found.bytes / (floor.BANDWIDTH_TBYTES * 1e12)
+
+
+def test_what_decoding_moves():
+    """The keys and values once for all heads of a group."""
+    (case,) = (case for case in gpu_cases.CASES if case.name == "attention_B16_H32_K8_M1_N8192_D128_bfloat16")
+    found = floor.work(case, "forward")
+    assert found.moved == pytest.approx(2 * 16 * (8 * 8192 + 32) * 128 * 2)
+    assert found.moved == pytest.approx(found.bytes, rel=0.01)

@@ -52,6 +52,7 @@ def test_tiles(kernel, dtype):
             assert blocks == blocks_of(kernel, dtype, size, 1, many_terms=many, shared=ROOMY)
             small = blocks_of(kernel, dtype, size, 1, many_terms=many, shared=ROOMY - 1)
             assert small.n in (blocks.n // 2, 16)
+            assert blocks_of(kernel, dtype, size, 1, many_terms=many, architecture=80).m <= blocks.m
 
 
 def test_every_kernel_has_a_budget():

@@ -116,10 +116,11 @@ def _terms(variant: Variant) -> Terms:
     )
 
 
-def _arguments(variant: Variant) -> tuple[triton.JITFunction, dict[str, Any], Blocks]:
+def _arguments(variant: Variant, architecture: int) -> tuple[triton.JITFunction, dict[str, Any], Blocks]:
     """The kernel, its arguments by name, with `Pointer` for tensors, and its tiles."""
     dtype, size = _TYPES[variant.dtype], variant.size
-    blocks = blocks_of(variant.kernel, variant.dtype, size, size, many_terms=variant.features == "all")
+    many = variant.features == "all"
+    blocks = blocks_of(variant.kernel, variant.dtype, size, size, many_terms=many, architecture=architecture)
     rows = Rows(Pointer(dtype), 16 * 4096 * size, size, 16 * size)
     sums = Pointer("fp32")
     constants = {"D": size, "DV": size, "PRECISION": "ieee", **blocks.constants()}
@@ -169,10 +170,11 @@ def compile_variant(variant: Variants, architecture: str) -> Needs:
         ValueError: `architecture` is not one of `ARCHITECTURES`.
     """
     _check_architecture(architecture)
+    number = int(architecture.removeprefix("sm_"))
     if isinstance(variant, RecurrenceVariant):
         kernel, given, options = recurrence_ahead.arguments(variant, Pointer)
     else:
-        kernel, given, blocks = _arguments(variant)
+        kernel, given, blocks = _arguments(variant, number)
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -186,7 +188,7 @@ def compile_variant(variant: Variants, architecture: str) -> Needs:
             of_value = {} if parameter.do_not_specialize else attributes
             signature[parameter.name] = _specialize(value, (i,), constants, of_value)
     source = ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    target = GPUTarget("cuda", number, 32)
     compiled = triton.compile(source, target=target, options=options)
     ptx: str = compiled.asm["ptx"]
     registers, spilled = _resources(compiled.asm["cubin"])

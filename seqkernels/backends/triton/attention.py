@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -14,6 +15,9 @@ from ...scores import Scores, dropout_threshold
 from . import attention_kernels as kernels
 from .attention_scores import Full, Rows, Terms
 from .configs import FEW_ROWS, ROOMY, Blocks, blocks_of
+
+Parameters = ParamSpec("Parameters")
+Results = TypeVar("Results")
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -70,23 +74,38 @@ def _rows_of_heads(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Te
 
 
 @functools.cache
-def _shared_memory(device: int) -> int:
-    """Bytes of shared memory that a program may have."""
-    found: int = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
-    return found
+def _device(index: int) -> tuple[int, int]:
+    """10 times the compute capability, and bytes of shared memory that a program may have."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor, triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
     terms = scores.mask, scores.bias, scores.alibi_slopes
     many = any(x is not None for x in terms) or scores.softcap != 0.0 or scores.dropout_p > 0.0
-    shared = _shared_memory(q.device.index) if q.is_cuda else ROOMY
-    return blocks_of(kernel, q.dtype, q.shape[3], v.shape[3], many_terms=many, shared=shared)
+    architecture, shared = _device(q.device.index) if q.is_cuda else (90, ROOMY)
+    return blocks_of(kernel, q.dtype, q.shape[3], v.shape[3], many_terms=many, architecture=architecture, shared=shared)
 
 
 def _options(blocks: Blocks) -> dict[str, int]:
     return {"num_warps": blocks.warps, "num_stages": blocks.stages}
 
 
+def _on_its_device(fn: Callable[Parameters, Results]) -> Callable[Parameters, Results]:
+    """Triton launches on the current device, so that of the call is made the current one."""
+
+    @functools.wraps(fn)
+    def call(*args: Parameters.args, **options: Parameters.kwargs) -> Results:
+        q = next(x for x in args if isinstance(x, Tensor) and x.dim() == 4)
+        if not q.is_cuda or q.device.index == torch.cuda.current_device():
+            return fn(*args, **options)
+        with torch.cuda.device(q.device):
+            return fn(*args, **options)
+
+    return call
+
+
+@_on_its_device
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """``seqkernels::attention_forward``."""
     q, k, v = (_last_contiguous(x) for x in (q, k, v))
@@ -164,6 +183,7 @@ def _splits(programs: int, keys: int, tile: int, q: Tensor) -> tuple[int, int | 
     return -(-keys // split_keys), split_keys
 
 
+@_on_its_device
 def attention_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,

@@ -37,9 +37,9 @@ _HALF: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "forward of many terms": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     "few_rows": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 8, 3), (16, 16, 8, 2)),
     "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 8, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
-    "backward_q": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_q": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     "backward_q of many terms": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
-    "backward_kv": ((64, 64, 4, 2), (32, 128, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_kv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     "backward_kv of many terms": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     "backward_bias": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
 }
@@ -55,13 +55,23 @@ _FLOAT: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "backward_bias": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
 }
 
+# Rows in place of those of `_HALF` on devices without the products of a warp group.
+_HALF_BEFORE_HOPPER = {"backward_q": (_HALF["backward_q"][0], (64, 64, 8, 2), *_HALF["backward_q"][2:])}
+
 
 def _power_of_2(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
 def blocks_of(
-    kernel: str, dtype: torch.dtype, size: int, value_size: int, *, many_terms: bool = False, shared: int = ROOMY
+    kernel: str,
+    dtype: torch.dtype,
+    size: int,
+    value_size: int,
+    *,
+    many_terms: bool = False,
+    architecture: int = 90,
+    shared: int = ROOMY,
 ) -> Blocks:
     """The tiles of a kernel.
 
@@ -72,6 +82,7 @@ def blocks_of(
         size: D, of q and k.
         value_size: Dv.
         many_terms: whether more goes into scores than the product and bounds.
+        architecture: 10 times the compute capability.
         shared: bytes of shared memory that the device has for a program.
     """
     d, dv = _power_of_2(size), _power_of_2(value_size)
@@ -79,6 +90,8 @@ def blocks_of(
         # Small tests shall still have several tiles.
         return Blocks(FEW_ROWS if kernel == "few_rows" else 32, 16, d, dv, 1, 1)
     table = _FLOAT if dtype == torch.float32 else _HALF
+    if dtype != torch.float32 and architecture < 90:
+        table = table | _HALF_BEFORE_HOPPER
     named = f"{kernel} of many terms"
     row = table[named if many_terms and named in table else kernel]
     m, n, warps, stages = row[max((max(d, dv) - 1).bit_length() - 6, 0)]
