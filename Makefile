@@ -4,7 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export SEQKERNELS_BUILD ?= 1
 
-.PHONY: demo test bench bench-quick bench-engines errors lint build pure wheel sanitize ci clean
+.PHONY: demo test bench bench-quick bench-engines errors lint build pure wheel sanitize interpret kernels \
+	gpu gpu-test gpu-bench ci clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: requirements-dev.txt
@@ -64,6 +65,34 @@ wheel:
 # Native tests under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/.installed
 	.ci/sanitize $(RUN)
+
+# The Triton kernels in Triton's interpreter, which has to be switched on before a kernel is defined. All cases take ten
+# minutes on two cores; CI runs a part of each test function's.
+EVERY ?= 1
+interpret: build
+	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 \
+		-m "not many and not slow" -k triton --every $(EVERY) \
+		$(addprefix tests/ops/test_,attention.py attention_options.py attention_pages.py recurrence.py \
+		recurrence_options.py checkpoint.py) tests/backends/test_triton_recurrence.py
+
+# The Triton kernels compiled for GPUs, held to the reviewed budget: those of bfloat16 for Hopper, and some for others;
+# "python -m seqkernels compile" compiles all for all, in several minutes.
+kernels: build
+	$(RUN) -m seqkernels compile --arch sm_90 --only bf16
+	$(RUN) -m seqkernels compile --arch sm_80,sm_100 --only "bf16 D=128"
+
+# On a machine with a GPU, offline, by a Python that has torch, triton, pytest and hypothesis: the tests of the GPU
+# backends on the device, memcheck over some of them, and the benchmarks, whose summary is printed last.
+GPU_PYTHON ?= python3
+gpu:
+	$(MAKE) gpu-test
+	$(MAKE) gpu-bench
+
+gpu-test:
+	.ci/gpu $(GPU_PYTHON)
+
+gpu-bench:
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 ci:
 	.ci/run

@@ -1,4 +1,4 @@
-"""``python -m seqkernels info``: what is installed, built and chosen on this machine."""
+"""The command line: ``info`` says what is installed, built and chosen, ``compile`` compiles the GPU kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, instruction sets, and each backend: available or why not")
     info.add_argument("--json", action="store_true", help="as JSON, the same content")
+    ahead = commands.add_parser(
+        "compile",
+        help="compile every Triton kernel as it is shipped, without a GPU, and hold it to the reviewed budget",
+    )
+    ahead.add_argument("--arch", default="sm_80,sm_90,sm_100", help="architectures, with commas (default %(default)s)")
+    ahead.add_argument("--only", default="", help="only kernels whose description has this in it")
+    ahead.add_argument("--json", action="store_true", help="as JSON, in the form of the budget")
     options = parser.parse_args(arguments)
+    if options.command == "compile":
+        raise SystemExit(_compile(options.arch.split(","), options.only, options.json))
     found = collect()
     print(json.dumps(found, indent=2) if options.json else render(found))
+
+
+def _compile(architectures: list[str], only: str, as_json: bool) -> int:
+    """``python -m seqkernels compile``; 1 where a kernel needs more than it may, or nothing was compiled."""
+    try:
+        from .backends.triton import ahead
+    except ImportError as error:
+        print(f"compile: triton cannot be imported: {error}", file=sys.stderr)
+        return 1
+    found = ahead.compile_all(architectures, only)
+    if as_json:
+        print(ahead.as_json(found))
+    else:
+        print(ahead.render(found))
+    breaches = ahead.breaches(found)
+    for breach in breaches:
+        print(f"compile: {breach}", file=sys.stderr)
+    if not found:
+        print(f"compile: no kernel has {only!r} in its description", file=sys.stderr)
+    return 1 if breaches or not found else 0
 
 
 if __name__ == "__main__":

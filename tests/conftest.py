@@ -8,18 +8,37 @@ from typing import NamedTuple
 
 import hypothesis
 import pytest
+import torch
 
 import seqkernels
 from seqkernels import backends, testing
+from seqkernels.testing import budget
+
+from .device import carry
+from .interpreter import hasten
+
+#: Whether Triton's interpreter runs its kernels here, a thousand times as slowly as a processor.
+INTERPRETED = not torch.cuda.is_available() and backends.backend("triton").unavailable() is None
+
+
+def examples(count: int) -> int:
+    """So many examples, or the tenth where Triton's interpreter runs them."""
+    return max(count // 10, 2) if INTERPRETED else count
+
 
 hypothesis.settings.register_profile(
     "seqkernels",
     derandomize=True,
     deadline=None,
-    max_examples=30,
+    max_examples=examples(30),
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("seqkernels")
+
+
+def widest(backend: str) -> torch.dtype:
+    """The dtype in which errors of an implementation are the least likely to be luck."""
+    return torch.float32 if backend == "triton" else torch.float64
 
 
 class Runner(NamedTuple):
@@ -41,22 +60,68 @@ def _isas(name: str) -> list[str | None]:
     return [*extension().isas()]
 
 
+DEVICE = "cpu"
 BACKENDS = [name for name in backends.NAMES if backends.backend(name).unavailable() is None]
+# The reference leaves threads to torch, Triton has none; how threads share work is the same for each instruction set.
+_THREADS = {"reference": (1,), "triton": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}
 RUNNERS = [
     Runner(name, isa, threads)
     for name in BACKENDS
     for isa in _isas(name)
-    # The reference leaves threads to torch.
-    for threads in ((1,) if name == "reference" else (1, 2))
+    for threads in _THREADS.get(isa or name, (1, 2))
 ]
 # Each implementation once, with the instruction set that it chooses by itself.
 PLAIN = [Runner(name, None, 1) for name in BACKENDS]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.is_available():
+        carry("triton")
+    if INTERPRETED or torch.cuda.is_available():
+        # Neither NumPy nor a GPU has the exponential of the CPU's libraries, and sums are in another order.
+        budget.TIMES = 3
+    if INTERPRETED:
+        hasten()
+        # Of NumPy, which computes for the interpreter: infinities and what is no number are among the inputs of tests.
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pure", action="store_true", help="the package was installed without its compiled module, on purpose"
     )
+    parser.addoption("--every", type=int, default=1, help="of each test function every N-th case only (%(default)s)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what an implementation says it does not serve, operations and dtypes, and what `--every` does."""
+    every, kept, left_out = config.getoption("every"), [], []
+    count: dict[str, int] = {}
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        served = not _declined(item)
+        if served:
+            count[function] = count.get(function, -1) + 1
+        (kept if served and count[function] % every == 0 else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+#: Parameters that name an implementation.
+_CHOOSING = ("runner", "plain_runner", "other_backend", "options_backend", "options_reader", "capable", "reader")
+
+
+def _declined(item: pytest.Item) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    used = {getattr(param, "backend", param) for name, param in params.items() if name in _CHOOSING}
+    if "triton" not in used | {params.get("options_runner", ("",))[0]}:
+        return False
+    stem = item.path.stem
+    op = "recurrence" if "recurrence" in stem or "checkpoint" in stem else "rotary" if "rotary" in stem else "attention"
+    marked = item.get_closest_marker("dtype")
+    dtype = marked.args[0] if marked else params.get("dtype", torch.float32)
+    return backends.why_not("triton", backends.Call(op, DEVICE, dtype)) is not None
 
 
 @pytest.fixture

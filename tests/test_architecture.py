@@ -93,7 +93,7 @@ def test_backends_know_only_the_registry_and_the_cells(path):
     if name[0] != "backends":
         # Others reach an implementation through the registry; the exceptions need that very one.
         reached = {i[2] for i in _imports(path) if i[:2] == ("seqkernels", "backends") and i[2:]}
-        allowed = {"ops": {"reference"}, "testing": {"reference", "native"}, "__main__": {"native"}}
+        allowed = {"ops": {"reference"}, "testing": {"reference", "native"}, "__main__": {"native", "triton"}}
         assert reached <= allowed.get(name[0], set())
         return
     for imported in _imports(path):
@@ -113,7 +113,9 @@ def test_backends_know_only_the_registry_and_the_cells(path):
 @pytest.mark.parametrize("path", MODULES, ids=_ids(MODULES))
 def test_optional_libraries_stay_in_their_place(path):
     name = _name(path)
-    allowed = {("backends", "numba"): {"numba", "llvmlite"}, ("backends", "triton"): {"triton"}}.get(name[:2], set())
+    allowed = {("backends", "numba"): {"numba", "llvmlite"}, ("backends", "triton"): {"triton", "tqdm"}}.get(
+        name[:2], set()
+    )
     if name[0] == "integrations":
         allowed = {name[-1]}
     assert {imported[0] for imported in _imports(path)} <= ALWAYS | allowed

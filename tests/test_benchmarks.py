@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import seqkernels
 from seqkernels.testing import assert_within_budget
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, conftest, engines, measure, roofline, workloads  # noqa: E402
+from benchmarks import cases, conftest, engines, floor, gpu, gpu_cases, measure, roofline, workloads  # noqa: E402
 
 EVERY = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 
@@ -481,3 +482,54 @@ def test_bad_options_are_named(argument, message, tmp_path):
     )
     assert done.returncode == 4
     assert message in done.stdout + done.stderr
+
+
+def test_cases_of_the_gpu():
+    names = [(case.name, mode) for case in gpu_cases.CASES for mode in case.modes]
+    assert len(set(names)) == len(names)
+    for named in ("attention_B1_H16_S16384_D128_causal_bfloat16", "attention_B16_H32_K8_M1_N8192_D128_bfloat16"):
+        assert (named, "forward") in names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_benchmark_of_the_gpu_on_the_cpu(tmp_path, capsys):
+    assert gpu.main(["--dry", "--json", str(tmp_path / "gpu.json")]) == 0
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    found = {(row["case"], row["mode"]) for row in written["rows"] if row["provider"] == gpu.OURS and not row["note"]}
+    assert found == {(case.name, mode) for case in gpu_cases.DRY_CASES for mode in case.modes}
+    assert all(row["ms"] > 0 for row in written["rows"] if not row["note"])
+    assert "x the best" in capsys.readouterr().out
+
+
+def test_a_failing_provider_is_named(monkeypatch, tmp_path, capsys):
+    def fail(*args, **options):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(seqkernels.functional, "attention", fail)
+    assert gpu.main(["--dry", "-k", "S40", "--json", str(tmp_path / "gpu.json")]) == 1
+    assert "out of order" in capsys.readouterr().err
+
+
+def test_gpu_benchmark_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "--dry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", gpu_cases.CASES, ids=lambda case: case.name)
+def test_floors(case):
+    for mode in case.modes:
+        found = floor.work(case, mode)
+        assert found.done_flops >= found.flops > 0
+        assert found.moved > 0
+        assert found.floor_ms * 1e-3 >= found.flops / (floor.PEAK_TFLOPS[case.dtype] * 1e12)
+        assert found.floor_ms * 1e-3 >= found.bytes / (floor.BANDWIDTH_TBYTES * 1e12)
+
+
+def test_what_decoding_moves():
+    """The keys and values once for all heads of a group."""
+    (case,) = (case for case in gpu_cases.CASES if case.name == "attention_B16_H32_K8_M1_N8192_D128_bfloat16")
+    found = floor.work(case, "forward")
+    assert found.moved == pytest.approx(2 * 16 * (8 * 8192 + 32) * 128 * 2)
+    assert found.moved == pytest.approx(found.bytes, rel=0.01)

@@ -23,10 +23,12 @@ PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("recurrence", "cpu"): ("native", "numba", "reference"),
     ("attention", "cpu"): ("native", "numba", "reference"),
     ("rotary", "cpu"): ("native", "reference"),
+    ("recurrence", "cuda"): ("triton", "reference"),
+    ("attention", "cuda"): ("triton", "reference"),
 }
 #: On devices without a row in `PREFERENCE`.
 FALLBACK = ("reference",)
-NAMES = ("native", "numba", "reference")
+NAMES = ("native", "numba", "triton", "reference")
 
 
 class Call(NamedTuple):
@@ -186,7 +188,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Insist on one implementation for every call made inside the block, backward passes included.
 
     Args:
-        name: ``"native"``, ``"numba"`` or ``"reference"``.
+        name: ``"native"``, ``"numba"``, ``"triton"`` or ``"reference"``.
 
     Raises:
         ValueError: no implementation has that name.

@@ -120,7 +120,7 @@ def test_a_device_without_kernels(fresh):
 
 def test_unknown_name():
     with (
-        pytest.raises(ValueError, match=r"backend: 'cudnn' is not one of 'native', 'numba', 'reference'"),
+        pytest.raises(ValueError, match=r"backend: 'cudnn' is not one of 'native', 'numba', 'triton', 'reference'"),
         seqkernels.use_backend("cudnn"),
     ):
         pass

@@ -33,7 +33,7 @@ RUNS = [
     (name, isa, threads)
     for name in WITH_OPTIONS
     for isa in _isas(name)
-    for threads in ((1,) if name == "reference" else (1, 2))
+    for threads in {"reference": (1,), "triton": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}.get(isa or name, (1, 2))
 ]
 
 

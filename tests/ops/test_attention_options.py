@@ -19,6 +19,8 @@ from seqkernels.ops.attention import attention, backward_op, forward_op, weights
 from seqkernels.scores import Scores
 from seqkernels.testing.baselines import ATTENTIONS
 
+from ..conftest import INTERPRETED, examples
+
 OPTIONS = testing.ATTENTION_OPTIONS
 DENSE = [name for name in OPTIONS if name != "varlen"]
 PATTERNS = ["".join(letters) for letters in itertools.product(*(("1", letter) for letter in "BHMN"))]
@@ -31,7 +33,7 @@ def _call(
     """Several draws of inputs, and options; with ``"varlen"`` the lengths are those of all documents together."""
     if count is None:
         # Few scores, or elements, are judged over more draws.
-        count = min(24, 2 + 600 // (1 + min(lengths) * min(size, value_size or size, 8)))
+        count = min(2 if INTERPRETED else 24, 2 + 600 // (1 + min(lengths) * min(size, value_size or size, 8)))
     common = {"layout": layout, "requires_grad": requires_grad}
     options = testing.attention_options(names, batch, heads, *lengths, dtype, seed=seed, **common)
     full = options.get("max_seqlen_q", lengths[0]), options.get("max_seqlen_k", lengths[1])
@@ -235,7 +237,7 @@ def test_bias_of_the_accumulation_dtype(runner, dtype):
     layout=st.sampled_from(testing.LAYOUTS[:-2]),
     seed=st.integers(0, 9),
 )
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=examples(150))
 def test_any_options(plain_runner, names, batch, heads, lengths, sizes, mask, bias, dtype, layout, seed):
     draws, options = _call(
         names, lengths, dtype, batch=batch, heads=heads[0] * heads[1], kv_heads=heads[0], size=sizes[0],
@@ -248,7 +250,7 @@ def test_any_options(plain_runner, names, batch, heads, lengths, sizes, mask, bi
 @hypothesis.given(
     size=st.integers(1, 512), value_size=st.integers(1, 512), names=st.sampled_from([DENSE, ["varlen"], ["softcap"]])
 )
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=examples(20))
 def test_head_sizes(plain_runner, size, value_size, names):
     draws, options = _call(names, (33, 40), size=size, value_size=value_size, heads=2, kv_heads=1, count=8)
     _check(plain_runner, draws, options)
@@ -376,6 +378,7 @@ def test_layouts(plain_runner, layout):
             testing.check_attention(*draws, grads=testing.random_grads(outputs, layout), **options)
 
 
+@pytest.mark.many
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "heads"), [(70_000, 1), (1, 70_000)])
 def test_many_heads(plain_runner, batch, heads):
@@ -384,6 +387,7 @@ def test_many_heads(plain_runner, batch, heads):
     _check(plain_runner, draws, options)
 
 
+@pytest.mark.many
 def test_many_documents(plain_runner):
     starts = torch.arange(301, dtype=torch.int32)
     documents = {"cu_seqlens_q": starts, "cu_seqlens_k": starts * 2, "max_seqlen_q": 1, "max_seqlen_k": 2}
@@ -400,6 +404,7 @@ def test_short_documents_beside_a_long_one(runner):
         _check(runner, [inputs], rows | {"max_seqlen_q": max(longest, 23), "max_seqlen_k": max(longest, 23)})
 
 
+@pytest.mark.many
 def test_a_long_row(runner):
     inputs = testing.attention_inputs(1, 2, 1, 200_000, 8, kv_heads=1)
     length = torch.tensor([199_990], dtype=torch.int32)
@@ -409,13 +414,14 @@ def test_a_long_row(runner):
     _check(runner, [inputs], {"key_lengths": length, "softcap": 1.5, "dropout_p": 0.25, "seed": seed})
 
 
-IDENTITY = [(2, 2, 5, n) for n in (1, 15, 17, 64, 65, 130)] + [(1, 3, 70, 33), (1, 1, 2, 512)]
+IDENTITY = [(2, 2, 5, n) for n in (1, 15, 17, 64)] + [(2, 2, 5, 65), (2, 2, 5, 130), (1, 3, 70, 33), (1, 1, 2, 512)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_drops_the_same_everywhere(runner, dtype):
     """Values that are unit vectors show the weights."""
-    for (b, h, m, n), p, value in itertools.product(IDENTITY, (0.0, 2.0**-32, 0.1, 0.5, 1.0), (7, -(2**62) - 3)):
+    identity = IDENTITY[-3:-1] if INTERPRETED else IDENTITY
+    for (b, h, m, n), p, value in itertools.product(identity, (0.0, 2.0**-32, 0.1, 0.5, 1.0), (7, -(2**62) - 3)):
         seed = torch.tensor(value)
         q, k = torch.zeros(b, h, m, 4, dtype=dtype), torch.ones(b, h, n, 4, dtype=dtype)
         v = torch.eye(n, dtype=dtype).expand(b, h, n, n)
@@ -425,7 +431,9 @@ def test_dropout_drops_the_same_everywhere(runner, dtype):
         gone = dropped(seed, (b, h, m, n), p)
         assert torch.equal(out == 0, gone)
         assert torch.equal(lse, attention(q, k, v)[1])
-        assert out[~gone].unique().numel() <= 1
+        # Parts of the keys that are merged round once more.
+        kept = out[~gone].unique().double()
+        assert kept.numel() == 0 or (kept.max() - kept.min()) <= 8 * torch.finfo(dtype).eps * kept.max()
         # The backward pass draws again.
         grad, keep = torch.ones_like(out[..., :1]), torch.zeros_like(v[..., :1]).requires_grad_()
         last = attention(q[:, :, -1:], k, keep, dropout_p=p, seed=seed)[0]
@@ -492,7 +500,7 @@ def test_opcheck(plain_runner, names):
     (inputs,), options = _call(names, count=1, mask="B11N", bias="1HMN")
     if not _served(plain_runner, inputs, options):
         return
-    for op, args in _op_calls(names, torch.bfloat16):
+    for op, args in _op_calls(names, torch.float16 if INTERPRETED else torch.bfloat16):
         if op is weights_op and _no_weights(plain_runner.backend):
             continue
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))

@@ -17,6 +17,7 @@ from seqkernels.ops.attention import attention, backward_op, forward_op, weights
 from seqkernels.ops.weights import column_sums, weights
 from seqkernels.scores import Scores
 
+from ..conftest import INTERPRETED
 from .judging import expected, judge_draws
 
 DENSE = [name for name in testing.ATTENTION_OPTIONS if name != "varlen"]
@@ -79,8 +80,9 @@ def _served(runner, inputs, options):
     features = Scores(1.0, inputs.mask, inputs.bias, **options).features(inputs.q, inputs.k)
     reason = backends.why_not(runner.backend, backends.Call("attention", "cpu", inputs.q.dtype, "", features))
     if reason is not None:
-        assert "block_table" in reason
-        with pytest.raises(seqkernels.BackendError, match=re.escape("has no")):
+        # Of dtypes, one says so first that has not all of them.
+        assert "block_table" in reason or str(inputs.q.dtype) in reason
+        with pytest.raises(seqkernels.BackendError, match=re.escape(reason)):
             attention(*inputs, **options)
     return reason is None
 
@@ -112,7 +114,7 @@ def _draws(batch, heads, lengths, size, dtype=torch.float32, *, count=2, **more)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pages(runner, dtype, page, queries):
     """Decoding and a prompt, with lengths of none, one, an odd number, all."""
-    keys = -(-300 // page) * page
+    keys = -(-(100 if INTERPRETED else 300) // page) * page
     lengths = {"key_lengths": torch.tensor([0, 1, keys // 2 + 1 - keys // 2 % 2, keys], dtype=INT)}
     draws = _draws(4, 8, (queries, keys), 24, dtype, value_size=40, kv_heads=2)
     _check(runner, draws, lengths, page, together=True)

@@ -15,6 +15,7 @@ from seqkernels import testing
 from seqkernels.cells import CELLS, DETACH, DTYPES, HOLD, RESET
 from seqkernels.ops.recurrence import backward_op, forward_op, recurrence
 
+from ..conftest import widest
 from .judging import judge
 
 FLAGS = list(itertools.product((False, True), repeat=3))  # reverse, bias, control
@@ -86,7 +87,8 @@ def test_empty(plain_runner, cell, shape):
     layout=st.sampled_from(testing.LAYOUTS),
 )
 def test_any_shape(plain_runner, cell, shape, reverse, bias, control, layout):
-    draws = _draws(cell, shape, torch.float64, bias=bias, control=control, layout=layout)
+    dtype = widest(plain_runner.backend)
+    draws = _draws(cell, shape, dtype, bias=bias, control=control, layout=layout)
     testing.check_recurrence(*draws, cell=cell, reverse=reverse)
 
 
@@ -114,9 +116,10 @@ def test_the_projection_inside(runner, cell, dtype):
 def test_any_projection(plain_runner, cell, shape, size, flags, input_bias, layout):
     reverse, bias, control = flags
     options = {"input_size": size, "layout": layout}
-    draws = _draws(cell, shape, torch.float64, bias=bias, control=control, detach=True, **options)
+    dtype = widest(plain_runner.backend)
+    draws = _draws(cell, shape, dtype, bias=bias, control=control, detach=True, **options)
     names = ("weight_ih", "bias_ih") if input_bias else ("weight_ih",)
-    given = testing.recurrence_options(cell, *shape[1:], torch.float64, names=names, **options)
+    given = testing.recurrence_options(cell, *shape[1:], dtype, names=names, **options)
     testing.check_recurrence(*draws, cell=cell, reverse=reverse, **given)
 
 
@@ -168,6 +171,7 @@ def test_inference_equals_training(plain_runner, cell, dtype):
         assert torch.equal(state_n, trained[2])
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(plain_runner, cell):
     for reverse, bias, control in PAIRS:
@@ -179,6 +183,7 @@ def test_gradcheck(plain_runner, cell):
         assert torch.autograd.gradcheck(outputs, inputs[:4])
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])
 def test_gradgradcheck(plain_runner, cell):
     inputs = _inputs(cell, (2, 2, 2), torch.float64, control=True, seed=2)
@@ -189,6 +194,7 @@ def test_gradgradcheck(plain_runner, cell):
     assert torch.autograd.gradgradcheck(outputs, inputs[:4])
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", CELLS)
 def test_first_order_is_the_same_where_the_second_is_wanted(plain_runner, cell):
     inputs = _inputs(cell, (4, 3, 5), torch.float64, control=True)
@@ -326,6 +332,7 @@ def test_saturated_gates(plain_runner, cell):
     assert cell == "rnn_relu" or (hidden.abs() <= 1).all()
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", CELLS)
 def test_split_in_time_equals_one_run(plain_runner, cell):
     for reverse in (False, True):
@@ -348,6 +355,7 @@ def test_split_in_time_equals_one_run(plain_runner, cell):
         judge(found, inputs, grads, cell=cell, reverse=reverse)
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_of_the_batch_are_independent(plain_runner, cell):
     inputs = _inputs(cell, (5, 11, 9), torch.float64, control=True, requires_grad=False)

@@ -17,6 +17,7 @@ from seqkernels.backends import Call
 from seqkernels.cells import CELLS, CONSTANTS, DETACH, DTYPES, HOLD, RESET, Weights
 from seqkernels.ops.recurrence import backward_op, forward_op, recurrence
 
+from ..conftest import widest
 from .judging import expected, judge, judge_draws
 
 SIZE = 6
@@ -125,7 +126,7 @@ def test_any_options(options_backend, data, cell):
     layout = data.draw(st.sampled_from(layouts), "layout")
     flags = {name: data.draw(st.booleans(), name) for name in ("reverse", "gates", "bias", "control")}
     inputs, options = _call(
-        cell, shape, torch.float64, names, count=_count(shape, layout), layout=layout, bias=flags.pop("bias"),
+        cell, shape, widest(options_backend), names, count=_count(shape, layout), layout=layout, bias=flags.pop("bias"),
         control=flags.pop("control"), detach=True,
     )  # fmt: skip
     testing.check_recurrence(*inputs, cell=cell, **flags, **options)
@@ -144,6 +145,7 @@ def _differentiable(cell, inputs, options, **more):
     return outputs, (*inputs[:4], *(options[name] for name in names))
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize(("cell", "name"), [*CASES, *((cell, "all") for cell in CELLS)])
 def test_gradcheck(options_backend, cell, name):
     names = _names(cell) if name == "all" else _alone(name)
@@ -153,6 +155,7 @@ def test_gradcheck(options_backend, cell, name):
     assert torch.autograd.gradcheck(outputs, leaves, fast_mode=options_backend == "reference")
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])
 def test_gradgradcheck(options_backend, cell):
     (inputs,), options = _call(cell, (2, 2, 2), torch.float64, _names(cell), control=True)
@@ -160,6 +163,7 @@ def test_gradgradcheck(options_backend, cell):
     assert torch.autograd.gradgradcheck(outputs, leaves, fast_mode=True)
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", CELLS)
 def test_first_order_is_the_same_where_the_second_is_wanted(options_backend, cell):
     (inputs,), options = _call(cell, (4, 3, 5), torch.float64, _names(cell), control=True, detach=True)
@@ -184,6 +188,7 @@ def _ops_call(inputs, options, cell):
     return grads, inputs.input, weights, states, reserve, inputs.control, cell, True
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", CELLS)
 def test_only_what_is_needed_is_given(options_backend, cell):
     (inputs,), options = _call(cell, (4, 3, 9), torch.float64, _names(cell), requires_grad=False, control=True)
@@ -198,6 +203,7 @@ def test_only_what_is_needed_is_given(options_backend, cell):
             assert torch.equal(y, x) if j == k else y.shape == (0,)
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_one_saves_another_reads(options_backend, options_reader, cell):
     common = {"requires_grad": False, "control": True, "detach": True}
@@ -278,6 +284,7 @@ def test_a_gradient_ends_where_a_state_is_detached(options_backend, cell, revers
         assert (result["grad_reset_state"] != 0).any(1).all()
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("cell", CELLS)
 def test_reset_state_is_the_state_before_a_reset(options_backend, cell):
     """The same as a run that begins there, values and gradients."""

@@ -1,0 +1,458 @@
+"""``make gpu-bench``: the backends on a GPU beside their peers, ``python -m benchmarks.gpu [--minutes M] [-k WORD]``.
+
+Of each case all providers are timed in turns, round by round, with device events around some calls; each call uses the
+next of several sets of inputs, together larger than the last cache. A second figure is that of the same calls in a CUDA
+graph, which shows what the launches cost. Results of 16 bits are compared with those of the first provider.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import seqkernels
+
+from .cases import SOFTCAP, WINDOW, Attention, Case, Mode, Recurrence
+from .gpu_cases import CASES, DRY_CASES
+from .workloads import LAYERS
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = "seqkernels"
+ROTATED = 160 << 20
+"""Bytes of all sets of inputs together, more than three times the last cache of an H100."""
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+class Provider(NamedTuple):
+    """Who is timed: the calls on each set of inputs, and the context they are made in."""
+
+    name: str
+    calls: list[Call]
+    context: Callable[[], AbstractContextManager[object]]
+
+
+class Row(NamedTuple):
+    """One line of the result: median milliseconds of a call, launched one by one and in a CUDA graph."""
+
+    case: str
+    group: str
+    mode: str
+    provider: str
+    ms: float
+    graph_ms: float | None
+    tflops: float
+    gbytes: float
+    difference: float | None
+    note: str
+
+
+def _forward_backward(forward: Callable[[], Tensor], wanted: Sequence[Tensor], grad: Tensor | None) -> Call:
+    def call() -> tuple[Tensor, ...]:
+        out = forward()
+        return (out,) if grad is None else (out, *torch.autograd.grad(out, wanted, grad))
+
+    return call
+
+
+def _copies(case: Case, mode: Mode) -> int:
+    return max(1, min(8, ROTATED // max(case.bytes(mode), 1)))
+
+
+def _randn(case: Case, device: str, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device, dtype=torch.float32).to(case.dtype)
+
+
+def _attention_forms(case: Attention, device: str) -> Iterator[tuple[str, Callable[..., Tensor], Any]]:
+    """Each provider's name, its function of q, k and v, and its context."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    ours: dict[str, Any] = {"is_causal": case.causal}
+    slopes = 2.0 ** (torch.arange(1, case.heads + 1, device=device) * (-8 / case.heads))
+    bias = _randn(case, device, 1, case.heads, case.queries, case.keys) if case.option == "bias" else None
+    if case.option == "window":
+        ours["window"] = (WINDOW - 1, None)
+    elif case.option == "alibi":
+        ours["alibi_slopes"] = slopes
+    elif case.option == "softcap":
+        ours["softcap"] = SOFTCAP
+    elif bias is not None:
+        ours["bias"] = bias
+    if case.option or device == "cpu":
+        attention: Any = functools.partial(seqkernels.functional.attention, **ours)
+        yield OURS, attention, nullcontext
+    else:
+        yield OURS, _sdpa(case, seqkernels.functional), nullcontext
+    if not case.option:
+        for name, backend in (
+            ("flash", SDPBackend.FLASH_ATTENTION),
+            ("cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+        ):
+            yield name, _sdpa(case, F), functools.partial(sdpa_kernel, [backend] if device != "cpu" else list(_MATH))
+        if _flash_attn() is not None and device != "cpu":
+            yield "flash-attn", _theirs(case), nullcontext
+    yield "flex", _flex(case, slopes, bias, device), nullcontext
+
+
+_MATH = (torch.nn.attention.SDPBackend.MATH,)
+
+
+def _sdpa(case: Attention, module: Any) -> Callable[..., Tensor]:
+    return functools.partial(
+        module.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=case.kv_heads is not None
+    )
+
+
+@functools.cache
+def _flash_attn() -> Any:
+    try:
+        import flash_attn
+    except ImportError:
+        return None
+    return flash_attn.flash_attn_func
+
+
+def _theirs(case: Attention) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        turned = (x.transpose(1, 2) for x in (q, k, v))
+        out: Tensor = _flash_attn()(*turned, causal=case.causal)
+        return out.transpose(1, 2)
+
+    return call
+
+
+def _flex(case: Attention, slopes: Tensor, bias: Tensor | None, device: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    change: Any = None
+    if case.option == "softcap":
+
+        def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return SOFTCAP * torch.tanh(score / SOFTCAP)
+
+    elif case.option == "alibi":
+
+        def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score - slopes[h] * (i - j)
+
+    elif bias is not None:
+
+        def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + bias[0, h, i, j]
+
+    block_mask = None
+    if case.causal:
+
+        def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (i - j < WINDOW) if case.option == "window" else i >= j
+
+        block_mask = create_block_mask(keep, None, None, case.queries, case.keys, device=device)
+    bound: Callable[..., Tensor] = functools.partial(
+        flex_attention, score_mod=change, block_mask=block_mask, enable_gqa=case.kv_heads is not None
+    )
+    return bound if device == "cpu" else torch.compile(bound, dynamic=False)
+
+
+def _attention(case: Attention, mode: Mode, device: str) -> Iterator[Callable[[], Provider]]:
+    training = mode == "forward_backward"
+    kv_heads = case.kv_heads or case.heads
+    sets = []
+    for _ in range(_copies(case, mode)):
+        q = _randn(case, device, case.batch, case.heads, case.queries, case.size).requires_grad_(training)
+        k, v = (
+            _randn(case, device, case.batch, kv_heads, case.keys, case.size).requires_grad_(training) for _ in range(2)
+        )
+        sets.append((q, k, v, _randn(case, device, *q.shape) if training else None))
+
+    def provider(name: str, form: Callable[..., Tensor], context: Any) -> Provider:
+        calls = [_forward_backward(functools.partial(form, q, k, v), (q, k, v), grad) for q, k, v, grad in sets]
+        return Provider(name, calls, context)
+
+    for name, form, context in _attention_forms(case, device):
+        yield functools.partial(provider, name, form, context)
+
+
+def _recurrence(case: Recurrence, mode: Mode, device: str) -> Iterator[Callable[[], Provider]]:
+    training = mode == "forward_backward"
+    options: dict[str, Any] = {"num_layers": case.layers, "bidirectional": case.bidirectional}
+    if case.cell.startswith("rnn"):
+        options["nonlinearity"] = case.cell[4:]
+    theirs = getattr(nn, LAYERS[case.cell])(case.inputs, case.hidden, **options).to(device, case.dtype)
+    mine = getattr(seqkernels.nn, LAYERS[case.cell])(case.inputs, case.hidden, **options).to(device, case.dtype)
+    mine.load_state_dict(theirs.state_dict())
+    inputs = [
+        _randn(case, device, case.steps, case.batch, case.inputs).requires_grad_(training)
+        for _ in range(_copies(case, mode))
+    ]
+    columns = case.hidden * (2 if case.bidirectional else 1)
+    grad = _randn(case, device, case.steps, case.batch, columns) if training else None
+
+    def provider(name: str, layer: nn.Module) -> Provider:
+        def of(x: Tensor) -> Call:
+            return _forward_backward(lambda: layer(x)[0], (x, *layer.parameters()), grad)
+
+        return Provider(name, [of(x) for x in inputs], nullcontext)
+
+    yield functools.partial(provider, OURS, mine)
+    yield functools.partial(provider, "torch", theirs)
+
+
+class Clock:
+    """Times calls with device events; on a processor with its clock."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device != "cpu"
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Of one call."""
+        if not self.on_gpu:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def _graph(provider: Provider) -> Callable[[], object] | None:
+    """All calls of a provider in one CUDA graph; ``None`` where they cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side), provider.context():
+            for call in provider.calls:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with provider.context(), torch.cuda.graph(graph):
+            for call in provider.calls:
+                call()
+    except (RuntimeError, AssertionError):
+        torch.cuda.synchronize()
+        return None
+    replay: Callable[[], object] = graph.replay
+    return replay
+
+
+def _all(provider: Provider) -> None:
+    with provider.context():
+        for call in provider.calls:
+            call()
+
+
+def time_case(case: Case, mode: Mode, device: str, budget: float, rounds: int = 15) -> list[Row]:
+    """Times all providers of a case in turns; a provider that fails has a row that says why."""
+    makers = _attention(case, mode, device) if isinstance(case, Attention) else _recurrence(case, mode, device)
+    clock = Clock(device)
+    providers: dict[str, Provider] = {}
+    results: dict[str, tuple[Tensor, ...]] = {}
+    rows: list[Row] = []
+    for make in makers:
+        name = make.args[0] if isinstance(make, functools.partial) else ""
+        try:
+            provider = make()
+            with provider.context():
+                results[name] = tuple(x.detach().float() for x in provider.calls[0]())
+            _all(provider)
+            providers[name] = provider
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            rows.append(Row(case.name, case.group, mode, name, float("nan"), None, 0.0, 0.0, None, said))
+    differences = {name: _difference(found, results) for name, found in results.items()}
+    results.clear()
+    graphs = {name: _graph(provider) if clock.on_gpu else None for name, provider in providers.items()}
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    replays: dict[str, list[float]] = {name: [] for name, graph in graphs.items() if graph is not None}
+    start, names = time.perf_counter(), list(providers)
+    for index in range(rounds):
+        for name in names[index % max(len(names), 1) :] + names[: index % max(len(names), 1)]:
+            count = len(providers[name].calls)
+            samples[name].append(clock.seconds(functools.partial(_all, providers[name])) / count)
+            graph = graphs[name]
+            if graph is not None:
+                replays[name].append(clock.seconds(graph) / count)
+        if time.perf_counter() - start > budget and index >= 2:
+            break
+    for name in names:
+        seconds = statistics.median(samples[name])
+        replayed = statistics.median(replays[name]) if replays.get(name) else None
+        best = min(seconds, replayed or seconds)
+        rows.append(
+            Row(
+                case.name,
+                case.group,
+                mode,
+                name,
+                seconds * 1e3,
+                None if replayed is None else replayed * 1e3,
+                _flops(case, mode) / best / 1e12,
+                case.bytes(mode) / best / 1e9,
+                differences[name],
+                "",
+            )
+        )
+    return rows
+
+
+def _flops(case: Case, mode: Mode) -> float:
+    """As the field counts them: attention's backward pass has 2.5 times the products of the forward pass."""
+    if isinstance(case, Attention):
+        return case.flops("forward") * (1.0 if mode == "forward" else 3.5)
+    return case.flops(mode)
+
+
+def _difference(found: Sequence[Tensor], all_results: dict[str, tuple[Tensor, ...]]) -> float | None:
+    """The largest relative difference in norm from the results of the first other provider."""
+    others = [results for results in all_results.values() if results is not found]
+    if not others:
+        return None
+    return max(
+        float((x - y).norm() / y.norm().clamp_min(1e-30)) for x, y in zip(found, others[0], strict=True) if x.numel()
+    )
+
+
+def launch_cost(calls: int = 200) -> dict[str, float]:
+    """Microseconds that Python spends on a small call, which the GPU finishes before the next one."""
+    q, k, v = (torch.randn(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    x, grad = torch.zeros(1, device="cuda"), torch.randn_like(q)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return seqkernels.functional.scaled_dot_product_attention(q, k, v)
+
+    def backward() -> object:
+        out = seqkernels.functional.scaled_dot_product_attention(q, k, v)
+        return torch.autograd.grad(out, (q, k, v), grad)
+
+    found = {}
+    for name, call in (("empty kernel", lambda: x.zero_()), ("forward", forward), ("forward_backward", backward)):
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize()
+        taken = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            taken.append((time.perf_counter() - start) / calls * 1e6)
+            torch.cuda.synchronize()
+        found[name] = statistics.median(taken)
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the run was made on: the device, its clocks and driver, versions, and its rates measured now."""
+    found: dict[str, Any] = {"torch": torch.__version__, "seqkernels": seqkernels.__version__, "device": device}
+    if device == "cpu":
+        return found
+    import triton
+
+    asked = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+    query = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    found |= {
+        "device": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__,
+        "nvidia_smi": dict(zip(asked.split(","), query.stdout.strip().split(", "), strict=False)),
+    }
+    clock = Clock(device)
+    source = torch.randn(1 << 28, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+
+    def best(call: Callable[[], object]) -> float:
+        call()
+        return min(clock.seconds(call) for _ in range(10))
+
+    found["copy_gbytes"] = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
+    found["mm_tflops"] = 2 * 8192**3 / best(lambda: torch.mm(a, b)) / 1e12
+    return found
+
+
+def render(rows: Sequence[Row], about: dict[str, Any]) -> str:
+    """The summary: a line for each case and mode, with milliseconds of each provider and our speed over the best."""
+    lines = [", ".join(f"{name} {value}" for name, value in about.items() if not isinstance(value, dict | list))]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.mode), []).append(row)
+    for (case, mode), of in groups.items():
+        times = {row.provider: row.graph_ms or row.ms for row in of if not row.note}
+        mine = next((row for row in of if row.provider == OURS and not row.note), None)
+        others = [ms for name, ms in times.items() if name != OURS]
+        text = f"{case} {mode.replace('_', '+')}".ljust(64)
+        if mine is not None:
+            text += f" {mine.tflops:6.0f} TF {mine.gbytes:6.0f} GB/s"
+            text += f"  {min(others) / times[OURS]:5.2f}x the best" if others else ""
+        text += "  " + " ".join(f"{name} {ms:.4g}" for name, ms in times.items())
+        text += "".join(f"  {row.provider}: {row.note}" for row in of if row.note)
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time the cases until the time is up, write the JSON, print the summary.
+
+    Returns:
+        0; 1 where one of our own calls failed or differs from all others.
+    """
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--minutes", type=float, default=7.0, help="cases that do not fit are left out (%(default)s)")
+    parser.add_argument("-k", metavar="WORD", default="", help="only the cases with this in their name")
+    parser.add_argument("--json", type=Path, default=ROOT / "report" / "gpu.json", help="result (%(default)s)")
+    parser.add_argument("--dry", action="store_true", help="small cases on the processor: a check of this program")
+    options = parser.parse_args(arguments)
+    device = "cpu" if options.dry else "cuda"
+    if not options.dry and not torch.cuda.is_available():
+        print("gpu: there is no CUDA device; --dry checks the program without one", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    about = machine(device)
+    cases = [(c, m) for c in (DRY_CASES if options.dry else CASES) if options.k in c.name for m in c.modes]
+    rows: list[Row] = []
+    left_out = []
+    for case, mode in tqdm(cases, unit="case", disable=None):
+        spent = time.perf_counter() - start
+        if spent > options.minutes * 60:
+            left_out.append(f"{case.name} {mode}")
+            continue
+        with torch.set_grad_enabled(mode == "forward_backward"):
+            rows += time_case(case, mode, device, budget=1.0)
+    if not options.dry:
+        about |= {f"launch {name} us": round(us, 1) for name, us in launch_cost().items()}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    written = {"machine": about, "rows": [row._asdict() for row in rows], "left_out": left_out}
+    options.json.write_text(json.dumps(written, indent=1).replace("NaN", "null") + "\n")
+    print(render(rows, about))
+    if left_out:
+        print(f"left out for time: {len(left_out)} of {len(cases)}")
+    wrong = [row for row in rows if row.provider == OURS and (row.note or (row.difference or 0.0) > 0.05)]
+    for row in wrong:
+        print(f"gpu: {row.case} {row.mode}: {row.note or f'differs by {row.difference:.2g}'}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

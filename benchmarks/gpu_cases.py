@@ -1,0 +1,63 @@
+"""The cases of ``make gpu-bench``, in the order in which they are timed: those that matter most come first."""
+
+from __future__ import annotations
+
+import torch
+
+from .cases import Attention, Case, Option, Recurrence
+
+HALF = torch.bfloat16
+
+#: Tokens of a batch in the sweep over lengths, and columns of all heads: the sweep of FlashAttention-3's paper.
+TOKENS, COLUMNS = 16384, 2048
+
+
+def _sweep() -> list[Case]:
+    cases: list[Case] = []
+    for length in (16384, 4096, 1024):
+        for size in (128, 64):
+            for causal in (False, True):
+                batch, heads = TOKENS // length, COLUMNS // size
+                cases.append(Attention(batch, heads, length, length, size, causal=causal, dtype=HALF))
+    return cases
+
+
+def _others() -> list[Case]:
+    options: tuple[Option, ...] = ("window", "alibi", "softcap", "bias")
+    return [
+        Attention(16, 16, 512, 512, 64, dtype=HALF),
+        Attention(16, 16, 512, 512, 64, causal=True, dtype=HALF),
+        Attention(16, 32, 1, 8192, 128, kv_heads=8, dtype=HALF, inference=True),
+        Attention(1, 32, 1, 8192, 128, kv_heads=8, dtype=HALF, inference=True),
+        *(Attention(4, 16, 4096, 4096, 64, causal=True, dtype=HALF, option=option) for option in options),
+        Attention(4, 16, 2048, 2048, 128, causal=True, dtype=torch.float16),
+        Attention(4, 16, 1024, 1024, 64, causal=True),
+    ]
+
+
+def _recurrences() -> list[Case]:
+    cases: list[Case] = []
+    for dtype in (HALF, torch.float32):
+        for cell in ("lstm", "gru"):
+            for batch, hidden in ((8, 128), (16, 256), (32, 512), (128, 512), (16, 1024)):
+                cases.append(Recurrence(cell, 512, batch, hidden, hidden, dtype=dtype))
+    cases.append(Recurrence("lstm", 512, 32, 512, 512, dtype=HALF, layers=2, bidirectional=True))
+    cases.append(Recurrence("gru", 512, 32, 512, 512, dtype=HALF, layers=2))
+    cases.append(Recurrence("lstm", 512, 16, 512, 512, dtype=torch.float16))
+    cases.append(Recurrence("rnn_tanh", 512, 16, 512, 512, dtype=HALF))
+    return cases
+
+
+CASES: tuple[Case, ...] = (*_sweep(), *_others(), *_recurrences())
+
+#: The same at sizes that a processor can do, to check the code of the benchmark.
+DRY_CASES: tuple[Case, ...] = (
+    Attention(2, 4, 40, 40, 16, causal=True),
+    Attention(2, 4, 1, 48, 16, kv_heads=2, inference=True),
+    Attention(1, 2, 300, 300, 16, causal=True, option="window"),
+    Attention(1, 2, 30, 30, 16, causal=True, option="alibi"),
+    Attention(1, 2, 30, 30, 16, causal=True, option="softcap"),
+    Attention(1, 2, 30, 30, 16, causal=True, option="bias"),
+    Recurrence("lstm", 7, 3, 8, 8),
+    Recurrence("gru", 7, 3, 8, 8, layers=2, bidirectional=True),
+)

@@ -1,0 +1,279 @@
+"""Kernels compiled ahead of time, without a GPU, and what they need of one: registers, spills and shared memory.
+
+``python -m seqkernels compile`` shows it and holds it to the reviewed ``budget.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import attention_kernels, recurrence_ahead
+from .attention_scores import Full, Rows, Terms
+from .configs import Blocks, blocks_of
+from .recurrence_ahead import RecurrenceVariant
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+BUDGET = Path(__file__).with_name("budget.json")
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_FEATURES = {
+    64: ("plain", "causal", "all"),
+    128: ("plain", "causal", "all"),
+    256: ("plain", "causal"),
+    512: ("causal",),
+}
+
+
+class Pointer(NamedTuple):
+    """Stands for a tensor whose memory begins at a multiple of 16 bytes."""
+
+    type: str
+
+
+class Variant(NamedTuple):
+    """A kernel as it is shipped: for a dtype, a head size, and what a call uses beyond plain softmax."""
+
+    kernel: str
+    dtype: torch.dtype
+    size: int
+    features: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {_TYPES[self.dtype]} D={self.size} {self.features}"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it has a matrix product for tensor cores."""
+        return self.dtype != torch.float32
+
+
+Variants = Variant | RecurrenceVariant
+
+
+class Needs(NamedTuple):
+    """What a compiled kernel needs: registers of a thread, bytes of them that spill, bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+    tensor_cores: bool
+
+
+def variants() -> Iterator[Variants]:
+    """Every kernel in every configuration that is shipped."""
+    for size in _FEATURES:
+        for dtype in _TYPES:
+            for features in _FEATURES[size]:
+                for kernel in ("forward", "few_rows", "backward_q", "backward_kv"):
+                    yield Variant(kernel, dtype, size, features)
+                if features == "all":
+                    yield Variant("backward_bias", dtype, size, features)
+    yield from recurrence_ahead.variants(_TYPES)
+
+
+def _terms(variant: Variant) -> Terms:
+    none = Terms(0.125, None if variant.dtype == torch.float32 else 1, *[None] * 17)
+    if variant.features == "plain":
+        return none
+    if variant.features == "causal":
+        return none._replace(right=0)
+    pointer = Pointer("i32")
+    dtype = _TYPES[variant.dtype]
+    return Terms(
+        0.125,
+        None,
+        30.0,
+        1024,
+        1024,
+        1,
+        Full(Pointer("u8"), 4096, 4096, 4096, 1),
+        Full(Pointer(dtype), 4096, 4096, 4096, 1),
+        Pointer("fp32"),
+        32,
+        pointer,
+        pointer,
+        pointer,
+        None,
+        None,
+        None,
+        Pointer("i64"),
+        1 << 28,
+        1.1,
+    )
+
+
+def _arguments(variant: Variant, architecture: int) -> tuple[triton.JITFunction, dict[str, Any], Blocks]:
+    """The kernel, its arguments by name, with `Pointer` for tensors, and its tiles."""
+    dtype, size = _TYPES[variant.dtype], variant.size
+    many = variant.features == "all"
+    blocks = blocks_of(variant.kernel, variant.dtype, size, size, many_terms=many, architecture=architecture)
+    rows = Rows(Pointer(dtype), 16 * 4096 * size, size, 16 * size)
+    sums = Pointer("fp32")
+    constants = {"D": size, "DV": size, "PRECISION": "ieee", **blocks.constants()}
+    sizes = {"heads": 16, "group": 2, "rows": 4096, "most_queries": 4096, "most_keys": 4096}
+    all_of_it = variant.features == "all"
+    given: dict[str, Any] = {"q": rows, "k": rows, "v": rows, "terms": _terms(variant), **sizes, **constants}
+    if variant.kernel in ("forward", "few_rows"):
+        few = variant.kernel == "few_rows"
+        given |= {"out": rows, "lse": sums, "sink": Pointer("fp32") if all_of_it else None, "PACK": 4 if few else 1}
+        given |= dict.fromkeys(("split_keys", "split_out", "split_lse"), 1 << 20 if few else None)
+        return attention_kernels.forward_kernel, given, blocks
+    given |= {"grad": rows, "lse": sums, "delta": Pointer("fp32")}
+    bias = Full(Pointer("fp32"), 4096, 4096, 4096, 1) if all_of_it else None
+    if variant.kernel == "backward_q":
+        return attention_kernels.backward_q_kernel, given | {"grad_q": rows, "grad_bias": bias}, blocks
+    if variant.kernel == "backward_bias":
+        given |= {"grad_bias": bias, "batch": 4, "SUM_ROWS": False, "SUM_KEYS": False}
+        return attention_kernels.backward_bias_kernel, given, blocks
+    return attention_kernels.backward_kv_kernel, given | {"grad_k": rows, "grad_v": rows}, blocks
+
+
+def _specialize(value: Any, at: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    """The type of an argument as the launcher would see it; its constants and alignments go into the mappings."""
+    if value is None or isinstance(value, str):
+        constants[at] = value
+        return "constexpr"
+    if isinstance(value, Pointer):
+        attributes[at] = [["tt.divisibility", 16]]
+        return f"*{value.type}"
+    if isinstance(value, tuple):
+        found = [_specialize(x, (*at, i), constants, attributes) for i, x in enumerate(value)]
+        return type(value)(*found)
+    if isinstance(value, float):
+        return "fp32"
+    if value == 1:
+        constants[at] = 1
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[at] = [["tt.divisibility", 16]]
+    return "i32" if value < 2**31 else "i64"
+
+
+def compile_variant(variant: Variants, architecture: str) -> Needs:
+    """Compiles a kernel for an architecture, into Triton's cache, and says what it needs.
+
+    Raises:
+        ValueError: `architecture` is not one of `ARCHITECTURES`.
+    """
+    _check_architecture(architecture)
+    number = int(architecture.removeprefix("sm_"))
+    if isinstance(variant, RecurrenceVariant):
+        kernel, given, options = recurrence_ahead.arguments(variant, Pointer)
+    else:
+        kernel, given, blocks = _arguments(variant, number)
+        options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    signature: dict[str, Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr:
+            constants[(i,)] = value
+            signature[parameter.name] = "constexpr"
+        else:
+            of_value = {} if parameter.do_not_specialize else attributes
+            signature[parameter.name] = _specialize(value, (i,), constants, of_value)
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", number, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    ptx: str = compiled.asm["ptx"]
+    registers, spilled = _resources(compiled.asm["cubin"])
+    return Needs(registers, spilled, compiled.metadata.shared, "mma" in ptx)
+
+
+def _check_architecture(name: str) -> None:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"arch: expected some of {', '.join(ARCHITECTURES)}, got {name!r}")
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of it on the stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"{tool} -res-usage did not name registers: {text}")
+    return int(found[1]), int(found[2])
+
+
+Found = dict[tuple[str, Variants], Needs]
+
+
+def compile_all(architectures: Sequence[str], only: str = "") -> Found:
+    """Compiles every variant whose description has `only` in it, in as many processes as there are cores.
+
+    Returns:
+        What each needs, by architecture and variant.
+
+    Raises:
+        ValueError: an architecture is not one of `ARCHITECTURES`.
+    """
+    for architecture in architectures:
+        _check_architecture(architecture)
+    wanted = [variant for variant in variants() if only in str(variant)]
+    jobs = [(architecture, variant) for architecture in architectures for variant in wanted]
+    found: Found = {}
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        waiting = {
+            pool.submit(compile_variant, variant, architecture): (architecture, variant)
+            for architecture, variant in jobs
+        }
+        for done in tqdm(as_completed(waiting), total=len(waiting), unit="kernel", disable=None):
+            found[waiting[done]] = done.result()
+    return {job: found[job] for job in jobs}
+
+
+def as_json(found: Found) -> str:
+    """What kernels need in the form of ``budget.json``: registers, spilled and shared bytes, a line for each kernel."""
+    table: dict[str, dict[str, str]] = {}
+    for (architecture, variant), needs in found.items():
+        numbers = [needs.registers, needs.spilled, needs.shared]
+        table.setdefault(architecture, {})[str(variant)] = json.dumps(numbers)
+    parts = []
+    for architecture, rows in table.items():
+        lines = ",\n".join(f"  {json.dumps(name)}: {numbers}" for name, numbers in rows.items())
+        parts.append(f" {json.dumps(architecture)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(parts) + "\n}"
+
+
+def render(found: Found) -> str:
+    """A table of what kernels need."""
+    lines = [f"{'':8}{'kernel':44}{'registers':>10}{'spilled':>9}{'shared':>9}  tensor cores"]
+    for (architecture, variant), needs in found.items():
+        numbers = f"{needs.registers:>10}{needs.spilled:>9}{needs.shared:>9}"
+        lines.append(f"{architecture:8}{variant!s:44}{numbers}  {'yes' if needs.tensor_cores else 'no'}")
+    return "\n".join(lines)
+
+
+def breaches(found: Found) -> list[str]:
+    """What needs more than ``budget.json`` allows, or has no place in it, or no tensor cores for 16-bit numbers."""
+    allowed = json.loads(BUDGET.read_text())
+    said = []
+    for (architecture, variant), needs in found.items():
+        limits = allowed.get(architecture, {}).get(str(variant))
+        if limits is None:
+            said.append(f"{architecture} {variant}: has no budget")
+            continue
+        for name, need, limit in zip(Needs._fields, needs, limits, strict=False):
+            if need > limit:
+                said.append(f"{architecture} {variant}: {name} {need}, allowed {limit}")
+        if not needs.tensor_cores and variant.multiplies:
+            said.append(f"{architecture} {variant}: no tensor-core instructions")
+    return said

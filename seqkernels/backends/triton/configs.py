@@ -1,0 +1,100 @@
+"""Sizes of the tiles of each kernel, by dtype and head size; the number of rows, keys and heads has no part in it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+#: Up to so many rows of all heads of a group, the tile of the forward pass has no more.
+FEW_ROWS = 16
+
+#: Bytes of shared memory that a program has at least on a device for which the first row of a table below is meant.
+ROOMY = 160 * 1024
+
+
+class Blocks(NamedTuple):
+    """Rows and keys of a tile, head sizes rounded up to powers of 2, warps of a program, and stages of its loads."""
+
+    m: int
+    n: int
+    d: int
+    dv: int
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, int]:
+        """As the kernels name them."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_D": self.d, "BLOCK_DV": self.dv}
+
+
+# Rows, keys, warps and stages, for head sizes up to 64, 128, 256 and 512. The largest tiles that ptxas gives all their
+# registers; float32 products without tensor cores take several for each element. Scores that a mask, a bias, ALiBi, a
+# soft cap or dropout go into have the tables named "... of many terms".
+_HALF: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
+    "forward of many terms": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "few_rows": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 8, 3), (16, 16, 8, 2)),
+    "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 8, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_q": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_q of many terms": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+    "backward_kv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_kv of many terms": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+    "backward_bias": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+}
+_FLOAT: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "forward": ((64, 32, 8, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 16, 1)),
+    "forward of many terms": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
+    "few_rows": ((16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
+    "few_rows of many terms": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
+    "backward_q": ((16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 1)),
+    "backward_q of many terms": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 1)),
+    "backward_kv": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 16, 1)),
+    "backward_kv of many terms": ((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 16, 1)),
+    "backward_bias": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
+}
+
+# Rows in place of those of `_HALF` on devices without the products of a warp group.
+_HALF_BEFORE_HOPPER = {"backward_q": (_HALF["backward_q"][0], (64, 64, 8, 2), *_HALF["backward_q"][2:])}
+
+
+def _power_of_2(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def blocks_of(
+    kernel: str,
+    dtype: torch.dtype,
+    size: int,
+    value_size: int,
+    *,
+    many_terms: bool = False,
+    architecture: int = 90,
+    shared: int = ROOMY,
+) -> Blocks:
+    """The tiles of a kernel.
+
+    Args:
+        kernel: ``"forward"``, ``"few_rows"`` (the forward pass of few queries), ``"backward_q"``, ``"backward_kv"``
+            or ``"backward_bias"``.
+        dtype: of q, k and v.
+        size: D, of q and k.
+        value_size: Dv.
+        many_terms: whether more goes into scores than the product and bounds.
+        architecture: 10 times the compute capability.
+        shared: bytes of shared memory that the device has for a program.
+    """
+    d, dv = _power_of_2(size), _power_of_2(value_size)
+    if triton.knobs.runtime.interpret:
+        # Small tests shall still have several tiles.
+        return Blocks(FEW_ROWS if kernel == "few_rows" else 32, 16, d, dv, 1, 1)
+    table = _FLOAT if dtype == torch.float32 else _HALF
+    if dtype != torch.float32 and architecture < 90:
+        table = table | _HALF_BEFORE_HOPPER
+    named = f"{kernel} of many terms"
+    row = table[named if many_terms and named in table else kernel]
+    m, n, warps, stages = row[max((max(d, dv) - 1).bit_length() - 6, 0)]
+    if shared < ROOMY:
+        n = max(n // 2, 16)
+    return Blocks(m, n, d, dv, warps, stages)

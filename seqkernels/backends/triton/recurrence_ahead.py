@@ -1,0 +1,115 @@
+"""The kernels of the recurrence as `ahead` compiles them: which there are, and their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ...cells import CELLS
+from . import recurrence_kernels, recurrence_sequence_kernels
+from .recurrence_cells import Parts, Sums
+from .recurrence_configs import sequence_tiles, step_tiles
+
+_HIDDEN = (64, 128, 256, 512, 1024)
+
+
+class RecurrenceVariant(NamedTuple):
+    """A kernel as it is shipped: for a cell, a dtype and a hidden size.
+
+    Attributes:
+        kernel: ``"forward"``, ``"backward"``, of a sequence, or ``"step_forward"``, ``"step_backward"``.
+        cell: a key of `seqkernels.cells.CELLS`.
+        dtype: of the input.
+        type: its name in Triton.
+        size: H.
+        features: ``"plain"``, ``"all"`` options that the kernel has, or ``"apart"``, plain steps that are launches.
+    """
+
+    kernel: str
+    cell: str
+    dtype: torch.dtype
+    type: str
+    size: int
+    features: str
+
+    def __str__(self) -> str:
+        return f"recurrence_{self.kernel} {self.cell} {self.type} H={self.size} {self.features}"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it has a matrix product for tensor cores."""
+        return not self.kernel.startswith("step") and self.dtype != torch.float32
+
+
+def variants(types: Mapping[torch.dtype, str]) -> Iterator[RecurrenceVariant]:
+    """Every kernel in every configuration that is shipped, of dtypes with these names."""
+    for cell in ("rnn_tanh", "lstm", "gru"):
+        for dtype, name in types.items():
+            for size in _HIDDEN:
+                for kernel in ("forward", "backward"):
+                    yield RecurrenceVariant(kernel, cell, dtype, name, size, "plain")
+                    if size == 256:
+                        yield RecurrenceVariant(kernel, cell, dtype, name, size, "all")
+                        yield RecurrenceVariant(kernel, cell, dtype, name, size, "apart")
+            for kernel in ("step_forward", "step_backward"):
+                yield RecurrenceVariant(kernel, cell, dtype, name, 1024, "all")
+
+
+def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The kernel, its arguments by name, with what `pointer` makes for tensors, and its options."""
+    gates, states, _ = CELLS[variant.cell]
+    own, exact = pointer(variant.type), pointer("fp32")
+    # No number is 1 or divisible by 16, which would be in the key of a kernel.
+    given: dict[str, Any] = dict.fromkeys(
+        ("batch", "steps", "t", "t_next", "t_after", "first", "count", "after", "first_tile", "base", "reverse"), 33
+    )
+    everything = variant.features == "all"
+    lstm, whole = variant.cell == "lstm", variant.kernel.startswith("step")
+    parts = Parts(None, own, None, None, None, None, None, None, None)
+    sums = Sums(None, None, None, None)
+    if everything:
+        parts = Parts(own, own, own, own if lstm else None, own, own, own if lstm else None, exact, pointer("i64"))
+        sums = Sums(exact, exact if lstm else None, exact, exact if lstm else None)
+        if not whole:
+            parts, sums = parts._replace(norm_h=None, norm_c=None), sums._replace(norm_h=None, norm_c=None)
+    made_again = exact if everything and gates == 1 else None
+    given |= {
+        "stride": 333,
+        "gates_x": exact if "forward" in variant.kernel else made_again,
+        "weight": own,
+        "product": exact if everything and whole else made_again,
+        "carry": exact,
+        "states": own,
+        "reserve": exact if gates > 1 or "backward" in variant.kernel else None,
+        "entering": own,
+        "of_entering": exact,
+        "control": pointer("u8") if everything else None,
+        "parts": parts,
+        "sums": sums,
+        "grad_hidden": own,
+        "grad_cells": own if everything and lstm else None,
+        "grad_gates": own if everything and gates > 1 else None,
+        "of_x": own,
+        "of_u": own if variant.cell == "gru" else None,
+        "of_product": own if everything else None,
+        "H": variant.size,
+        "CELL": variant.cell,
+        "GATES": gates,
+        "STATES": states,
+        "EVERY_STATE": lstm,
+        "STEP": True,
+    }
+    if whole:
+        step = step_tiles(variant.size, everything)
+        kernel = getattr(recurrence_kernels, f"{variant.kernel}_kernel")
+        return kernel, given | {"BLOCK_B": step.rows, "BLOCK_H": step.columns}, {"num_warps": step.warps}
+    tiles = sequence_tiles(variant.kernel, variant.cell, variant.dtype, variant.size)
+    apart = variant.features == "apart"
+    sync = variant.size > tiles.columns and not apart
+    given |= {"counters": pointer("i32") if sync else None, "SYNC": sync, "STEPWISE": apart, **tiles.constants()}
+    options = tiles.options()
+    if sync:
+        options["launch_cooperative_grid"] = True
+    return getattr(recurrence_sequence_kernels, f"sequence_{variant.kernel}_kernel"), given, options

@@ -1,0 +1,132 @@
+"""Sizes of the tiles of the recurrence, by cell, dtype and hidden size; time and batch have no part in them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ...cells import CELLS
+
+
+class StepTiles(NamedTuple):
+    """Rows and columns of the tile of a program that does one step, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def power_of_2(size: int) -> int:
+    """The next power of 2."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def step_tiles(hidden: int, whole: bool) -> StepTiles:
+    """The tiles of the kernels of one step.
+
+    Args:
+        hidden: H.
+        whole: whether a program must own whole rows, for a norm.
+    """
+    columns = power_of_2(hidden)
+    if triton.knobs.runtime.interpret:
+        # Small tests shall still have several tiles.
+        return StepTiles(4, columns if whole else max(columns // 4, 16), 1)
+    if not whole:
+        columns = min(columns, 256)
+    return StepTiles(max(512 // columns, 1), columns, 4 if columns <= 1024 else 8 if columns <= 2048 else 16)
+
+
+class SequenceTiles(NamedTuple):
+    """The tile of a program that does a sequence of steps.
+
+    Attributes:
+        rows: of the batch, 16 or more for tensor cores.
+        columns: hidden units, of all gates.
+        depth: rows of the weights in one product.
+        lanes: gates beside each other in a product, a power of 2; 1 where they are one behind the other.
+        resident: whether the weights stay with the program through the loop.
+        ahead: loads on their way before the product of the first, where the weights stay.
+        warps: of a program.
+        stages: of the loads of weights that do not stay.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    lanes: int
+    resident: bool
+    ahead: int
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, object]:
+        """As the kernels name them."""
+        return {
+            "LANES": self.lanes,
+            "BLOCK_B": self.rows,
+            "BLOCK_C": self.columns,
+            "BLOCK_K": self.depth,
+            "RESIDENT": self.resident,
+            "AHEAD": self.ahead,
+            "STAGES": self.stages,
+            "PRECISION": "ieee",
+        }
+
+    def options(self) -> dict[str, object]:
+        """Of a launch. The loop over time is never pipelined: a load must not be moved to the step before."""
+        return {"num_warps": self.warps, "num_stages": 1}
+
+
+#: The largest hidden size whose steps go into one launch.
+MOST_HIDDEN = 1024
+
+
+def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> SequenceTiles:
+    """The tiles of the kernels of a sequence.
+
+    Args:
+        kernel: ``"forward"`` or ``"backward"``.
+        cell: a key of `seqkernels.cells.CELLS`.
+        dtype: of the input.
+        hidden: H, up to `MOST_HIDDEN`.
+    """
+    lanes = 1 if CELLS[cell].gates == 1 else 4
+    size = max(power_of_2(hidden), 16)
+    if triton.knobs.runtime.interpret:
+        # Small tests shall still have several tiles; both kinds of loops over weights are run.
+        columns = max(size // 4, 16)
+        return SequenceTiles(4 if size <= 64 else 8, columns, columns, lanes, hidden <= 24, 1, 1, 1)
+    if dtype == torch.float32:
+        return SequenceTiles(16, 16, 16, lanes, False, 0, 4, 3)
+    if lanes == 1:
+        # One program has the weights of all units where that is up to 128 KiB.
+        columns = size if size <= 256 else 32
+        return SequenceTiles(16, columns, min(size, 256), 1, True, 3, 4 if size <= 128 else 8, 1)
+    if size <= 64:
+        return SequenceTiles(16, size, min(size, 64), lanes if kernel == "forward" else 1, True, 3, 8, 1)
+    # All of a forward pass; in the backward pass they are four times as large, and shared memory ends.
+    ahead = 7 if kernel == "forward" else 3 if size <= 512 else 1
+    return SequenceTiles(16, 32 if size <= 256 else 16, 128, lanes, True, ahead, 4 if size <= 512 else 8, 1)
+
+
+def shared_memory(cell: str, dtype: torch.dtype, hidden: int) -> int:
+    """Bytes of shared memory that a program of a sequence needs: weights that stay, and tiles at work.
+
+    Args:
+        cell, dtype, hidden: as in `sequence_tiles`.
+    """
+    found = 0
+    for kernel in ("forward", "backward"):
+        tiles = sequence_tiles(kernel, cell, dtype, hidden)
+        behind = CELLS[cell].gates if kernel == "backward" and tiles.lanes == 1 else 1
+        chunks = -(-hidden * behind // tiles.depth)
+        weights = chunks * tiles.depth * tiles.lanes * tiles.columns * dtype.itemsize
+        beside = tiles.lanes if kernel == "backward" else 1
+        factors = min(tiles.ahead + 1, chunks) * tiles.rows * tiles.depth * beside * dtype.itemsize
+        products = tiles.rows * tiles.lanes * tiles.columns * 4
+        if tiles.resident:
+            found = max(found, weights + max(factors, products))
+    return found

@@ -1,0 +1,106 @@
+"""Through time one step after the other: a product of torch and a launch each. Serves every call."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from ...cells import RESET
+from . import recurrence_kernels as kernels
+from .recurrence_configs import step_tiles
+from .recurrence_loop import Gradients, Loop, entering, product
+
+
+def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int) -> None:
+    """The steps [begin, end).
+
+    Args:
+        loop: of the call.
+        carry: (S, B, H), float32, the states before the steps; those after them are written to it.
+        states: (S or 1, n+1, B, H), whose row ``t - base`` is for the state before step t in time.
+        reserve: (n, B, 4, H), float32, whose row ``t - base`` is for step t, or ``None``.
+        begin: first step in time.
+        end: the one behind the last.
+        base: see `states`.
+    """
+    order = loop.order(begin, end)
+    weight = loop.weight_hh.t()
+    control = None if loop.control is None else loop.control[order[0] : order[0] + 1]
+    first = states[:1, order[0] - base + loop.reverse]
+    fed = entering(first, control, loop.parts, RESET)[0].contiguous()
+    written = None if loop.control is None and loop.parts.recurrent_mask is None else fed.clone()
+    tiles = step_tiles(loop.hidden, loop.parts.norm_h is not None or loop.parts.norm_c is not None)
+    grid = (triton.cdiv(loop.batch, tiles.rows), triton.cdiv(loop.hidden, tiles.columns))
+    for k, t in enumerate(order):
+        found = product(fed, weight)
+        kernels.step_forward_kernel[grid](
+            loop.gates_x,
+            found,
+            carry,
+            states,
+            reserve,
+            written,
+            loop.control,
+            loop.parts,
+            loop.batch,
+            t,
+            order[k + 1] if k + 1 < len(order) else -1,
+            base,
+            int(loop.reverse),
+            states.stride(0),
+            **loop.constants(),
+            EVERY_STATE=states.shape[0] > 1,
+            BLOCK_B=tiles.rows,
+            BLOCK_H=tiles.columns,
+            num_warps=tiles.warps,
+        )
+        fed = states[0, t - base + 1 - loop.reverse] if written is None else written
+
+
+def backward(
+    loop: Loop, grads: Gradients, carry: Tensor, states: Tensor, reserve: Tensor, begin: int, end: int, base: int
+) -> None:
+    """Back through the steps [begin, end).
+
+    Args:
+        loop: of the call.
+        grads: of the call.
+        carry: (S, B, H), float32, the gradients of the states after the steps; those of the states before them are
+            written to it.
+        states, reserve, begin, end, base: as in `forward`.
+    """
+    to_product = grads.to_product()
+    tiles = step_tiles(loop.hidden, loop.parts.norm_h is not None or loop.parts.norm_c is not None)
+    grid = (triton.cdiv(loop.batch, tiles.rows), triton.cdiv(loop.hidden, tiles.columns))
+    sent, after = None, -1
+    for t in (*reversed(loop.order(begin, end)), -1):
+        kernels.step_backward_kernel[grid](
+            carry,
+            sent,
+            grads.hidden,
+            grads.cells,
+            grads.gates,
+            states,
+            reserve,
+            loop.gates_x,
+            grads.product,
+            grads.of_x,
+            grads.of_u,
+            grads.of_product,
+            loop.control,
+            loop.parts,
+            grads.sums,
+            loop.batch,
+            t,
+            after,
+            base,
+            int(loop.reverse),
+            states.stride(0),
+            **loop.constants(),
+            STEP=t >= 0,
+            BLOCK_B=tiles.rows,
+            BLOCK_H=tiles.columns,
+            num_warps=tiles.warps,
+        )
+        if t >= 0:
+            sent, after = product(to_product[t], loop.weight_hh), t

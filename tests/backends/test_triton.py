@@ -1,0 +1,115 @@
+"""What the Triton backend says of itself, and its kernels compiled ahead of time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from seqkernels import __main__, backends
+from seqkernels.backends.triton import ahead
+from seqkernels.backends.triton.configs import ROOMY, blocks_of
+
+from ..conftest import INTERPRETED
+
+FORWARD = ahead.Variant("forward", torch.bfloat16, 128, "causal")
+BUDGET = json.loads(ahead.BUDGET.read_text())
+
+
+def _call(device="cuda", dtype=torch.bfloat16, op="attention", features=()):
+    return backends.Call(op, device, dtype, "", features)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors of the CPU")
+def test_why_not():
+    package = backends.backend("triton")
+    assert package.unsupported(_call()) is None
+    assert package.unsupported(_call(dtype=torch.float64)) == "has no torch.float64"
+    assert package.unsupported(_call(op="rotary")) == "has no kernel for rotary"
+    assert package.unsupported(_call(features=("weights",))) == "has no weights"
+    if not torch.cuda.is_available():
+        assert package.unavailable() == "there is no CUDA device, and Triton's interpreter is off"
+        assert package.unsupported(_call("cpu")) == "runs on cuda only, not on cpu"
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, seqkernels; raise SystemExit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has tiles of its own")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", ["forward", "few_rows", "backward_q", "backward_kv", "backward_bias"])
+def test_tiles(kernel, dtype):
+    for size in (1, 15, 16, 17, 64, 65, 128, 129, 256, 257, 512):
+        for many in (False, True):
+            blocks = blocks_of(kernel, dtype, size, 1, many_terms=many)
+            assert blocks.d >= max(size, 16) > blocks.d // 2 or size < 16
+            assert blocks.dv == 16
+            assert blocks == blocks_of(kernel, dtype, size, 1, many_terms=many, shared=ROOMY)
+            small = blocks_of(kernel, dtype, size, 1, many_terms=many, shared=ROOMY - 1)
+            assert small.n in (blocks.n // 2, 16)
+            assert blocks_of(kernel, dtype, size, 1, many_terms=many, architecture=80).m <= blocks.m
+
+
+def test_every_kernel_has_a_budget():
+    names = {str(variant) for variant in ahead.variants()}
+    assert {name: rows.keys() for name, rows in BUDGET.items()} == dict.fromkeys(ahead.ARCHITECTURES, names)
+
+
+def test_budget_keeps_the_rules():
+    """Forward kernels on Hopper keep their numbers in registers, but for a few; all fit the shared memory."""
+    for architecture, room in (("sm_80", 163 * 1024), ("sm_90", 227 * 1024), ("sm_100", 227 * 1024)):
+        for name, (registers, spilled, shared) in BUDGET[architecture].items():
+            assert shared <= room, name
+            assert registers <= 255
+            if architecture == "sm_90" and name.startswith(("forward", "few_rows")):
+                assert spilled <= 40, name
+
+
+def test_breaches():
+    registers, spilled, shared = BUDGET["sm_90"][str(FORWARD)]
+    kept = ahead.Needs(registers, spilled, shared, True)
+    assert ahead.breaches({("sm_90", FORWARD): kept}) == []
+    over = ahead.Needs(registers + 1, spilled + 8, shared + 4, False)
+    assert ahead.breaches({("sm_90", FORWARD): over}) == [
+        f"sm_90 {FORWARD}: registers {registers + 1}, allowed {registers}",
+        f"sm_90 {FORWARD}: spilled {spilled + 8}, allowed {spilled}",
+        f"sm_90 {FORWARD}: shared {shared + 4}, allowed {shared}",
+        f"sm_90 {FORWARD}: no tensor-core instructions",
+    ]
+    unknown = FORWARD._replace(size=96)
+    assert ahead.breaches({("sm_90", unknown): kept}) == [f"sm_90 {unknown}: has no budget"]
+
+
+def test_budget_as_it_is_written():
+    needs = ahead.Needs(254, 0, 114688, True)
+    found = {("sm_90", FORWARD): needs, ("sm_80", FORWARD): needs}
+    assert json.loads(ahead.as_json(found)) == {name: {str(FORWARD): [254, 0, 114688]} for name in ("sm_90", "sm_80")}
+    assert "254" in ahead.render(found)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted functions cannot be compiled")
+def test_compile(capsys):
+    """A kernel in a process of its own, held to the budget."""
+    with pytest.raises(SystemExit) as status:
+        __main__.main(["compile", "--arch", "sm_90", "--only", "backward_q bf16 D=64 plain"])
+    assert status.value.code == 0
+    printed = capsys.readouterr().out
+    assert "backward_q bf16 D=64 plain" in printed
+    assert "yes" in printed
+
+
+def test_compile_nothing(capsys):
+    with pytest.raises(SystemExit) as status:
+        __main__.main(["compile", "--only", "no such kernel"])
+    assert status.value.code == 1
+    assert "no kernel has 'no such kernel'" in capsys.readouterr().err
+
+
+def test_unknown_architecture():
+    with pytest.raises(ValueError, match=r"arch: expected some of sm_80, sm_90, sm_100, got 'sm_70'"):
+        __main__.main(["compile", "--arch", "sm_70"])
