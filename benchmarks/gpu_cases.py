@@ -1,4 +1,4 @@
-"""The cases of ``make gpu-bench``, in the order in which they are timed: those that matter most come first."""
+"""The cases of ``make gpu-bench`` in the order in which they are timed: of each kind those that matter most first."""
 
 from __future__ import annotations
 
@@ -48,7 +48,13 @@ def _recurrences() -> list[Case]:
     return cases
 
 
-CASES: tuple[Case, ...] = (*_sweep(), *_others(), *_recurrences())
+def _in_turns(*kinds: list[Case]) -> list[Case]:
+    """One of each, then the next of each: where time runs out, some of all are done."""
+    longest = max(map(len, kinds))
+    return [kind[index] for index in range(longest) for kind in kinds if index < len(kind)]
+
+
+CASES: tuple[Case, ...] = tuple(_in_turns(_sweep(), _others(), _recurrences()))
 
 #: The same at sizes that a processor can do, to check the code of the benchmark.
 DRY_CASES: tuple[Case, ...] = (

@@ -88,8 +88,9 @@ def test_lengths_do_not_compile_again():
         q = torch.randn(batch, heads, length, 64, device="cuda", dtype=torch.float16)
         attend(q, q, q, is_causal=True)
 
-    for length in (100, 7):
-        call(2, 3, length)
+    # Long ones, few ones, and those whose keys are split.
+    for batch, heads, length in ((2, 3, 100), (2, 3, 7), (1, 4, 400)):
+        call(batch, heads, length)
     before = count()
     for index in range(20):
         call(1 + index % 5, 1 + index % 7, 33 + 31 * index)

@@ -19,6 +19,9 @@ from .configs import FEW_ROWS, ROOMY, Blocks, blocks_of
 Parameters = ParamSpec("Parameters")
 Results = TypeVar("Results")
 
+#: Rows of a program that multiplies no matrices.
+ROWS_OF_SUMS = 16
+
 
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
@@ -155,8 +158,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[
         **_options(blocks),
     )
     if splits > 1:
-        rows = 16
-        kernels.merge_kernel[(q.shape[0] * heads * -(-q.shape[2] // rows),)](
+        kernels.merge_kernel[(q.shape[0] * heads * -(-q.shape[2] // ROWS_OF_SUMS),)](
             _rows(first),
             parts_lse,
             _rows(out),
@@ -167,7 +169,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[
             parts.stride(0),
             parts_lse.stride(0),
             DV=v.shape[3],
-            BLOCK_M=rows,
+            BLOCK_M=ROWS_OF_SUMS,
             BLOCK_DV=blocks.dv,
         )
     return out, lse
@@ -214,12 +216,14 @@ def attention_backward(
         grad_bias = bias.new_zeros(bias.shape, dtype=lse.dtype)
     if empty:
         return grad_q, grad_k, grad_v, grad_bias if bias is None else grad_bias.to(bias.dtype)
+    # A gradient that is zero may have no memory.
+    grad_out, grad_lse = (None if x is None or x._is_zerotensor() else x for x in (grad_out, grad_lse))
     grad_out = torch.zeros_like(out) if grad_out is None else _last_contiguous(grad_out)
     terms = _terms(scores, shape, k)
     group = heads // k.shape[1]
     delta = torch.empty_like(lse)
     blocks = _blocks("backward_q", q, v, scores)
-    rows = q.shape[0] * heads * -(-q.shape[2] // blocks.m)
+    rows = q.shape[0] * heads * -(-q.shape[2] // ROWS_OF_SUMS)
     kernels.delta_kernel[(rows,)](
         _rows(grad_out),
         _rows(out),
@@ -228,7 +232,7 @@ def attention_backward(
         heads,
         q.shape[2],
         DV=v.shape[3],
-        BLOCK_M=blocks.m,
+        BLOCK_M=ROWS_OF_SUMS,
         BLOCK_DV=blocks.dv,
     )
     common = (_rows(grad_out), _rows(q), _rows(k), _rows(v), lse, delta)

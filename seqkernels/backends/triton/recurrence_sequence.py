@@ -14,6 +14,9 @@ from . import recurrence_sequence_kernels as kernels
 from .recurrence_configs import MOST_HIDDEN, SequenceTiles, sequence_tiles, shared_memory
 from .recurrence_loop import Gradients, Loop
 
+#: Tiles of rows in a launch, which are the second axis of its grid.
+MOST_TILES = 65535
+
 
 def serves(loop: Loop) -> bool:
     """Whether the kernels of a sequence can run a call, both passes of it."""
@@ -63,7 +66,8 @@ def launches(order: range, columns: int, rows: int, processors: int, backward: b
         backward: whether it is a loop back, which needs a launch more where each is a step.
     """
     if columns == 1:
-        yield Launch(order[0], len(order), 0, rows)
+        for tile in range(0, rows, MOST_TILES):
+            yield Launch(order[0], len(order), tile, min(MOST_TILES, rows - tile))
     elif columns <= processors:
         together = processors // columns
         for tile in range(0, rows, together):
