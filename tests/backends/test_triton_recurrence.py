@@ -6,14 +6,9 @@ import pytest
 import torch
 
 import seqkernels
-from seqkernels import backends, testing
+from seqkernels import testing
 from seqkernels.cells import CELLS, Weights
 from seqkernels.ops.recurrence import recurrence
-
-from ..conftest import DEVICE
-
-REASON = backends.why_not("triton", backends.Call("recurrence", DEVICE, torch.float32, "lstm"))
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton {REASON}")
 
 # T, B, H: several tiles of rows and of columns, one of each, and sizes that fill none.
 SHAPES = [(3, 9, 40), (4, 5, 16), (1, 1, 1), (5, 4, 23), (2, 17, 65)]
