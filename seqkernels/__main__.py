@@ -119,10 +119,14 @@ def _compile(architectures: list[str], only: str, as_json: bool) -> int:
     """``python -m seqkernels compile``; 1 where a kernel needs more than it may, or nothing was compiled."""
     try:
         from .backends.triton import ahead
+
+        found = ahead.compile_all(architectures, only)
     except ImportError as error:
-        print(f"compile: triton cannot be imported: {error}", file=sys.stderr)
+        print(f"compile: {error}; pip install 'seqkernels[triton]' has what it needs", file=sys.stderr)
         return 1
-    found = ahead.compile_all(architectures, only)
+    except ValueError as error:
+        print(f"compile: {error}", file=sys.stderr)
+        return 1
     if as_json:
         print(ahead.as_json(found))
     else:

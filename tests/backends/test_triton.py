@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -105,6 +106,7 @@ def test_compile(capsys):
     assert "yes" in printed
 
 
+@pytest.mark.skipif(INTERPRETED, reason="interpreted functions cannot be compiled")
 def test_compile_nothing(capsys):
     with pytest.raises(SystemExit) as status:
         __main__.main(["compile", "--only", "no such kernel"])
@@ -112,6 +114,19 @@ def test_compile_nothing(capsys):
     assert "no kernel has 'no such kernel'" in capsys.readouterr().err
 
 
-def test_unknown_architecture():
-    with pytest.raises(ValueError, match=r"arch: expected some of sm_80, sm_90, sm_100, got 'sm_70'"):
+@pytest.mark.skipif(INTERPRETED, reason="interpreted functions cannot be compiled")
+def test_unknown_architecture(capsys):
+    with pytest.raises(SystemExit) as status:
         __main__.main(["compile", "--arch", "sm_70"])
+    assert status.value.code == 1
+    assert capsys.readouterr().err == "compile: arch: expected some of sm_80, sm_90, sm_100, got 'sm_70'\n"
+
+
+def test_compile_in_the_interpreter():
+    """Says so in place of compiling functions that are interpreted."""
+    command = [sys.executable, "-m", "seqkernels", "compile", "--only", "few_rows bf16 D=64 plain"]
+    ended = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == "compile: Triton's interpreter is on (TRITON_INTERPRET), which compiles nothing\n"

@@ -133,7 +133,9 @@ def _arguments(variant: Variant, architecture: int) -> tuple[triton.JITFunction,
         given |= dict.fromkeys(("split_keys", "split_out", "split_lse"), 1 << 20 if few else None)
         return attention_kernels.forward_kernel, given, blocks
     given |= {"grad": rows, "lse": sums, "delta": Pointer("fp32")}
-    bias = Full(Pointer("fp32"), 4096, 4096, 4096, 1) if all_of_it else None
+    # The gradient of a bias that is broadcast is a sum.
+    kind = "fp32" if variant.kernel == "backward_bias" else dtype
+    bias = Full(Pointer(kind), 4096, 4096, 4096, 1) if all_of_it else None
     if variant.kernel == "backward_q":
         return attention_kernels.backward_q_kernel, given | {"grad_q": rows, "grad_bias": bias}, blocks
     if variant.kernel == "backward_bias":
@@ -223,8 +225,10 @@ def compile_all(architectures: Sequence[str], only: str = "") -> Found:
         What each needs, by architecture and variant.
 
     Raises:
-        ValueError: an architecture is not one of `ARCHITECTURES`.
+        ValueError: an architecture is not one of `ARCHITECTURES`, or Triton's interpreter is on.
     """
+    if triton.knobs.runtime.interpret:
+        raise ValueError("Triton's interpreter is on (TRITON_INTERPRET), which compiles nothing")
     for architecture in architectures:
         _check_architecture(architecture)
     wanted = [variant for variant in variants() if only in str(variant)]

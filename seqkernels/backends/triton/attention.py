@@ -203,6 +203,7 @@ def attention_backward(
     batch, heads, queries, keys = shape = scores.shape(q, k)
     bias = scores.bias
     needs_bias = bias is not None and needs[3]
+    whole = needs_bias and bias is not None and tuple(bias.shape) == shape
     grads = [
         _rows_of_heads(x, x.shape[3]) if need else x.new_empty(0) for x, need in zip((q, k, v), needs, strict=False)
     ]
@@ -213,7 +214,8 @@ def attention_backward(
             grad.zero_()
     grad_bias = q.new_empty(0)
     if needs_bias and bias is not None:
-        grad_bias = bias.new_zeros(bias.shape, dtype=lse.dtype)
+        # One that is broadcast is a sum.
+        grad_bias = bias.new_zeros(bias.shape, dtype=bias.dtype if whole else lse.dtype)
     if empty:
         return grad_q, grad_k, grad_v, grad_bias if bias is None else grad_bias.to(bias.dtype)
     # A gradient that is zero may have no memory.
@@ -238,7 +240,6 @@ def attention_backward(
     common = (_rows(grad_out), _rows(q), _rows(k), _rows(v), lse, delta)
     sizes = (heads, group, q.shape[2], queries, keys)
     constants = {"D": q.shape[3], "DV": v.shape[3], "PRECISION": "ieee"}
-    whole = needs_bias and bias is not None and tuple(bias.shape) == shape
     if needs[0] or whole:
         kernels.backward_q_kernel[(batch * heads * -(-queries // blocks.m),)](
             *common,

@@ -306,7 +306,7 @@ def backward_q_kernel(
         if grad_bias is not None:
             tl.store(
                 grad_bias.data + place(grad_bias, b, head[:, None], i[:, None], j[None, :]),
-                grad_s,
+                grad_s.to(grad_bias.data.dtype.element_ty),
                 mask=mine[:, None] & there[None, :],
             )
         if grad_q is not None:
