@@ -15,6 +15,7 @@ from ._sequences import require
 from .cells import DTYPES, accumulate_dtype
 from .ops import weights
 from .ops.attention import FARTHEST, LONGEST, attend, check
+from .precision import check_precision, of_products
 from .scores import UNBOUNDED, Scores
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -45,6 +46,7 @@ def attention(
     training: bool | None = None,
     seed: int | Tensor | None = None,
     scale: float | None = None,
+    precision: str = "ieee",
     return_lse: bool = False,
     column_sums: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -92,6 +94,8 @@ def attention(
         seed: of the dropout, an integer of 64 bits or () int64. By default drawn from torch's generator of the CPU, so
             that ``torch.manual_seed`` makes it reproducible.
         scale: factor on ``q k^T``; 1/sqrt(D) by default.
+        precision: of products of float32 matrices on GPUs, whatever torch's flags say: ``"ieee"``, the default,
+            ``"tf32"`` or ``"tf32x3"``, see `seqkernels.precision`. On processors and for other dtypes no difference.
         return_lse: return the log-sum-exp too.
         column_sums: return the attention that each key receives too.
 
@@ -136,6 +140,7 @@ def attention(
         right=right,
         bottom_right=alignment == "bottom_right",
         softcap=_number("softcap", softcap, 0.0),
+        precision=of_products(check_precision(precision), q),
         **documents._asdict(),
     )
     full = scores.shape(q, k)

@@ -18,6 +18,7 @@ from .ops._eager import transformed
 from .ops.attention import attend as fused_attention
 from .ops.attention import attend_plainly, check, plain_weights
 from .ops.weights import dense_attention, weights
+from .precision import of_products
 from .scores import UNBOUNDED, Scores
 
 _autocast = torch.is_autocast_enabled
@@ -172,6 +173,7 @@ def attend(
     is_causal: bool = False,
     bottom_right: bool = False,
     dropout_p: float = 0.0,
+    precision: str = "ieee",
 ) -> tuple[Tensor, LazyWeights]:
     """Attention of heads by the fused op where it serves the call, else as tensor operations, with a note.
 
@@ -186,6 +188,7 @@ def attend(
         is_causal: query i sees keys 0..i.
         bottom_right: with `is_causal`, query i sees keys 0..i + N - M instead.
         dropout_p: probability to drop a weight; the seed is drawn from torch's generator of the CPU.
+        precision: see `seqkernels.precision`.
 
     Returns:
         ``out`` (B, Hq, M, Dv), and what computes the weights when asked.
@@ -207,6 +210,7 @@ def attend(
                 is_causal=is_causal,
                 bottom_right=bottom_right,
                 dropout_p=dropout_p,
+                precision=precision,
             )
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"dropout_p: dropout probability has to be between 0 and 1, but got {dropout_p}")
@@ -221,6 +225,7 @@ def attend(
         bottom_right=is_causal and bottom_right,
         dropout_p=dropout_p,
         seed=_draw_seed(q.device) if dropout_p > 0.0 else None,
+        precision=of_products(precision, q),
     )
     if bias is not None and bias.dtype != dtype and not _is_fused(kind, str(dtype), scores.features(q, k)):
         acc = accumulate_dtype(dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _sequences
 from .cells import CELLS
+from .precision import check_precision
 
 Tensors = Sequence[Tensor]
 
@@ -53,6 +54,7 @@ class Options(NamedTuple):
     norm_c: Tensors | None = None
     peephole: Tensors | None = None
     checkpoint_every: int | None = None
+    precision: str = "ieee"
 
 
 LISTS = ("reset_state", "norm_ih", "norm_hh", "norm_c", "peephole")
@@ -207,6 +209,7 @@ def _check_options(
                 raise ValueError(f"{name}[{k}]: expected {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
     zoneout_of(cell, options.zoneout, projected)
     probability("recurrent_dropout", options.recurrent_dropout)
+    check_precision(options.precision)
     if options.tbptt is not None and not _counts(options.tbptt):
         raise ValueError(f"tbptt: expected an integer of at least 1, got {options.tbptt!r}")
     every = options.checkpoint_every

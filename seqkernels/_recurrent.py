@@ -65,6 +65,10 @@ def run(
         if low is not None:
             settings = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
             return _lowered(cell, device, low, x, batch_sizes, hx, params, settings, options)
+    if options is not None and options.precision != "ieee" and (x.dtype != torch.float32 or x.device.type == "cpu"):
+        # No difference, so that the short ways below are open.
+        options = options._replace(precision="ieee")
+        options = None if options == _PLAIN else options
     if (
         options is not None
         and options.checkpoint_every
@@ -276,7 +280,12 @@ class _Stack(NamedTuple):
         """Keyword arguments of the recurrence for layer and direction `k`, random ones from torch's generator."""
         states = options.return_states or (self.layout.ends is not None and self.cell == "lstm")
         every = 0 if states or options.checkpoint_every is None else options.checkpoint_every
-        extras: dict[str, Any] = {"states": states, "gates": options.return_gates, "every": every}
+        extras: dict[str, Any] = {
+            "states": states,
+            "gates": options.return_gates,
+            "every": every,
+            "precision": options.precision,
+        }
         for name, tensors in (
             ("reset_state", options.reset_state),
             ("norm_h", options.norm_hh),

@@ -16,6 +16,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils import parametrize
 
 from . import nn
+from .precision import check_precision
 
 _TWINS: dict[type[Module], type[Module]] = {
     torch.nn.RNN: nn.RNN,
@@ -134,7 +135,7 @@ def _swap(model: Module, twins: dict[type[Module], type[Module]], dry_run: bool)
     return report
 
 
-def convert(model: Module, *, dry_run: bool = False) -> Report:
+def convert(model: Module, *, dry_run: bool = False, precision: str | None = None) -> Report:
     """Swap the exact ``torch.nn`` layers of a model for their `seqkernels.nn` twins, in place.
 
     RNN, LSTM, GRU, their cells, MultiheadAttention, Transformer and its layers and stacks of layers are swapped, with
@@ -144,16 +145,28 @@ def convert(model: Module, *, dry_run: bool = False) -> Report:
     Args:
         model: any module, also such a layer itself.
         dry_run: only report. Default: ``False``.
+        precision: of products of float32 matrices on GPUs, see `seqkernels.precision`, of every RNN, LSTM, GRU and
+            MultiheadAttention of seqkernels that the model then has; ``None``, the default, leaves it: new ones have
+            ``"ieee"``.
 
     Returns:
         A `Report`; print it.
+
+    Raises:
+        ValueError: `precision` is none.
 
     Example:
         >>> print(seqkernels.convert(torch.nn.Sequential(torch.nn.LSTM(8, 16))))
         swapped 1, left 0
           0: torch.nn.LSTM -> seqkernels.nn.LSTM
     """
+    if precision is not None:
+        check_precision(precision)
     report = _swap(model, _TWINS, dry_run)
+    if precision is not None and not dry_run:
+        for module in model.modules():
+            if isinstance(module, nn.RNN | nn.LSTM | nn.GRU | nn.MultiheadAttention):
+                module.precision = precision
     changed = {swap.name for swap in report.swapped}
     report.notes += [
         f"{name or '(the model)'}: in eval mode without gradients this {type(module).__name__} may take torch's fused"
@@ -179,4 +192,7 @@ def revert(model: Module) -> Report:
     Returns:
         A `Report`; ``torch.nn`` layers are not listed in it.
     """
-    return _swap(model, {ours: theirs for theirs, ours in _TWINS.items()}, False)
+    report = _swap(model, {ours: theirs for theirs, ours in _TWINS.items()}, False)
+    for swap in report.swapped:
+        vars(model.get_submodule(swap.name)).pop("precision", None)
+    return report

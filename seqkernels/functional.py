@@ -128,6 +128,7 @@ def lstm(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         norm_hh: L*D tensors (4*H,), gains of a layer norm of ``W_hh h``, before the bias.
         norm_c: L*D tensors (2, H), gain and bias of a layer norm of c where it becomes h.
         peephole: L*D tensors (3, H), weights of c in the gates i, f and o (Gers & Schmidhuber, 2000).
+        precision: of the products of float32 matrices on GPUs, see `seqkernels.nn.LSTM`.
         *args: the positional ones of these.
         **kwargs: the others, by name; those from `reset` on only by name.
 

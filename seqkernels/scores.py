@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .precision import PRECISIONS
+
 #: A window without a bound on a side, as the ops carry it.
 UNBOUNDED = -1
 
@@ -44,6 +46,7 @@ class Scores(NamedTuple):
         sink: (Hq,) in the dtype that q is accumulated in: the score of one more key, whose value is 0. Has a gradient.
         dropout_p: probability to drop a weight; the others grow by ``1 / (1 - dropout_p)``.
         seed: () int64, of the dropout, see `seqkernels.backends.reference.attention.dropped`. A constant.
+        precision: of products of float32 matrices on GPUs, one of `seqkernels.precision.PRECISIONS`.
     """
 
     scale: float
@@ -63,6 +66,7 @@ class Scores(NamedTuple):
     dropout_p: float = 0.0
     seed: Tensor | None = None
     block_table: Tensor | None = None
+    precision: str = "ieee"
 
     def pack(self) -> tuple[list[Tensor | None], list[float], list[int]]:
         """Tensors, numbers and settings, as the ops take them."""
@@ -79,7 +83,14 @@ class Scores(NamedTuple):
                 self.block_table,
             ],
             [self.scale, self.softcap, self.dropout_p],
-            [self.left, self.right, int(self.bottom_right), self.max_seqlen_q, self.max_seqlen_k],
+            [
+                self.left,
+                self.right,
+                int(self.bottom_right),
+                self.max_seqlen_q,
+                self.max_seqlen_k,
+                PRECISIONS.index(self.precision),
+            ],
         )
 
     @staticmethod
@@ -87,7 +98,7 @@ class Scores(NamedTuple):
         """The inverse of `pack`."""
         mask, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, seed, block_table = tensors
         scale, softcap, dropout_p = numbers
-        left, right, bottom_right, max_seqlen_q, max_seqlen_k = settings
+        left, right, bottom_right, max_seqlen_q, max_seqlen_k, precision = settings
         return Scores(
             scale,
             mask,
@@ -106,6 +117,7 @@ class Scores(NamedTuple):
             dropout_p,
             seed,
             block_table,
+            PRECISIONS[precision],
         )
 
     def shape(self, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:

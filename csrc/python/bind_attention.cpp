@@ -28,6 +28,7 @@ enum Field {
   kDropout,
   kSeed,
   kBlockTable,
+  kPrecision,  // which products on processors have no choice of
   kFields
 };
 

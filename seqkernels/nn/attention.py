@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from .._attention import attend, check_float_mask
+from ..precision import check_precision
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -32,16 +33,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Source: Vaswani et al., "Attention Is All You Need", 2017.
 
-    Args: those of ``torch.nn.MultiheadAttention``, see there.
+    Args: those of ``torch.nn.MultiheadAttention``, see there, and, keyword only, ``precision``: of the products of
+        float32 queries, keys and values on GPUs, see `seqkernels.precision`; projections follow torch's flags.
+        Default: ``"ieee"``.
 
     Raises:
-        ValueError: `embed_dim` or `num_heads` is not positive.
+        ValueError: `embed_dim` or `num_heads` is not positive, or `precision` is none.
         AssertionError: `num_heads` does not divide `embed_dim`.
 
     Example:
         >>> layer = seqkernels.nn.MultiheadAttention(64, 4, batch_first=True)
         >>> out, _ = layer(x, x, x, key_padding_mask=padding, need_weights=False)
     """
+
+    # Of the class, so that a layer that was torch's has it too.
+    precision: str = "ieee"
+
+    def __init__(self, *args: Any, precision: str = "ieee", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if check_precision(precision) != "ieee":
+            self.precision = precision
 
     def forward(
         self,
@@ -110,7 +121,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         key_padding_mask = _padding_mask_of_heads(key_padding_mask, q, keys, extra)
         mask, bias = _combine(key_padding_mask, attn_mask)
         out, weights = attend(
-            q, k, v, mask, bias, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0
+            q,
+            k,
+            v,
+            mask,
+            bias,
+            is_causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            precision=self.precision,
         )
         out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)

@@ -22,6 +22,7 @@ from .._options import Options, Trace, check, probability, zoneout_of
 from .._recurrent import run
 from .._sequences import check_reset
 from ..cells import CELLS
+from ..precision import check_precision
 
 _CELLS = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
@@ -36,6 +37,7 @@ class _Layer(RNNBase):
     layer_norm: bool = False
     peephole: bool = False
     learn_reset_state: bool = False
+    precision: str = "ieee"
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class _Layer(RNNBase):
         layer_norm: bool = False,
         peephole: bool = False,
         learn_reset_state: bool = False,
+        precision: str = "ieee",
         **kwargs: Any,
     ) -> None:
         super().__init__(mode, *args, **kwargs)
@@ -62,6 +65,8 @@ class _Layer(RNNBase):
             "recurrent_dropout": probability("recurrent_dropout", recurrent_dropout),
             **flags,
         }
+        if check_precision(precision) != "ieee":
+            self.precision = precision
         for name, value in options.items():
             if value:
                 setattr(self, name, value)
@@ -112,7 +117,7 @@ class _Layer(RNNBase):
         for name in ("zoneout", "recurrent_dropout", "layer_norm", "peephole", "learn_reset_state"):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
-        return text
+        return text if self.precision == "ieee" else f"{text}, precision={self.precision!r}"
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -261,6 +266,7 @@ class _Layer(RNNBase):
             or self.recurrent_dropout
             or self.layer_norm
             or self.peephole
+            or self.precision != "ieee"
         ):
             norm = self.layer_norm
             options = Options(
@@ -279,6 +285,7 @@ class _Layer(RNNBase):
                 self._listed("norm_c") if norm and self.mode == "LSTM" else None,
                 self._listed("weight_peephole") if self.peephole else None,
                 checkpoint_every,
+                self.precision,
             )
             return self._general(input, hx, weights, options)
         if isinstance(input, PackedSequence) or not self._fits(input, hx, weights[0].dtype):
@@ -414,6 +421,7 @@ class RNN(_Layer):
         recurrent_dropout: as of `LSTM`. Default: 0.
         layer_norm: as of `LSTM`; parameters ``norm_ih_l0`` and ``norm_hh_l0`` (H,). Default: ``False``.
         learn_reset_state: as of `LSTM`; parameters ``reset_state_l0`` (1, H). Default: ``False``.
+        precision: as of `LSTM`. Default: ``"ieee"``.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it.
@@ -466,6 +474,8 @@ class LSTM(_Layer):
             & Schmidhuber, "Recurrent nets that time and count", 2000). Default: ``False``.
         learn_reset_state: whether `reset` of `forward` makes h and c the parameters ``reset_state_l0`` (2, H), zero at
             first, instead of zero. Default: ``False``.
+        precision: of products of float32 matrices on GPUs, whatever torch's flags say: ``"ieee"``, ``"tf32"`` or
+            ``"tf32x3"``, see `seqkernels.precision`; of a projection torch's flags decide. Default: ``"ieee"``.
 
     With a projection these options act on h before it is projected, and zoneout is for c alone.
 
@@ -525,6 +535,7 @@ class GRU(_Layer):
         recurrent_dropout: as of `LSTM`. Default: 0.
         layer_norm: as of `LSTM`; parameters ``norm_ih_l0`` and ``norm_hh_l0`` (3*H,). Default: ``False``.
         learn_reset_state: as of `LSTM`; parameters ``reset_state_l0`` (1, H). Default: ``False``.
+        precision: as of `LSTM`. Default: ``"ieee"``.
 
     Raises:
         ValueError, TypeError: an argument is not allowed; the message names it.

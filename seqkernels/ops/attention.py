@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backends
 from ..cells import DTYPES, accumulate_dtype
+from ..precision import check_precision
 from ..scores import UNBOUNDED, Scores
 from ._eager import batched, eager, readable, records, refuse_tangents, transformed
 
@@ -301,6 +302,7 @@ def _check_tensor(
 def check(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> None:
     """Raise the error that names the argument which breaks the contract of `attention`."""
     _check_inputs(q, k, v, scores.block_table is not None)
+    check_precision(scores.precision)
     if scores.cu_seqlens_q is not None or scores.cu_seqlens_k is not None:
         _check_documents(q, scores)
     if scores.block_table is not None:
@@ -515,7 +517,9 @@ _modules: dict[Any, ModuleType | None] = {}
 
 def _compiled(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> ModuleType | None:
     """The module to call at once, without the dispatcher: for plain tensors in eager mode, where it is native's."""
-    _, mask, bias, left, right, bottom_right, lengths, cu_q, cu_k, _, _, slopes, softcap, sink, _, seed, table = scores
+    _, mask, bias, left, right, bottom_right, lengths, cu_q, cu_k, _, _, slopes, softcap, sink, _, seed, table, _ = (
+        scores
+    )
     plain = mask is bias is lengths is cu_q is slopes is sink is seed is table is None
     if not (eager(q, k, v) if plain else eager(q, k, v, mask, bias, lengths, cu_q, cu_k, slopes, sink, seed, table)):
         return None

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import backends
 from ..cells import CELLS, CONSTANTS, DTYPES, Weights, accumulate_dtype
+from ..precision import check_precision, of_products
 from ._eager import batched, eager, records, refuse_tangents, transformed
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _library.define(
     "recurrence_forward(Tensor input, Tensor?[] weights, Tensor state0, Tensor? control, str cell, bool reverse,"
-    " bool save, int every=0) -> (Tensor states, Tensor state_n, Tensor reserve)"
+    " bool save, int every=0, str precision='ieee') -> (Tensor states, Tensor state_n, Tensor reserve)"
 )
 _library.define(
     "recurrence_backward(Tensor?[] grads, Tensor input, Tensor?[] weights, Tensor states, Tensor reserve,"
-    " Tensor? control, str cell, bool reverse, bool[] needs, int every=0) -> Tensor[]"
+    " Tensor? control, str cell, bool reverse, bool[] needs, int every=0, str precision='ieee') -> Tensor[]"
 )
 
 
@@ -85,6 +86,7 @@ def _forward(
     reverse: bool,
     save: bool,
     every: int = 0,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     refuse_tangents(input, state0, *weights)
     if input.shape[2] <= 1 or state0.shape[2] <= 1:
@@ -92,11 +94,11 @@ def _forward(
         input, state0, *weights = _resolved(input, state0, *weights)
     named = Weights._make(weights)
     module = backends.implementation(_call(input, named, control, cell, every))
+    more: dict[str, Any] = {} if precision == "ieee" else {"precision": precision}
     if every and save:
         # Checkpoints behind the last step are none.
-        every = min(every, max(input.shape[0], 1))
-        return module.recurrence_forward(input, named, state0, control, cell, reverse, save, every=every)
-    return module.recurrence_forward(input, named, state0, control, cell, reverse, save)
+        more["every"] = min(every, max(input.shape[0], 1))
+    return module.recurrence_forward(input, named, state0, control, cell, reverse, save, **more)
 
 
 def _backward(
@@ -110,6 +112,7 @@ def _backward(
     reverse: bool,
     needs: Sequence[bool],
     every: int = 0,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     refuse_tangents(*grads, input, *weights)
     if input.shape[2] <= 1 or states.shape[3] <= 1:
@@ -119,7 +122,10 @@ def _backward(
     every = min(every, max(input.shape[0], 1))
     module = backends.implementation(_call(input, named, control, cell, every, grads[3] is not None))
     arguments = (grads, input, named, states, reserve, control, cell, reverse, needs)
-    return module.recurrence_backward(*arguments, every=every) if every else module.recurrence_backward(*arguments)
+    more: dict[str, Any] = {} if precision == "ieee" else {"precision": precision}
+    if every:
+        more["every"] = every
+    return module.recurrence_backward(*arguments, **more)
 
 
 def _forward_fake(
@@ -131,6 +137,7 @@ def _forward_fake(
     reverse: bool,
     save: bool,
     every: int = 0,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     steps, batch, _ = input.shape
     num_states, _, hidden = state0.shape
@@ -154,6 +161,7 @@ def _backward_fake(
     reverse: bool,
     needs: Sequence[bool],
     every: int = 0,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     _, _, batch, hidden = states.shape
     shapes = [input.shape, (CELLS[cell].states, batch, hidden), *(None if x is None else x.shape for x in weights)]
@@ -183,12 +191,13 @@ class _Recurrence(torch.autograd.Function):
         reverse: bool,
         gates: bool,
         every: int,
+        precision: str,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
         forward = _forward if eager(input, state0, control, *weights) else forward_op
-        states, state_n, reserve = forward(input, weights, state0, control, cell, reverse, True, every)
+        states, state_n, reserve = forward(input, weights, state0, control, cell, reverse, True, every, precision)
         ctx.save_for_backward(input, state0, control, states, reserve, *weights)
-        ctx.cell, ctx.reverse, ctx.gates, ctx.every = cell, reverse, gates, every
+        ctx.cell, ctx.reverse, ctx.gates, ctx.every, ctx.precision = cell, reverse, gates, every, precision
         ctx.set_materialize_grads(False)
         outputs = (*_step_states(states, reverse), state_n)
         return (*outputs, _gates(reserve, cell, input.dtype)) if gates else outputs
@@ -216,7 +225,7 @@ def _gates(reserve: Tensor, cell: str, dtype: torch.dtype) -> Tensor:
 
 def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     input, state0, control, states, reserve, *weights = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[7:])
+    needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[8:])
     of_steps = 1 if ctx.every else CELLS[ctx.cell].states
     ordered = (grads[0], grads[1] if of_steps == 2 else None, grads[of_steps], grads[-1] if ctx.gates else None)
     found: Sequence[Tensor | None]
@@ -228,7 +237,8 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
     else:
         backward = _backward if eager(input, *ordered, control, *weights) else backward_op
         try:
-            op = backward(ordered, input, weights, states, reserve, control, ctx.cell, ctx.reverse, needs, ctx.every)
+            settings = (ctx.cell, ctx.reverse, needs, ctx.every, ctx.precision)
+            op = backward(ordered, input, weights, states, reserve, control, *settings)
             found = [x if need else None for x, need in zip(op, needs, strict=True)]
         except RuntimeError:
             if not any(map(batched, ordered)):
@@ -238,7 +248,7 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
 
             found = gradients(ordered, input, state0, Weights._make(weights), control, ctx.cell, ctx.reverse, needs)
             found = [x if x is None else x.clone() for x in found]  # without their graph
-    return *found[:2], None, None, None, None, None, *found[2:]
+    return *found[:2], None, None, None, None, None, None, *found[2:]
 
 
 def check(input: Tensor, weights: Weights, state0: Tensor, control: Tensor | None, cell: str) -> None:
@@ -376,6 +386,7 @@ def recurrence(
     gates: Literal[False] = False,
     states: bool = False,
     every: int = 0,
+    precision: str = "ieee",
     **options: Unpack[Options],
 ) -> _Results: ...
 @overload
@@ -391,6 +402,7 @@ def recurrence(
     gates: Literal[True],
     states: bool = False,
     every: int = 0,
+    precision: str = "ieee",
     **options: Unpack[Options],
 ) -> _ResultsWithGates: ...
 @overload
@@ -406,6 +418,7 @@ def recurrence(
     gates: bool,
     states: bool = False,
     every: int = 0,
+    precision: str = "ieee",
     **options: Unpack[Options],
 ) -> _Results | _ResultsWithGates: ...
 def recurrence(
@@ -429,6 +442,7 @@ def recurrence(
     gates: bool = False,
     states: bool = False,
     every: int = 0,
+    precision: str = "ieee",
 ) -> _Results | _ResultsWithGates:
     """Run one direction of one layer over all steps.
 
@@ -469,6 +483,7 @@ def recurrence(
         every: 0 or k > 0: what the backward pass needs of the states is stored before the steps 0, k, 2k, ... of the
             loop alone, and computed again from there, one segment of k steps at a time. Gradients have the same bits.
             Without gradient recording it changes no more than which implementations can run the call.
+        precision: of products of float32 matrices on GPUs, see `seqkernels.precision`; no difference elsewhere.
 
     Returns:
         ``hidden`` (T, B, H), the hidden state after each step; ``cells`` (T, B, H), the LSTM's cell states,
@@ -484,6 +499,7 @@ def recurrence(
         weight_ih, weight_hh, bias_ih, bias_hh, reset_state, peephole, recurrent_mask, norm_h, norm_c, zoneout, seed
     )
     check(input, weights, state0, control, cell)
+    precision = of_products(check_precision(precision), input)
     if every != 0:
         _check_every(every, gates, states)
     stored = gates and CELLS[cell].reserve > 0
@@ -495,13 +511,14 @@ def recurrence(
         hidden, *rest = _step_states(every_state, reverse)
         of_steps = _gates(reserve, cell, input.dtype) if stored else None
     elif torch.is_grad_enabled() and records(input, state0, *weights):
-        hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, every, *weights)
+        hidden, *rest = _Recurrence.apply(input, state0, control, cell, reverse, stored, every, precision, *weights)
         of_steps = rest.pop() if stored else None
         state_n = rest.pop()
     else:
         direct = eager(input, state0, control, *weights)
         forward = _forward if direct else forward_op
-        saved, state_n, reserve = forward(input, weights, state0, control, cell, reverse, stored or states, every)
+        settings = (cell, reverse, stored or states, every, precision)
+        saved, state_n, reserve = forward(input, weights, state0, control, *settings)
         hidden, *rest = (_own_step_states if direct else _step_states)(saved, reverse)
         of_steps = _gates(reserve, cell, input.dtype) if stored else None
     cells = rest[0] if rest else None

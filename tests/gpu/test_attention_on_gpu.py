@@ -101,3 +101,27 @@ def test_which_backend():
     inputs = _inputs()
     text = str(seqkernels.explain(attend, *inputs, enable_gqa=True))
     assert "triton" in text
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("queries", [1, 70])
+def test_precision_whatever_torch_allows(queries, tf32, monkeypatch):
+    """Errors of float32, of ten bits of mantissa, and nearly of float32 again, with the same bits under any flag."""
+    inputs = _inputs(queries=queries, size=128, dtype=torch.float32)
+    inputs[0] = (inputs[0] * 4).detach().requires_grad_()
+    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+
+    def gradients(tensors, **options):
+        out = seqkernels.functional.attention(*tensors, **options)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+    expected = gradients(exact)
+    found = {name: gradients(inputs, precision=name) for name in ("ieee", "tf32", "tf32x3")}
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
+    for name, results in found.items():
+        assert all(map(torch.equal, results, gradients(inputs, precision=name)))
+    for k, right in enumerate(expected):
+        errors = {name: float((results[k].cpu() - right).norm() / right.norm()) for name, results in found.items()}
+        assert 1e-4 < errors["tf32"] < 1e-2, errors
+        assert errors["ieee"] < 1e-5, errors
+        assert errors["tf32x3"] < 1e-5, errors

@@ -118,3 +118,22 @@ def test_compiled(name):
     layer, x = _layer(name, 32, 128, torch.bfloat16), _input(12, 8, 32, torch.bfloat16)
     compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True)
     assert torch.equal(compiled(x), layer(x)[0])
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("hidden", [40, 256, 1100])
+@pytest.mark.parametrize("name", LAYERS)
+def test_precision_whatever_torch_allows(name, hidden, tf32, monkeypatch):
+    """Errors of float32, of ten bits of mantissa, and nearly of float32 again, with the same bits under any flag."""
+    x = _input(12, 9, 64, torch.float32)
+    layers = {how: _layer(name, 64, hidden, torch.float32, precision=how) for how in ("ieee", "tf32", "tf32x3")}
+    expected = _gradients(copy.deepcopy(layers["ieee"]).cpu().double(), x.detach().cpu().double().requires_grad_())
+    found = {how: _gradients(layer, x) for how, layer in layers.items()}
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
+    for how, results in found.items():
+        assert all(map(torch.equal, results, _gradients(layers[how], x)))
+    for k, right in enumerate(expected):
+        errors = {how: float((results[k].cpu() - right).norm() / right.norm()) for how, results in found.items()}
+        assert 2e-5 < errors["tf32"] < 1e-2, errors
+        assert errors["ieee"] < 1e-5, errors
+        assert errors["tf32x3"] < 1e-5, errors

@@ -45,6 +45,7 @@ def recurrence_forward(
     reverse: bool,
     save: bool,
     every: int = 0,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward`` in one call of the compiled module."""
     steps, batch, _ = input.shape
@@ -97,6 +98,7 @@ def recurrence_backward(
     reverse: bool,
     needs: Sequence[bool],
     every: int = 0,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     """``seqkernels::recurrence_backward`` in one call of the compiled module."""
     dtype, acc = states.dtype, accumulate_dtype(states.dtype)

@@ -172,6 +172,7 @@ def recurrence_forward(
     reverse: bool,
     save: bool,
     every: int = 0,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward``, without options of the cell.
 
@@ -180,6 +181,7 @@ def recurrence_forward(
         weights: of which ``weight_ih``, ``weight_hh`` and the biases are used.
         save: whether a backward pass will follow.
         every: 0; checkpoints are declined by ``unsupported``.
+        precision: no difference here.
 
     Returns:
         ``states`` (S, T+1, B, H), only the hidden state unless `save`; ``state_n`` (S, B, H); ``reserve``
@@ -378,6 +380,7 @@ def recurrence_backward(
     reverse: bool,
     needs: Sequence[bool],
     every: int = 0,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     """``seqkernels::recurrence_backward``: back-propagation through time, then products over all steps.
 
@@ -389,6 +392,7 @@ def recurrence_backward(
         reserve: (T, B, R, H), likewise.
         needs: whether the gradient is wanted, of the input, of the initial state, of each of `weights`.
         every: 0; checkpoints are declined by ``unsupported``.
+        precision: no difference here.
 
     Returns:
         For each of `needs` the gradient in shape and dtype of its tensor; empty where there is no need.

@@ -116,6 +116,7 @@ def recurrence_forward(
     reverse: bool,
     save: bool,
     every: int = 0,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward``: `recurrence`, without what only a backward pass needs unless `save`.
 
@@ -142,6 +143,7 @@ def recurrence_backward(
     reverse: bool,
     needs: Sequence[bool],
     every: int = 0,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     """``seqkernels::recurrence_backward``: back-propagation through time.
 
@@ -152,6 +154,7 @@ def recurrence_backward(
         states, reserve: from the forward pass.
         needs: whether the gradient is wanted, of the input, of the initial state, of each of `weights`.
         every: as in the forward pass.
+        precision: no difference here.
 
     Returns:
         For each of `needs` the gradient, in shape and dtype of its tensor; empty where there is no need.

@@ -30,6 +30,8 @@ from .recurrence_ahead import RecurrenceVariant
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BUDGET = Path(__file__).with_name("budget.json")
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+#: Kinds of products: dtypes, and of float32 its precisions.
+_PRODUCTS = (*((dtype, "ieee") for dtype in _TYPES), *((torch.float32, name) for name in ("tf32", "tf32x3")))
 _FEATURES = {
     64: ("plain", "causal", "all"),
     128: ("plain", "causal", "all"),
@@ -51,14 +53,16 @@ class Variant(NamedTuple):
     dtype: torch.dtype
     size: int
     features: str
+    precision: str = "ieee"
 
     def __str__(self) -> str:
-        return f"{self.kernel} {_TYPES[self.dtype]} D={self.size} {self.features}"
+        kind = _TYPES[self.dtype] if self.precision == "ieee" else self.precision
+        return f"{self.kernel} {kind} D={self.size} {self.features}"
 
     @property
     def multiplies(self) -> bool:
         """Whether it has a matrix product for tensor cores."""
-        return self.dtype != torch.float32
+        return self.dtype != torch.float32 or self.precision != "ieee"
 
 
 Variants = Variant | RecurrenceVariant
@@ -76,13 +80,13 @@ class Needs(NamedTuple):
 def variants() -> Iterator[Variants]:
     """Every kernel in every configuration that is shipped."""
     for size in _FEATURES:
-        for dtype in _TYPES:
+        for dtype, precision in _PRODUCTS:
             for features in _FEATURES[size]:
                 for kernel in ("forward", "few_rows", "backward_q", "backward_kv"):
-                    yield Variant(kernel, dtype, size, features)
+                    yield Variant(kernel, dtype, size, features, precision)
                 if features == "all":
-                    yield Variant("backward_bias", dtype, size, features)
-    yield from recurrence_ahead.variants(_TYPES)
+                    yield Variant("backward_bias", dtype, size, features, precision)
+    yield from recurrence_ahead.variants(_TYPES, _PRODUCTS)
 
 
 def _terms(variant: Variant) -> Terms:
@@ -120,10 +124,18 @@ def _arguments(variant: Variant, architecture: int) -> tuple[triton.JITFunction,
     """The kernel, its arguments by name, with `Pointer` for tensors, and its tiles."""
     dtype, size = _TYPES[variant.dtype], variant.size
     many = variant.features == "all"
-    blocks = blocks_of(variant.kernel, variant.dtype, size, size, many_terms=many, architecture=architecture)
+    blocks = blocks_of(
+        variant.kernel,
+        variant.dtype,
+        size,
+        size,
+        many_terms=many,
+        precision=variant.precision,
+        architecture=architecture,
+    )
     rows = Rows(Pointer(dtype), 16 * 4096 * size, size, 16 * size)
     sums = Pointer("fp32")
-    constants = {"D": size, "DV": size, "PRECISION": "ieee", **blocks.constants()}
+    constants = {"D": size, "DV": size, "PRECISION": variant.precision, **blocks.constants()}
     sizes = {"heads": 16, "group": 2, "rows": 4096, "most_queries": 4096, "most_keys": 4096}
     all_of_it = variant.features == "all"
     given: dict[str, Any] = {"q": rows, "k": rows, "v": rows, "terms": _terms(variant), **sizes, **constants}

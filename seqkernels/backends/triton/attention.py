@@ -87,7 +87,20 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
     terms = scores.mask, scores.bias, scores.alibi_slopes
     many = any(x is not None for x in terms) or scores.softcap != 0.0 or scores.dropout_p > 0.0
     architecture, shared = _device(q.device.index) if q.is_cuda else (90, ROOMY)
-    return blocks_of(kernel, q.dtype, q.shape[3], v.shape[3], many_terms=many, architecture=architecture, shared=shared)
+    return blocks_of(
+        kernel,
+        q.dtype,
+        q.shape[3],
+        v.shape[3],
+        many_terms=many,
+        precision=_precision(q, scores),
+        architecture=architecture,
+        shared=shared,
+    )
+
+
+def _precision(q: Tensor, scores: Scores) -> str:
+    return scores.precision if q.dtype == torch.float32 else "ieee"
 
 
 def _options(blocks: Blocks) -> dict[str, int]:
@@ -153,7 +166,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[
         D=q.shape[3],
         DV=v.shape[3],
         PACK=pack,
-        PRECISION="ieee",
+        PRECISION=_precision(q, scores),
         **blocks.constants(),
         **_options(blocks),
     )
@@ -239,7 +252,7 @@ def attention_backward(
     )
     common = (_rows(grad_out), _rows(q), _rows(k), _rows(v), lse, delta)
     sizes = (heads, group, q.shape[2], queries, keys)
-    constants = {"D": q.shape[3], "DV": v.shape[3], "PRECISION": "ieee"}
+    constants = {"D": q.shape[3], "DV": v.shape[3], "PRECISION": _precision(q, scores)}
     if needs[0] or whole:
         kernels.backward_q_kernel[(batch * heads * -(-queries // blocks.m),)](
             *common,

@@ -70,6 +70,7 @@ def blocks_of(
     value_size: int,
     *,
     many_terms: bool = False,
+    precision: str = "ieee",
     architecture: int = 90,
     shared: int = ROOMY,
 ) -> Blocks:
@@ -81,6 +82,7 @@ def blocks_of(
         dtype: of q, k and v.
         size: D, of q and k.
         value_size: Dv.
+        precision: of products of float32 matrices.
         many_terms: whether more goes into scores than the product and bounds.
         architecture: 10 times the compute capability.
         shared: bytes of shared memory that the device has for a program.

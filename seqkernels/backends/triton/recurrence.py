@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from ...cells import CELLS, HOLD, RESET, Weights, accumulate_dtype
+from ...precision import torch_products
 from . import recurrence_sequence, recurrence_steps
 from .recurrence_cells import Parts, Sums
 from .recurrence_loop import Gradients, Loop, entering, product, rounded_product
 
 
 @contextlib.contextmanager
-def _as_given(device: torch.device) -> Iterator[None]:
-    """No gradients and no autocast, since the op has its dtypes from its arguments; launches go to their device."""
-    with torch.no_grad(), contextlib.ExitStack() as stack:
+def _as_given(x: Tensor, precision: str) -> Iterator[None]:
+    """No gradients, autocast or flags, since the op has all from its arguments; launches go to their device."""
+    device = x.device
+    with torch.no_grad(), torch_products(precision, x), contextlib.ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         if torch.amp.is_autocast_available(device.type) and torch._C._is_any_autocast_enabled():
@@ -75,9 +77,10 @@ def recurrence_forward(
     reverse: bool,
     save: bool,
     every: int = 0,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward``."""
-    with _as_given(input.device):
+    with _as_given(input, precision):
         steps, batch, _ = input.shape
         num_states, _, hidden = state0.shape
         every = every if save else 0
@@ -92,6 +95,7 @@ def recurrence_forward(
             steps,
             batch,
             hidden,
+            precision,
         )
         states = input.new_empty((num_states if save and not every else 1, steps + 1, batch, hidden))
         states[:, steps if reverse else 0] = state0[: states.shape[0]]
@@ -136,13 +140,13 @@ def recurrence_backward(
     reverse: bool,
     needs: Sequence[bool],
     every: int = 0,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     """``seqkernels::recurrence_backward``."""
-    with _as_given(input.device):
+    with _as_given(input, precision):
         names = ("input", "state0", *Weights._fields)
-        found = _through_time(
-            grads, input, weights, states, reserve, control, cell, reverse, dict(zip(names, needs, strict=True)), every
-        )
+        wanted = dict(zip(names, needs, strict=True))
+        found = _through_time(grads, input, weights, states, reserve, control, cell, reverse, wanted, every, precision)
         like = (input, states, *weights)
         return [
             input.new_empty(0) if x is None or not need or name not in found else found[name].to(x.dtype).contiguous()
@@ -161,6 +165,7 @@ def _through_time(
     reverse: bool,
     needs: dict[str, bool],
     every: int,
+    precision: str,
 ) -> dict[str, Tensor]:
     """The gradients that are wanted, by the name of what they are of."""
     steps, batch, _ = input.shape
@@ -185,6 +190,7 @@ def _through_time(
         steps,
         batch,
         hidden,
+        precision,
     )
     before = states[0, 1:] if reverse else states[0, :-1]
     entered = entering(before, control, parts, RESET).reshape(steps * batch, hidden)

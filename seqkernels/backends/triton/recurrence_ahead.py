@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ class RecurrenceVariant(NamedTuple):
         type: its name in Triton.
         size: H.
         features: ``"plain"``, ``"all"`` options that the kernel has, or ``"apart"``, plain steps that are launches.
+        precision: of products of float32 matrices.
     """
 
     kernel: str
@@ -33,28 +34,36 @@ class RecurrenceVariant(NamedTuple):
     type: str
     size: int
     features: str
+    precision: str = "ieee"
 
     def __str__(self) -> str:
-        return f"recurrence_{self.kernel} {self.cell} {self.type} H={self.size} {self.features}"
+        kind = self.type if self.precision == "ieee" else self.precision
+        return f"recurrence_{self.kernel} {self.cell} {kind} H={self.size} {self.features}"
 
     @property
     def multiplies(self) -> bool:
         """Whether it has a matrix product for tensor cores."""
-        return not self.kernel.startswith("step") and self.dtype != torch.float32
+        matrices = self.dtype != torch.float32 or self.precision != "ieee"
+        return not self.kernel.startswith("step") and matrices
 
 
-def variants(types: Mapping[torch.dtype, str]) -> Iterator[RecurrenceVariant]:
-    """Every kernel in every configuration that is shipped, of dtypes with these names."""
+def variants(
+    types: Mapping[torch.dtype, str], products: Sequence[tuple[torch.dtype, str]]
+) -> Iterator[RecurrenceVariant]:
+    """Every kernel in every configuration that is shipped, of dtypes with these names and these kinds of products."""
     for cell in ("rnn_tanh", "lstm", "gru"):
-        for dtype, name in types.items():
+        for dtype, precision in products:
+            name = types[dtype]
             for size in _HIDDEN:
                 for kernel in ("forward", "backward"):
-                    yield RecurrenceVariant(kernel, cell, dtype, name, size, "plain")
+                    yield RecurrenceVariant(kernel, cell, dtype, name, size, "plain", precision)
                     if size == 256:
-                        yield RecurrenceVariant(kernel, cell, dtype, name, size, "all")
-                        yield RecurrenceVariant(kernel, cell, dtype, name, size, "apart")
-            for kernel in ("step_forward", "step_backward"):
-                yield RecurrenceVariant(kernel, cell, dtype, name, 1024, "all")
+                        yield RecurrenceVariant(kernel, cell, dtype, name, size, "all", precision)
+                        yield RecurrenceVariant(kernel, cell, dtype, name, size, "apart", precision)
+            if precision == "ieee":
+                # Without products, which torch has in those.
+                for kernel in ("step_forward", "step_backward"):
+                    yield RecurrenceVariant(kernel, cell, dtype, name, 1024, "all")
 
 
 def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -105,7 +114,7 @@ def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tupl
         step = step_tiles(variant.size, everything)
         kernel = getattr(recurrence_kernels, f"{variant.kernel}_kernel")
         return kernel, given | {"BLOCK_B": step.rows, "BLOCK_H": step.columns}, {"num_warps": step.warps}
-    tiles = sequence_tiles(variant.kernel, variant.cell, variant.dtype, variant.size)
+    tiles = sequence_tiles(variant.kernel, variant.cell, variant.dtype, variant.size, variant.precision)
     apart = variant.features == "apart"
     sync = variant.size > tiles.columns and not apart
     given |= {"counters": pointer("i32") if sync else None, "SYNC": sync, "STEPWISE": apart, **tiles.constants()}

@@ -51,6 +51,7 @@ class SequenceTiles(NamedTuple):
         ahead: loads on their way before the product of the first, where the weights stay.
         warps: of a program.
         stages: of the loads of weights that do not stay.
+        precision: of the products of float32 matrices.
     """
 
     rows: int
@@ -61,6 +62,7 @@ class SequenceTiles(NamedTuple):
     ahead: int
     warps: int
     stages: int
+    precision: str = "ieee"
 
     def constants(self) -> dict[str, object]:
         """As the kernels name them."""
@@ -72,7 +74,7 @@ class SequenceTiles(NamedTuple):
             "RESIDENT": self.resident,
             "AHEAD": self.ahead,
             "STAGES": self.stages,
-            "PRECISION": "ieee",
+            "PRECISION": self.precision,
         }
 
     def options(self) -> dict[str, object]:
@@ -84,7 +86,7 @@ class SequenceTiles(NamedTuple):
 MOST_HIDDEN = 1024
 
 
-def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> SequenceTiles:
+def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int, precision: str = "ieee") -> SequenceTiles:
     """The tiles of the kernels of a sequence.
 
     Args:
@@ -92,15 +94,16 @@ def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> S
         cell: a key of `seqkernels.cells.CELLS`.
         dtype: of the input.
         hidden: H, up to `MOST_HIDDEN`.
+        precision: of products of float32 matrices.
     """
     lanes = 1 if CELLS[cell].gates == 1 else 4
     size = max(power_of_2(hidden), 16)
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles; both kinds of loops over weights are run.
         columns = max(size // 4, 16)
-        return SequenceTiles(4 if size <= 64 else 8, columns, columns, lanes, hidden <= 24, 1, 1, 1)
+        return SequenceTiles(4 if size <= 64 else 8, columns, columns, lanes, hidden <= 24, 1, 1, 1, precision)
     if dtype == torch.float32:
-        return SequenceTiles(16, 16, 16, lanes, False, 0, 4, 3)
+        return SequenceTiles(16, 16, 16, lanes, False, 0, 4, 3, precision)
     if lanes == 1:
         # One program has the weights of all units where that is up to 128 KiB.
         columns = size if size <= 256 else 32
@@ -112,15 +115,15 @@ def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> S
     return SequenceTiles(16, 32 if size <= 256 else 16, 128, lanes, True, ahead, 4 if size <= 512 else 8, 1)
 
 
-def shared_memory(cell: str, dtype: torch.dtype, hidden: int) -> int:
+def shared_memory(cell: str, dtype: torch.dtype, hidden: int, precision: str = "ieee") -> int:
     """Bytes of shared memory that a program of a sequence needs: weights that stay, and tiles at work.
 
     Args:
-        cell, dtype, hidden: as in `sequence_tiles`.
+        cell, dtype, hidden, precision: as in `sequence_tiles`.
     """
     found = 0
     for kernel in ("forward", "backward"):
-        tiles = sequence_tiles(kernel, cell, dtype, hidden)
+        tiles = sequence_tiles(kernel, cell, dtype, hidden, precision)
         behind = CELLS[cell].gates if kernel == "backward" and tiles.lanes == 1 else 1
         chunks = -(-hidden * behind // tiles.depth)
         weights = chunks * tiles.depth * tiles.lanes * tiles.columns * dtype.itemsize

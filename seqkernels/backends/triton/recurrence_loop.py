@@ -24,6 +24,7 @@ class Loop(NamedTuple):
         steps: T.
         batch: B.
         hidden: H.
+        precision: of products of float32 matrices.
     """
 
     gates_x: Tensor | None
@@ -35,6 +36,7 @@ class Loop(NamedTuple):
     steps: int
     batch: int
     hidden: int
+    precision: str = "ieee"
 
     def order(self, begin: int, end: int) -> range:
         """Steps [begin, end) in the order of the loop."""
