@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import backends
+from ..cells import DTYPES
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -63,6 +64,33 @@ def eager(*tensors: Tensor | None) -> bool:
     first = tensors[0]
     assert first is not None
     return undisturbed() and first.is_cpu and _PLAIN.issuperset(map(type, tensors))
+
+
+def eager_on_gpu(*tensors: Tensor | None) -> bool:
+    """Whether `tensors` are plain ones on a CUDA device whose memory holds their values, and `undisturbed`."""
+    first = tensors[0]
+    assert first is not None
+    if not (first.is_cuda and undisturbed() and _PLAIN.issuperset(map(type, tensors))):
+        return False
+    return not any(x is not None and (x.is_neg() or x._is_zerotensor()) for x in tensors)
+
+
+def plain_on_gpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q (B, Hq, M, D), k (B, Hk, N, D) and v (B, Hk, N, Dv) fit, and are `eager_on_gpu`, without autocast."""
+    shape, dtype, device = k.shape, q.dtype, q.get_device()
+    return (
+        eager_on_gpu(q, k, v)
+        and not torch.is_autocast_enabled("cuda")
+        and q.dim() == len(shape) == v.dim() == 4
+        and k.get_device() == v.get_device() == device
+        and dtype == k.dtype == v.dtype
+        and dtype in DTYPES
+        and shape[0] == q.shape[0]
+        and shape[3] == q.shape[3]
+        and shape[:3] == v.shape[:3]
+        and shape[1] > 0
+        and q.shape[1] % shape[1] == 0
+    )
 
 
 def records(*tensors: Tensor | None) -> bool:

@@ -19,7 +19,7 @@ from .. import backends
 from ..cells import DTYPES, accumulate_dtype
 from ..precision import check_precision
 from ..scores import UNBOUNDED, Scores
-from ._eager import batched, eager, readable, records, refuse_tangents, transformed
+from ._eager import batched, eager, eager_on_gpu, plain_on_gpu, readable, records, refuse_tangents, transformed
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _PACKED = "Tensor?[] tensors, float[] numbers, int[] settings"
@@ -163,7 +163,7 @@ _BIAS, _SINK = 1, 6
 
 
 class _Attention(torch.autograd.Function):
-    """Arguments: q, k, v, the packed scores, and the compiled module to call at once, or ``None`` for the ops."""
+    """Arguments: q, k, v, the packed scores, and the module to call at once, or ``None`` for the ops."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,8 @@ class _Attention(torch.autograd.Function):
             packed = (tensors, ctx.numbers, ctx.settings)
             found = (None,) * 4
             if True in needs:
-                if ctx.module is not None and backends.may_repeat("native") and _passes(grad_out) and _passes(grad_lse):
+                direct = ctx.module is not None and backends.may_repeat(_direct(q))
+                if direct and _passes(grad_out) and _passes(grad_lse):
                     scores = Scores.unpack(*packed)
                     found = ctx.module.attention_backward(grad_out, grad_lse, q, k, v, out, lse, scores, needs)
                 else:
@@ -209,8 +210,13 @@ class _Attention(torch.autograd.Function):
 
 
 def _passes(grad: Tensor | None) -> bool:
-    """Whether the compiled module may have a gradient as it is."""
-    return grad is None or eager(grad)
+    """Whether an implementation may have a gradient as it is."""
+    return grad is None or eager(grad) or eager_on_gpu(grad)
+
+
+def _direct(q: Tensor) -> str:
+    """The implementation that is called without the dispatcher on the device of `q`."""
+    return "triton" if q.is_cuda else "native"
 
 
 def _resolved(x: Tensor | None) -> Tensor | None:
@@ -483,7 +489,9 @@ def attend_plainly(
         devices, subclasses, strides that the compiled module does not take, transforms and the like.
     """
     try:
-        if not eager(q, k, v) or not k.is_cpu or not v.is_cpu or not backends.may_repeat("native"):
+        if not (plain_on_gpu(q, k, v) if q.is_cuda else eager(q, k, v) and k.is_cpu and v.is_cpu):
+            return None
+        if not backends.may_repeat(_direct(q)):
             return None
         _, heads, _, size = q.shape
         _, kv_heads, _, value_size = v.shape
@@ -492,7 +500,7 @@ def attend_plainly(
         # What can change without being another must not be part of the key.
         if type(is_causal) is not bool or (scale is not None and type(scale) is not float):
             return None
-        call = (q.dtype, is_causal, size, scale)
+        call = (q.dtype, q.is_cuda, is_causal, size, scale)
         found = _plain_calls.get(call)
         if found is None:
             scores = Scores(size**-0.5 if scale is None else float(scale), right=0 if is_causal else UNBOUNDED)
@@ -516,21 +524,23 @@ _modules: dict[Any, ModuleType | None] = {}
 
 
 def _compiled(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> ModuleType | None:
-    """The module to call at once, without the dispatcher: for plain tensors in eager mode, where it is native's."""
+    """The module to call at once, without the dispatcher: native's or Triton's, for plain tensors in eager mode."""
     _, mask, bias, left, right, bottom_right, lengths, cu_q, cu_k, _, _, slopes, softcap, sink, _, seed, table, _ = (
         scores
     )
     plain = mask is bias is lengths is cu_q is slopes is sink is seed is table is None
-    if not (eager(q, k, v) if plain else eager(q, k, v, mask, bias, lengths, cu_q, cu_k, slopes, sink, seed, table)):
+    find = eager_on_gpu if q.is_cuda else eager
+    if not (find(q, k, v) if plain else find(q, k, v, mask, bias, lengths, cu_q, cu_k, slopes, sink, seed, table)):
         return None
     # Of one element a row may be part of a complex number, negated by a bit that memory does not show.
-    if q.shape[-1] <= 1 or v.shape[-1] <= 1 or not backends.may_repeat("native"):
+    name = _direct(q)
+    if q.shape[-1] <= 1 or v.shape[-1] <= 1 or not backends.may_repeat(name):
         return None
     if plain and softcap == 0.0 and left < 0 and not bottom_right:
-        key: Any = (q.dtype, right, q.shape[1] == k.shape[1])
+        key: Any = (name, q.dtype, right, q.shape[1] == k.shape[1])
     else:
-        key = (q.dtype, scores.features(q, k))
+        key = (name, q.dtype, scores.features(q, k))
     if key not in _modules:
-        chosen = backends.choice(backends.Call("attention", "cpu", q.dtype, "", scores.features(q, k)))
-        _modules[key] = backends.module("native", "attention") if chosen == "native" else None
+        chosen = backends.choice(backends.Call("attention", q.device.type, q.dtype, "", scores.features(q, k)))
+        _modules[key] = backends.module(name, "attention") if chosen == name else None
     return _modules[key]

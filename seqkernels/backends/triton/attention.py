@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -15,8 +15,8 @@ from ...scores import Scores, dropout_threshold
 from . import attention_kernels as kernels
 from .attention_scores import Full, Rows, Terms
 from .configs import FEW_ROWS, ROOMY, Blocks, blocks_of
+from .launches import Launch
 
-Parameters = ParamSpec("Parameters")
 Results = TypeVar("Results")
 
 #: Rows of a program that multiplies no matrices.
@@ -70,12 +70,6 @@ def _terms(scores: Scores, shape: tuple[int, int, int, int], k: Tensor) -> Terms
     )
 
 
-def _rows_of_heads(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty (B, H, L, size) like `x` (B, H, L, ...), in memory (B, L, H, size)."""
-    batch, heads, length, _ = x.shape
-    return x.new_empty((batch, length, heads, size), dtype=dtype).transpose(1, 2)
-
-
 @functools.cache
 def _device(index: int) -> tuple[int, int]:
     """10 times the compute capability, and bytes of shared memory that a program may have."""
@@ -107,85 +101,146 @@ def _options(blocks: Blocks) -> dict[str, int]:
     return {"num_warps": blocks.warps, "num_stages": blocks.stages}
 
 
-def _on_its_device(fn: Callable[Parameters, Results]) -> Callable[Parameters, Results]:
-    """Triton launches on the current device, so that of the call is made the current one."""
-
-    @functools.wraps(fn)
-    def call(*args: Parameters.args, **options: Parameters.kwargs) -> Results:
-        q = next(x for x in args if isinstance(x, Tensor) and x.dim() == 4)
-        if not q.is_cuda or q.device.index == torch.cuda.current_device():
-            return fn(*args, **options)
-        with torch.cuda.device(q.device):
-            return fn(*args, **options)
-
-    return call
+#: What was found out about a call, for all calls that this module and Triton treat alike.
+_plans: dict[Any, Any] = {}
+_MOST_PLANS = 1024
 
 
-@_on_its_device
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """``seqkernels::attention_forward``."""
-    q, k, v = (_last_contiguous(x) for x in (q, k, v))
-    batch, heads, queries, keys = shape = scores.shape(q, k)
-    out = _rows_of_heads(q, v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-    if scores.cu_seqlens_q is not None:
-        # Documents may leave rows before and behind them.
-        out.zero_()
-        lse.fill_(-torch.inf)
-    if batch * heads * queries == 0:
-        return out, lse
-    group = heads // k.shape[1]
-    few = queries * group <= FEW_ROWS
-    blocks = _blocks("few_rows" if few else "forward", q, v, scores)
-    # All heads of a group share the rows of a tile where they have room in it.
-    pack = group if few else 1
-    programs = batch * heads // pack * -(-queries * pack // blocks.m)
-    splits, split_keys = _splits(programs, keys, blocks.n, q)
-    parts, parts_lse = out, lse
-    if splits > 1:
-        parts = q.new_empty((splits, q.shape[0], heads, q.shape[2], v.shape[3]), dtype=lse.dtype)
-        parts_lse = lse.new_full((splits, *lse.shape), -torch.inf)
-    first, first_lse = (parts[0], parts_lse[0]) if splits > 1 else (out, lse)
-    sink = scores.sink
-    kernels.forward_kernel[(programs, splits)](
-        _rows(q),
-        _rows(k),
-        _rows(v),
-        _rows(first),
-        first_lse,
-        None if sink is None else sink.contiguous(),
-        _terms(scores, shape, k),
-        heads,
-        group,
-        q.shape[2],
-        queries,
-        keys,
-        split_keys,
-        parts.stride(0) if splits > 1 else None,
-        parts_lse.stride(0) if splits > 1 else None,
-        D=q.shape[3],
-        DV=v.shape[3],
-        PACK=pack,
-        PRECISION=_precision(q, scores),
-        **blocks.constants(),
-        **_options(blocks),
-    )
-    if splits > 1:
-        kernels.merge_kernel[(q.shape[0] * heads * -(-q.shape[2] // ROWS_OF_SUMS),)](
-            _rows(first),
-            parts_lse,
-            _rows(out),
-            lse,
-            heads,
-            q.shape[2],
-            splits,
-            parts.stride(0),
-            parts_lse.stride(0),
-            DV=v.shape[3],
-            BLOCK_M=ROWS_OF_SUMS,
-            BLOCK_DV=blocks.dv,
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """What matters of a tensor but its values."""
+    return x.dtype, x.shape, x.stride(), x.data_ptr() % 16
+
+
+def _has_tensors(scores: Scores) -> bool:
+    _, mask, bias, _, _, _, lengths, cu_q, _, _, _, slopes, _, sink, _, seed, table, _ = scores
+    return not (mask is bias is lengths is cu_q is slopes is sink is seed is table is None)
+
+
+def _run(kind: Callable[..., Callable[..., Results]], scores: Scores, needs: Any, *tensors: Tensor | None) -> Results:
+    """Run the plan of `kind` for calls like this one, on the device of its tensors, where Triton would not look."""
+    first = tensors[0]
+    assert first is not None
+    device = first.get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(kind, scores, needs, *tensors)
+    given: Any = scores
+    if _has_tensors(scores):
+        given = tuple(_kind(x) if isinstance(x, Tensor) else x for x in scores)
+    key = (kind, device, given, needs, *[x if x is None else _kind(x) for x in tensors])
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = kind(scores, needs, *tensors)
+    found: Results = plan(scores, *tensors)
+    return found
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores, save: bool = True) -> tuple[Tensor, Tensor]:
+    """``seqkernels::attention_forward``; the log-sum-exp is made whether or not it is to be kept, by `save`."""
+    return _run(_Forward, scores, None, q, k, v)
+
+
+class _Rows(NamedTuple):
+    """How the kernels read, or write, a kind of tensor."""
+
+    copy: bool
+    strides: tuple[int, int, int]
+
+    def __call__(self, x: Tensor) -> Rows:
+        return Rows(x.contiguous() if self.copy else x, *self.strides)
+
+
+def _reader(x: Tensor) -> _Rows:
+    given = _last_contiguous(x)
+    return _Rows(given is not x, (given.stride(0), given.stride(1), given.stride(2)))
+
+
+class _New(NamedTuple):
+    """A kind of tensor that is made for results: (B, H, L, size), in memory (B, L, H, size)."""
+
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+    def rows(self, x: Tensor) -> Rows:
+        batch, head, row, _ = self.strides
+        return Rows(x, batch, head, row)
+
+
+def _like(x: Tensor, size: int) -> _New:
+    batch, heads, length, _ = x.shape
+    strides = (length * heads * size, size, heads * size, 1)
+    return _New((batch, heads, length, size), strides, x.dtype, x.device)
+
+
+class _Forward:
+    """Forward passes of one kind."""
+
+    def __init__(self, scores: Scores, _: None, q: Tensor, k: Tensor, v: Tensor) -> None:
+        batch, heads, queries, keys = self.shape = scores.shape(q, k)
+        self.out, self.readers = _like(q, v.shape[3]), (_reader(q), _reader(k), _reader(v))
+        self.terms = None if _has_tensors(scores) else _terms(scores, self.shape, k)
+        self.accumulate = accumulate_dtype(q.dtype)
+        self.lse_shape = q.shape[:3]
+        self.empty = batch * heads * queries == 0
+        if self.empty:
+            return
+        group = heads // k.shape[1]
+        few = queries * group <= FEW_ROWS
+        blocks = _blocks("few_rows" if few else "forward", q, v, scores)
+        # All heads of a group share the rows of a tile where they have room in it.
+        pack = group if few else 1
+        programs = batch * heads // pack * -(-queries * pack // blocks.m)
+        self.splits, split_keys = _splits(programs, keys, blocks.n, q)
+        rows = q.shape[2]
+        split: tuple[int | None, int | None] = (None, None)
+        if self.splits > 1:
+            split = (q.shape[0] * heads * rows * v.shape[3], q.shape[0] * heads * rows)
+        self.sizes = (heads, group, rows, queries, keys, split_keys, *split)
+        constants = {"D": q.shape[3], "DV": v.shape[3], **blocks.constants(), "PACK": pack}
+        self.launch = Launch(
+            kernels.forward_kernel,
+            (programs, self.splits),
+            {**constants, "PRECISION": _precision(q, scores)},
+            _options(blocks),
         )
-    return out, lse
+        if self.splits > 1:
+            self.merged = (heads, rows, self.splits, *split)
+            self.merge = Launch(
+                kernels.merge_kernel,
+                (q.shape[0] * heads * -(-rows // ROWS_OF_SUMS),),
+                {"DV": v.shape[3], "BLOCK_M": ROWS_OF_SUMS, "BLOCK_DV": blocks.dv},
+            )
+
+    def __call__(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.out()
+        lse = torch.empty(self.lse_shape, dtype=self.accumulate, device=self.out.device)
+        if scores.cu_seqlens_q is not None:
+            # Documents may leave rows before and behind them.
+            out.zero_()
+            lse.fill_(-torch.inf)
+        if self.empty:
+            return out, lse
+        terms = self.terms
+        if terms is None:
+            terms = _terms(scores, self.shape, k)
+        sink = None if scores.sink is None else scores.sink.contiguous()
+        of_q, of_k, of_v = self.readers
+        first, first_lse, parts_lse = self.out.rows(out), lse, lse
+        if self.splits > 1:
+            parts = torch.empty((self.splits, *out.shape), dtype=lse.dtype, device=out.device)
+            parts_lse = lse.new_full((self.splits, *lse.shape), -torch.inf)
+            first, first_lse = _rows(parts[0]), parts_lse[0]
+        self.launch(of_q(q), of_k(k), of_v(v), first, first_lse, sink, terms, *self.sizes)
+        if self.splits > 1:
+            self.merge(first, parts_lse, self.out.rows(out), lse, *self.merged)
+        return out, lse
 
 
 def _splits(programs: int, keys: int, tile: int, q: Tensor) -> tuple[int, int | None]:
@@ -198,7 +253,6 @@ def _splits(programs: int, keys: int, tile: int, q: Tensor) -> tuple[int, int | 
     return -(-keys // split_keys), split_keys
 
 
-@_on_its_device
 def attention_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -211,91 +265,124 @@ def attention_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``seqkernels::attention_backward``."""
-    q, k, v, out = (_last_contiguous(x) for x in (q, k, v, out))
-    lse = lse.contiguous()
-    batch, heads, queries, keys = shape = scores.shape(q, k)
-    bias = scores.bias
-    needs_bias = bias is not None and needs[3]
-    whole = needs_bias and bias is not None and tuple(bias.shape) == shape
-    grads = [
-        _rows_of_heads(x, x.shape[3]) if need else x.new_empty(0) for x, need in zip((q, k, v), needs, strict=False)
-    ]
-    grad_q, grad_k, grad_v = grads
-    empty = batch * heads * queries * keys == 0
-    if empty or scores.cu_seqlens_q is not None:
-        for grad in grads:
-            grad.zero_()
-    grad_bias = q.new_empty(0)
-    if needs_bias and bias is not None:
-        # One that is broadcast is a sum.
-        grad_bias = bias.new_zeros(bias.shape, dtype=bias.dtype if whole else lse.dtype)
-    if empty:
-        return grad_q, grad_k, grad_v, grad_bias if bias is None else grad_bias.to(bias.dtype)
     # A gradient that is zero may have no memory.
     grad_out, grad_lse = (None if x is None or x._is_zerotensor() else x for x in (grad_out, grad_lse))
-    grad_out = torch.zeros_like(out) if grad_out is None else _last_contiguous(grad_out)
-    terms = _terms(scores, shape, k)
-    group = heads // k.shape[1]
-    delta = torch.empty_like(lse)
-    blocks = _blocks("backward_q", q, v, scores)
-    rows = q.shape[0] * heads * -(-q.shape[2] // ROWS_OF_SUMS)
-    kernels.delta_kernel[(rows,)](
-        _rows(grad_out),
-        _rows(out),
-        None if grad_lse is None else _rows(grad_lse.unsqueeze(3)),
-        delta,
-        heads,
-        q.shape[2],
-        DV=v.shape[3],
-        BLOCK_M=ROWS_OF_SUMS,
-        BLOCK_DV=blocks.dv,
-    )
-    common = (_rows(grad_out), _rows(q), _rows(k), _rows(v), lse, delta)
-    sizes = (heads, group, q.shape[2], queries, keys)
-    constants = {"D": q.shape[3], "DV": v.shape[3], "PRECISION": _precision(q, scores)}
-    if needs[0] or whole:
-        kernels.backward_q_kernel[(batch * heads * -(-queries // blocks.m),)](
-            *common,
-            _rows(grad_q) if needs[0] else None,
-            _full(grad_bias) if whole else None,
-            terms,
-            *sizes,
-            **constants,
-            **blocks.constants(),
-            **_options(blocks),
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    return _run(_Backward, scores, tuple(needs[:4]), q, k, v, grad_out, grad_lse, out, lse)
+
+
+class _Backward:
+    """Backward passes of one kind."""
+
+    def __init__(
+        self,
+        scores: Scores,
+        needs: tuple[bool, bool, bool, bool],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        batch, heads, queries, keys = self.shape = scores.shape(q, k)
+        bias = scores.bias
+        needs_bias = bias is not None and needs[3]
+        self.whole = needs_bias and bias is not None and tuple(bias.shape) == self.shape
+        self.grads = tuple(_like(x, x.shape[3]) if need else None for x, need in zip((q, k, v), needs, strict=False))
+        self.needs_bias = needs_bias
+        self.empty = batch * heads * queries * keys == 0
+        self.readers = tuple(map(_reader, (grad_out, q, k, v)))
+        self.of_out = _reader(out)
+        self.terms = None if _has_tensors(scores) else _terms(scores, self.shape, k)
+        if self.empty:
+            return
+        group, rows = heads // k.shape[1], q.shape[2]
+        self.sizes = (heads, group, rows, queries, keys)
+        constants = {"D": q.shape[3], "DV": v.shape[3], "PRECISION": _precision(q, scores)}
+        blocks = _blocks("backward_q", q, v, scores)
+        self.delta = Launch(
+            kernels.delta_kernel,
+            (q.shape[0] * heads * -(-rows // ROWS_OF_SUMS),),
+            {"DV": v.shape[3], "BLOCK_M": ROWS_OF_SUMS, "BLOCK_DV": blocks.dv},
         )
-    if needs_bias and bias is not None and not whole:
-        blocks = _blocks("backward_bias", q, v, scores)
-        sums = tuple(size == 1 and full > 1 for size, full in zip(bias.shape, shape, strict=True))
-        apart = sums[2] or sums[3]
-        target = grad_bias
-        if apart:
-            target = grad_bias.new_zeros((batch, heads, *bias.shape[2:]))
-        tiles = (1 if sums[2] else -(-queries // blocks.m)) * (1 if sums[3] else -(-keys // blocks.n))
-        kernels.backward_bias_kernel[(target.shape[0] * target.shape[1] * tiles,)](
-            *common,
-            _full(target),
-            terms,
-            batch,
-            *sizes,
-            SUM_ROWS=sums[2],
-            SUM_KEYS=sums[3],
-            **constants,
-            **blocks.constants(),
-            **_options(blocks),
+
+        def launch(kernel: Any, programs: int, blocks: Blocks, **more: bool) -> Launch:
+            return Launch(kernel, (programs,), {**constants, **more, **blocks.constants()}, _options(blocks))
+
+        self.of_q = self.of_kv = self.of_bias = None
+        if needs[0] or self.whole:
+            self.of_q = launch(kernels.backward_q_kernel, batch * heads * -(-queries // blocks.m), blocks)
+        if needs_bias and bias is not None and not self.whole:
+            blocks = _blocks("backward_bias", q, v, scores)
+            sums = tuple(size == 1 and full > 1 for size, full in zip(bias.shape, self.shape, strict=True))
+            # Sums over rows or keys are made of parts, for each batch entry and head.
+            self.parts = (batch, heads, *bias.shape[2:]) if sums[2] or sums[3] else None
+            owners = bias.shape[0] * bias.shape[1] if self.parts is None else batch * heads
+            tiles = (1 if sums[2] else -(-queries // blocks.m)) * (1 if sums[3] else -(-keys // blocks.n))
+            self.of_bias = launch(
+                kernels.backward_bias_kernel, owners * tiles, blocks, SUM_ROWS=sums[2], SUM_KEYS=sums[3]
+            )
+        if needs[1] or needs[2]:
+            blocks = _blocks("backward_kv", q, v, scores)
+            self.of_kv = launch(kernels.backward_kv_kernel, batch * k.shape[1] * -(-keys // blocks.n), blocks)
+
+    def __call__(
+        self,
+        scores: Scores,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        lse, bias = lse.contiguous(), scores.bias
+        grads = [q.new_empty(0) if new is None else new() for new in self.grads]
+        if self.empty or scores.cu_seqlens_q is not None:
+            for grad in grads:
+                grad.zero_()
+        grad_bias = None
+        if self.needs_bias and bias is not None:
+            # One that is broadcast is a sum.
+            grad_bias = bias.new_zeros(bias.shape, dtype=bias.dtype if self.whole else lse.dtype)
+        if not self.empty:
+            grad_bias = self._launch(scores, (grad_out, q, k, v), grad_lse, out, lse, grads, grad_bias)
+        grad_q, grad_k, grad_v = grads
+        if grad_bias is None or bias is None:
+            return grad_q, grad_k, grad_v, q.new_empty(0)
+        return grad_q, grad_k, grad_v, grad_bias.to(bias.dtype)
+
+    def _launch(
+        self,
+        scores: Scores,
+        inputs: Sequence[Tensor],
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        grads: Sequence[Tensor],
+        grad_bias: Tensor | None,
+    ) -> Tensor | None:
+        """The gradients, in `grads` but for that of the bias, which may be another tensor than that given."""
+        terms = self.terms
+        if terms is None:
+            terms = _terms(scores, self.shape, inputs[2])
+        rows = [reader(x) for reader, x in zip(self.readers, inputs, strict=True)]
+        delta = torch.empty_like(lse)
+        of_lse = None if grad_lse is None else _rows(grad_lse.unsqueeze(3))
+        self.delta(rows[0], self.of_out(out), of_lse, delta, self.sizes[0], self.sizes[2])
+        grad_q, grad_k, grad_v = (
+            None if new is None else new.rows(x) for new, x in zip(self.grads, grads, strict=True)
         )
-        if apart:
-            grad_bias = target.sum_to_size(bias.shape)
-    if needs[1] or needs[2]:
-        blocks = _blocks("backward_kv", q, v, scores)
-        kernels.backward_kv_kernel[(batch * k.shape[1] * -(-keys // blocks.n),)](
-            *common,
-            _rows(grad_k) if needs[1] else None,
-            _rows(grad_v) if needs[2] else None,
-            terms,
-            *sizes,
-            **constants,
-            **blocks.constants(),
-            **_options(blocks),
-        )
-    return grad_q, grad_k, grad_v, grad_bias if bias is None else grad_bias.to(bias.dtype)
+        if self.of_q is not None:
+            self.of_q(*rows, lse, delta, grad_q, _full(grad_bias) if self.whole else None, terms, *self.sizes)
+        if self.of_bias is not None and grad_bias is not None:
+            target = grad_bias if self.parts is None else grad_bias.new_zeros(self.parts)
+            self.of_bias(*rows, lse, delta, _full(target), terms, self.shape[0], *self.sizes)
+            grad_bias = grad_bias if self.parts is None else target.sum_to_size(grad_bias.shape)
+        if self.of_kv is not None:
+            self.of_kv(*rows, lse, delta, grad_k, grad_v, terms, *self.sizes)
+        return grad_bias
