@@ -87,7 +87,16 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
     terms = scores.mask, scores.bias, scores.alibi_slopes
     many = any(x is not None for x in terms) or scores.softcap != 0.0 or scores.dropout_p > 0.0
     architecture, shared = _device(q.device.index) if q.is_cuda else (90, ROOMY)
-    return blocks_of(kernel, q.dtype, q.shape[3], v.shape[3], many_terms=many, architecture=architecture, shared=shared)
+    return blocks_of(
+        kernel,
+        q.dtype,
+        q.shape[3],
+        v.shape[3],
+        many_terms=many,
+        pages=scores.block_table is not None,
+        architecture=architecture,
+        shared=shared,
+    )
 
 
 def _options(blocks: Blocks) -> dict[str, int]:

@@ -31,10 +31,13 @@ class Blocks(NamedTuple):
 
 # Rows, keys, warps and stages, for head sizes up to 64, 128, 256 and 512. The largest tiles that ptxas gives all their
 # registers; float32 products without tensor cores take several for each element. Scores that a mask, a bias, ALiBi, a
-# soft cap or dropout go into have the tables named "... of many terms".
+# soft cap or dropout go into have the tables named "... of many terms". Pointers to pages and masks of columns that are
+# not there take registers too: "... of pages", and "... of padded heads" whose size is no power of 2.
 _HALF: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
     "forward of many terms": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "forward of pages": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 16, 8, 2), (32, 16, 8, 2)),
+    "forward of padded heads": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
     "few_rows": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 8, 3), (16, 16, 8, 2)),
     "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 8, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
     "backward_q": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
@@ -70,6 +73,7 @@ def blocks_of(
     value_size: int,
     *,
     many_terms: bool = False,
+    pages: bool = False,
     architecture: int = 90,
     shared: int = ROOMY,
 ) -> Blocks:
@@ -82,6 +86,7 @@ def blocks_of(
         size: D, of q and k.
         value_size: Dv.
         many_terms: whether more goes into scores than the product and bounds.
+        pages: whether keys and values lie in pages.
         architecture: 10 times the compute capability.
         shared: bytes of shared memory that the device has for a program.
     """
@@ -92,8 +97,9 @@ def blocks_of(
     table = _FLOAT if dtype == torch.float32 else _HALF
     if dtype != torch.float32 and architecture < 90:
         table = table | _HALF_BEFORE_HOPPER
-    named = f"{kernel} of many terms"
-    row = table[named if many_terms and named in table else kernel]
+    padded = (d, dv) != (size, value_size)
+    kind = "many terms" if many_terms else "pages" if pages else "padded heads" if padded else ""
+    row = table.get(f"{kernel} of {kind}", table[kernel])
     m, n, warps, stages = row[max((max(d, dv) - 1).bit_length() - 6, 0)]
     if shared < ROOMY:
         n = max(n // 2, 16)
