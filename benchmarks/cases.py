@@ -29,6 +29,7 @@ TAGS = {
     "quick": "part of the quick form",
     "numba": "small enough for the numba backend to be timed beside torch",
     "reference": "small enough for the reference backend to be timed beside torch",
+    "cells": "timed on a GPU beside a loop over compiled cells too, which take seconds to compile",
 }
 
 LIMIT_OF = {"numba": (12e9, 1e9), "reference": (2e9, 30e6)}

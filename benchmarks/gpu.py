@@ -16,37 +16,26 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import seqkernels
 
-from .cases import SOFTCAP, WINDOW, Attention, Case, Mode, Recurrence
+from .cases import Attention, Case, Mode
 from .gpu_cases import CASES, DRY_CASES
-from .workloads import LAYERS
+from .gpu_providers import OURS, PACKAGES, Provider, providers
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = "seqkernels"
-ROTATED = 160 << 20
-"""Bytes of all sets of inputs together, more than three times the last cache of an H100."""
-
-Call = Callable[[], tuple[Tensor, ...]]
-
-
-class Provider(NamedTuple):
-    """Who is timed: the calls on each set of inputs, and the context they are made in."""
-
-    name: str
-    calls: list[Call]
-    context: Callable[[], AbstractContextManager[object]]
+LARGEST_DIFFERENCE = 0.05
+"""Relative, in norm, of the results of 16 bits that two providers have of the same inputs."""
 
 
 class Row(NamedTuple):
@@ -62,157 +51,6 @@ class Row(NamedTuple):
     gbytes: float
     difference: float | None
     note: str
-
-
-def _forward_backward(forward: Callable[[], Tensor], wanted: Sequence[Tensor], grad: Tensor | None) -> Call:
-    def call() -> tuple[Tensor, ...]:
-        out = forward()
-        return (out,) if grad is None else (out, *torch.autograd.grad(out, wanted, grad))
-
-    return call
-
-
-def _copies(case: Case, mode: Mode) -> int:
-    return max(1, min(8, ROTATED // max(case.bytes(mode), 1)))
-
-
-def _randn(case: Case, device: str, *shape: int) -> Tensor:
-    return torch.randn(shape, device=device, dtype=torch.float32).to(case.dtype)
-
-
-def _attention_forms(case: Attention, device: str) -> Iterator[tuple[str, Callable[..., Tensor], Any]]:
-    """Each provider's name, its function of q, k and v, and its context."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    ours: dict[str, Any] = {"is_causal": case.causal}
-    slopes = 2.0 ** (torch.arange(1, case.heads + 1, device=device) * (-8 / case.heads))
-    bias = _randn(case, device, 1, case.heads, case.queries, case.keys) if case.option == "bias" else None
-    if case.option == "window":
-        ours["window"] = (WINDOW - 1, None)
-    elif case.option == "alibi":
-        ours["alibi_slopes"] = slopes
-    elif case.option == "softcap":
-        ours["softcap"] = SOFTCAP
-    elif bias is not None:
-        ours["bias"] = bias
-    if case.option or device == "cpu":
-        attention: Any = functools.partial(seqkernels.functional.attention, **ours)
-        yield OURS, attention, nullcontext
-    else:
-        yield OURS, _sdpa(case, seqkernels.functional), nullcontext
-    if not case.option:
-        for name, backend in (
-            ("flash", SDPBackend.FLASH_ATTENTION),
-            ("cudnn", SDPBackend.CUDNN_ATTENTION),
-            ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-        ):
-            yield name, _sdpa(case, F), functools.partial(sdpa_kernel, [backend] if device != "cpu" else list(_MATH))
-        if _flash_attn() is not None and device != "cpu":
-            yield "flash-attn", _theirs(case), nullcontext
-    yield "flex", _flex(case, slopes, bias, device), nullcontext
-
-
-_MATH = (torch.nn.attention.SDPBackend.MATH,)
-
-
-def _sdpa(case: Attention, module: Any) -> Callable[..., Tensor]:
-    return functools.partial(
-        module.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=case.kv_heads is not None
-    )
-
-
-@functools.cache
-def _flash_attn() -> Any:
-    try:
-        import flash_attn
-    except ImportError:
-        return None
-    return flash_attn.flash_attn_func
-
-
-def _theirs(case: Attention) -> Callable[..., Tensor]:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        turned = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = _flash_attn()(*turned, causal=case.causal)
-        return out.transpose(1, 2)
-
-    return call
-
-
-def _flex(case: Attention, slopes: Tensor, bias: Tensor | None, device: str) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    change: Any = None
-    if case.option == "softcap":
-
-        def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return SOFTCAP * torch.tanh(score / SOFTCAP)
-
-    elif case.option == "alibi":
-
-        def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return score - slopes[h] * (i - j)
-
-    elif bias is not None:
-
-        def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return score + bias[0, h, i, j]
-
-    block_mask = None
-    if case.causal:
-
-        def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (i >= j) & (i - j < WINDOW) if case.option == "window" else i >= j
-
-        block_mask = create_block_mask(keep, None, None, case.queries, case.keys, device=device)
-    bound: Callable[..., Tensor] = functools.partial(
-        flex_attention, score_mod=change, block_mask=block_mask, enable_gqa=case.kv_heads is not None
-    )
-    return bound if device == "cpu" else torch.compile(bound, dynamic=False, fullgraph=True)
-
-
-def _attention(case: Attention, mode: Mode, device: str) -> Iterator[Callable[[], Provider]]:
-    training = mode == "forward_backward"
-    kv_heads = case.kv_heads or case.heads
-    sets = []
-    for _ in range(_copies(case, mode)):
-        q = _randn(case, device, case.batch, case.heads, case.queries, case.size).requires_grad_(training)
-        k, v = (
-            _randn(case, device, case.batch, kv_heads, case.keys, case.size).requires_grad_(training) for _ in range(2)
-        )
-        sets.append((q, k, v, _randn(case, device, *q.shape) if training else None))
-
-    def provider(name: str, form: Callable[..., Tensor], context: Any) -> Provider:
-        calls = [_forward_backward(functools.partial(form, q, k, v), (q, k, v), grad) for q, k, v, grad in sets]
-        return Provider(name, calls, context)
-
-    for name, form, context in _attention_forms(case, device):
-        yield functools.partial(provider, name, form, context)
-
-
-def _recurrence(case: Recurrence, mode: Mode, device: str) -> Iterator[Callable[[], Provider]]:
-    training = mode == "forward_backward"
-    options: dict[str, Any] = {"num_layers": case.layers, "bidirectional": case.bidirectional}
-    if case.cell.startswith("rnn"):
-        options["nonlinearity"] = case.cell[4:]
-    theirs = getattr(nn, LAYERS[case.cell])(case.inputs, case.hidden, **options).to(device, case.dtype)
-    mine = getattr(seqkernels.nn, LAYERS[case.cell])(case.inputs, case.hidden, **options).to(device, case.dtype)
-    mine.load_state_dict(theirs.state_dict())
-    inputs = [
-        _randn(case, device, case.steps, case.batch, case.inputs).requires_grad_(training)
-        for _ in range(_copies(case, mode))
-    ]
-    columns = case.hidden * (2 if case.bidirectional else 1)
-    grad = _randn(case, device, case.steps, case.batch, columns) if training else None
-
-    def provider(name: str, layer: nn.Module) -> Provider:
-        def of(x: Tensor) -> Call:
-            return _forward_backward(lambda: layer(x)[0], (x, *layer.parameters()), grad)
-
-        return Provider(name, [of(x) for x in inputs], nullcontext)
-
-    yield functools.partial(provider, OURS, mine)
-    yield functools.partial(provider, "torch", theirs)
 
 
 class Clock:
@@ -265,32 +103,30 @@ def time_case(case: Case, mode: Mode, device: str, budget: float, rounds: int = 
     """Times all providers of a case in turns; a provider that fails has a row that says why."""
     # Compiled code of other cases counts for a limit, beyond which FlexAttention would run without being compiled.
     torch._dynamo.reset()
-    makers = _attention(case, mode, device) if isinstance(case, Attention) else _recurrence(case, mode, device)
     clock = Clock(device)
-    providers: dict[str, Provider] = {}
+    timed: dict[str, Provider] = {}
     results: dict[str, tuple[Tensor, ...]] = {}
     rows: list[Row] = []
-    for make in makers:
-        name = make.args[0] if isinstance(make, functools.partial) else ""
+    for name, make in providers(case, mode, device):
         try:
             provider = make()
             with provider.context():
                 results[name] = tuple(x.detach().float() for x in provider.calls[0]())
             _all(provider)
-            providers[name] = provider
+            timed[name] = provider
         except Exception as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0][:160]
             rows.append(Row(case.name, case.group, mode, name, float("nan"), None, 0.0, 0.0, None, said))
     differences = {name: _difference(found, results) for name, found in results.items()}
     results.clear()
-    graphs = {name: _graph(provider) if clock.on_gpu else None for name, provider in providers.items()}
-    samples: dict[str, list[float]] = {name: [] for name in providers}
+    graphs = {name: _graph(provider) if clock.on_gpu else None for name, provider in timed.items()}
+    samples: dict[str, list[float]] = {name: [] for name in timed}
     replays: dict[str, list[float]] = {name: [] for name, graph in graphs.items() if graph is not None}
-    start, names = time.perf_counter(), list(providers)
+    start, names = time.perf_counter(), list(timed)
     for index in range(rounds):
         for name in names[index % max(len(names), 1) :] + names[: index % max(len(names), 1)]:
-            count = len(providers[name].calls)
-            samples[name].append(clock.seconds(functools.partial(_all, providers[name])) / count)
+            count = len(timed[name].calls)
+            samples[name].append(clock.seconds(functools.partial(_all, timed[name])) / count)
             graph = graphs[name]
             if graph is not None:
                 replays[name].append(clock.seconds(graph) / count)
@@ -364,6 +200,15 @@ def launch_cost(calls: int = 200) -> dict[str, float]:
     return found
 
 
+def _versions() -> dict[str, str]:
+    """Of the peers that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def machine(device: str) -> dict[str, Any]:
     """What the run was made on: the device, its clocks and driver, versions, and its rates measured now."""
     found: dict[str, Any] = {"torch": torch.__version__, "seqkernels": seqkernels.__version__, "device": device}
@@ -382,6 +227,7 @@ def machine(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__,
+        **_versions(),
         "nvidia_smi": dict(zip(asked.split(","), answer.strip().split(", "), strict=False)),
     }
     clock = Clock(device)
@@ -414,6 +260,11 @@ def render(rows: Sequence[Row], about: dict[str, Any]) -> str:
             text += f"  {min(others) / times[OURS]:5.2f}x the best" if others else ""
         text += "  " + " ".join(f"{name} {ms:.4g}" for name, ms in times.items())
         text += "".join(f"  {row.provider}: {row.note}" for row in of if row.note)
+        text += "".join(
+            f"  {row.provider} differs by {row.difference:.2g}"
+            for row in of
+            if row.difference is not None and row.difference > LARGEST_DIFFERENCE
+        )
         lines.append(text)
     return "\n".join(lines)
 
@@ -456,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(render(rows, about))
     if left_out:
         print(f"left out for time: {len(left_out)} of {len(cases)}")
-    wrong = [row for row in rows if row.provider == OURS and (row.note or (row.difference or 0.0) > 0.05)]
+    wrong = [row for row in rows if row.provider == OURS and (row.note or (row.difference or 0.0) > LARGEST_DIFFERENCE)]
     for row in wrong:
         print(f"gpu: {row.case} {row.mode}: {row.note or f'differs by {row.difference:.2g}'}", file=sys.stderr)
     return 1 if wrong else 0

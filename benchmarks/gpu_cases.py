@@ -11,6 +11,8 @@ HALF = torch.bfloat16
 #: Tokens of a batch in the sweep over lengths, and columns of all heads: the sweep of FlashAttention-3's paper.
 TOKENS, COLUMNS = 16384, 2048
 
+CELLS = frozenset({"cells"})
+
 
 def _sweep() -> list[Case]:
     cases: list[Case] = []
@@ -32,6 +34,7 @@ def _others() -> list[Case]:
         *(Attention(4, 16, 4096, 4096, 64, causal=True, dtype=HALF, option=option) for option in options),
         Attention(4, 16, 2048, 2048, 128, causal=True, dtype=torch.float16),
         Attention(4, 16, 1024, 1024, 64, causal=True),
+        Attention(4, 32, 4096, 4096, 128, kv_heads=8, causal=True, dtype=HALF),
     ]
 
 
@@ -40,11 +43,12 @@ def _recurrences() -> list[Case]:
     for dtype in (HALF, torch.float32):
         for cell in ("lstm", "gru"):
             for batch, hidden in ((8, 128), (16, 256), (32, 512), (128, 512), (16, 1024)):
-                cases.append(Recurrence(cell, 512, batch, hidden, hidden, dtype=dtype))
+                tags = CELLS if hidden in (256, 512) and batch <= 32 else frozenset()
+                cases.append(Recurrence(cell, 512, batch, hidden, hidden, dtype=dtype, tags=tags))
     cases.append(Recurrence("lstm", 512, 32, 512, 512, dtype=HALF, layers=2, bidirectional=True))
     cases.append(Recurrence("gru", 512, 32, 512, 512, dtype=HALF, layers=2))
     cases.append(Recurrence("lstm", 512, 16, 512, 512, dtype=torch.float16))
-    cases.append(Recurrence("rnn_tanh", 512, 16, 512, 512, dtype=HALF))
+    cases.append(Recurrence("rnn_tanh", 512, 16, 512, 512, dtype=HALF, tags=CELLS))
     return cases
 
 
@@ -64,6 +68,9 @@ DRY_CASES: tuple[Case, ...] = (
     Attention(1, 2, 30, 30, 16, causal=True, option="alibi"),
     Attention(1, 2, 30, 30, 16, causal=True, option="softcap"),
     Attention(1, 2, 30, 30, 16, causal=True, option="bias"),
-    Recurrence("lstm", 7, 3, 8, 8),
-    Recurrence("gru", 7, 3, 8, 8, layers=2, bidirectional=True),
+    Attention(2, 4, 40, 40, 16, kv_heads=2, causal=True),
+    Recurrence("lstm", 7, 3, 8, 8, tags=CELLS),
+    Recurrence("gru", 7, 3, 8, 8, layers=2, bidirectional=True, tags=CELLS),
+    Recurrence("rnn_tanh", 7, 3, 8, 8, tags=CELLS),
+    Recurrence("rnn_relu", 7, 3, 8, 8, tags=CELLS),
 )

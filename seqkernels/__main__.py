@@ -16,11 +16,11 @@ import torch
 from . import __version__, backends
 from .backends.native.extension import extension, load_error
 
-#: One call for each operation that `collect` asks every implementation about.
-CALLS = (
-    backends.Call("recurrence", "cpu", torch.float32, "lstm"),
-    backends.Call("attention", "cpu", torch.float32),
-    backends.Call("rotary", "cpu", torch.float32),
+#: One call for each operation and device that `collect` asks every implementation about.
+CALLS = tuple(
+    backends.Call(op, device, torch.float32, kind)
+    for op, kind in (("recurrence", "lstm"), ("attention", ""), ("rotary", ""))
+    for device in ("cpu", "cuda")
 )
 
 
@@ -51,13 +51,32 @@ def _native() -> dict[str, Any]:
     }
 
 
+def _gpus() -> list[str]:
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    return found
+
+
+def _backends() -> dict[str, dict[str, dict[str, str | None]]]:
+    found: dict[str, dict[str, dict[str, str | None]]] = {}
+    for call in CALLS:
+        reasons = {name: backends.why_not(name, call) for name in backends.order(call)}
+        if call.device == "cuda" and not torch.cuda.is_available():
+            reasons = {name: reason or "there is no CUDA device" for name, reason in reasons.items()}
+        found.setdefault(call.op, {})[call.device] = reasons
+    return found
+
+
 def collect() -> dict[str, Any]:
     """What `info` reports.
 
     Returns:
-        ``versions`` by package (``None`` where not installed), ``platform``, ``cpu``, ``threads``, ``native`` (the
-        compiled module: instruction sets this processor can run, the one chosen, how it was built, or why it is
-        unavailable) and ``backends``: for each operation and implementation ``None`` or the reason why not.
+        ``versions`` by package (``None`` where not installed), ``platform``, ``cpu``, ``threads``, ``gpus`` (names and
+        architectures of the CUDA devices), ``native`` (the compiled module: instruction sets this processor can run,
+        the one chosen, how it was built, or why it is unavailable) and ``backends``: for each operation, device type
+        and implementation ``None`` or the reason why not.
     """
     return {
         "versions": {
@@ -69,8 +88,9 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "gpus": _gpus(),
         "native": _native(),
-        "backends": {call.op: {name: backends.why_not(name, call) for name in backends.order(call)} for call in CALLS},
+        "backends": _backends(),
     }
 
 
@@ -79,14 +99,16 @@ def render(info: dict[str, Any]) -> str:
     native = info["native"]
     rows = [(name, version or "not installed") for name, version in info["versions"].items()]
     rows += [("platform", info["platform"]), ("cpu", info["cpu"]), ("threads", info["threads"])]
+    rows += [("gpu", name) for name in info["gpus"] or ["none"]]
     if "unavailable" in native:
         rows.append(("compiled module", native["unavailable"]))
     else:
         rows.append(("instruction sets", ", ".join(native["instruction_sets"])))
         rows.append(("chosen", native["instruction_set"]))
         rows += [(f"build: {name.replace('_', ' ')}", value or "none") for name, value in native["build"].items()]
-    for op, reasons in info["backends"].items():
-        rows += [(f"{op}: {name}", reason or "available") for name, reason in reasons.items()]
+    for op, devices in info["backends"].items():
+        for device, reasons in devices.items():
+            rows += [(f"{op} on {device}: {name}", reason or "available") for name, reason in reasons.items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 

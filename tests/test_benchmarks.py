@@ -499,6 +499,10 @@ def test_benchmark_of_the_gpu_on_the_cpu(tmp_path, capsys):
     found = {(row["case"], row["mode"]) for row in written["rows"] if row["provider"] == gpu.OURS and not row["note"]}
     assert found == {(case.name, mode) for case in gpu_cases.DRY_CASES for mode in case.modes}
     assert all(row["ms"] > 0 for row in written["rows"] if not row["note"])
+    differences = [row["difference"] for row in written["rows"] if row["difference"] is not None]
+    assert max(differences) < 100 * torch.finfo(torch.float32).eps
+    recurrences = {case.name for case in gpu_cases.DRY_CASES if isinstance(case, cases.Recurrence)}
+    assert {row["case"] for row in written["rows"] if row["provider"] == "compiled cell"} == recurrences
     assert "x the best" in capsys.readouterr().out
 
 

@@ -14,6 +14,8 @@ import seqkernels
 from seqkernels import __main__ as cli
 from seqkernels import backends
 
+from .conftest import INTERPRETED
+
 
 def test_json(capsys):
     cli.main(["info", "--json"])
@@ -24,10 +26,37 @@ def test_json(capsys):
     assert info["threads"] == torch.get_num_threads()
     assert info["cpu"]
     assert set(info["backends"]) == {op for op, _ in backends.PREFERENCE}
-    for op, reasons in info["backends"].items():
-        assert list(reasons) == list(backends.PREFERENCE[op, "cpu"])
-        assert reasons["reference"] is None
-        assert info["native"].get("unavailable") in (None, reasons["native"])
+    for op, devices in info["backends"].items():
+        assert list(devices) == ["cpu", "cuda"]
+        assert list(devices["cpu"]) == list(backends.PREFERENCE[op, "cpu"])
+        assert list(devices["cuda"]) == list(backends.PREFERENCE.get((op, "cuda"), backends.FALLBACK))
+        assert devices["cpu"]["reference"] is None
+        assert info["native"].get("unavailable") in (None, devices["cpu"]["native"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors of the CPU")
+def test_without_a_gpu():
+    info = cli.collect()
+    assert info["gpus"] == []
+    triton = backends.why_not("triton", backends.Call("attention", "cuda", torch.float32))
+    assert triton is not None
+    for op in ("recurrence", "attention"):
+        assert info["backends"][op]["cuda"] == {"triton": triton, "reference": "there is no CUDA device"}
+    lines = cli.render(info).splitlines()
+    assert sum(line.startswith("attention on cuda: triton ") and line.endswith(triton) for line in lines) == 1
+    assert ["gpu", "none"] in [line.split() for line in lines]
+
+
+def test_gpus_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Device {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    info = cli.collect()
+    assert info["gpus"] == ["Device 0 (sm_90)", "Device 1 (sm_91)"]
+    lines = [line.split() for line in cli.render(info).splitlines()]
+    assert ["gpu", "Device", "0", "(sm_90)"] in lines
+    assert ["gpu", "Device", "1", "(sm_91)"] in lines
 
 
 def test_json_of_the_compiled_module(compiled):
@@ -44,7 +73,7 @@ def test_text(capsys, compiled):
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     lines = {name.strip(): value.strip() for name, value in lines.items()}
     assert lines["torch"] == str(torch.__version__)
-    assert lines["recurrence: reference"] == lines["attention: reference"] == "available"
+    assert lines["recurrence on cpu: reference"] == lines["attention on cpu: reference"] == "available"
     assert ("compiled module" in lines) != compiled
     assert ("chosen" in lines) == compiled
 
@@ -53,11 +82,11 @@ def test_text_says_what_is_missing():
     info = cli.collect()
     info["versions"]["triton"] = None
     info["native"] = {"unavailable": "it was not built"}
-    info["backends"]["attention"]["native"] = "it was not built"
+    info["backends"]["attention"]["cpu"]["native"] = "it was not built"
     lines = [line.split() for line in cli.render(info).splitlines()]
     assert ["triton", "not", "installed"] in lines
     assert ["compiled", "module", "it", "was", "not", "built"] in lines
-    assert ["attention:", "native", "it", "was", "not", "built"] in lines
+    assert ["attention", "on", "cpu:", "native", "it", "was", "not", "built"] in lines
 
 
 def test_as_a_program():

@@ -12,8 +12,10 @@ import torch
 import triton
 
 from seqkernels import __main__, backends
-from seqkernels.backends.triton import ahead
+from seqkernels.backends.triton import ahead, attention_kernels
+from seqkernels.backends.triton.ahead import RecurrenceVariant
 from seqkernels.backends.triton.configs import ROOMY, blocks_of
+from seqkernels.cells import CELLS
 
 from ..conftest import INTERPRETED
 
@@ -57,6 +59,33 @@ def test_tiles(kernel, dtype):
             assert blocks_of(kernel, dtype, size, 1, many_terms=many, architecture=80).m <= blocks.m
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has tiles of its own")
+def test_tiles_of_pages_and_padded_heads():
+    """They have smaller tiles where columns or pointers take the registers; scores with many terms are before both."""
+
+    def forward(size, value_size=None, **options):
+        return blocks_of("forward", torch.bfloat16, size, value_size or size, **options)
+
+    assert forward(96)[:2] == forward(80)[:2] == forward(128, 96)[:2] == forward(128, pages=True)[:2] == (128, 32)
+    assert forward(128)[:2] == (128, 64)
+    assert forward(256, pages=True).n < forward(192).n == forward(256).n
+    assert forward(96, many_terms=True, pages=True) == forward(128, many_terms=True)
+    for kernel in ("few_rows", "backward_q", "backward_kv"):
+        assert blocks_of(kernel, torch.bfloat16, 96, 96, pages=True) == blocks_of(kernel, torch.bfloat16, 128, 128)
+
+
+def test_what_is_compiled():
+    """All kernels of attention, for every kind of call that has a kernel of its own; all cells."""
+    names = {str(variant) for variant in ahead.variants()}
+    assert len(names) == len(list(ahead.variants()))
+    kernels = {name.removesuffix("_kernel") for name in vars(attention_kernels) if name.endswith("_kernel")}
+    compiled = {variant.kernel for variant in ahead.variants() if isinstance(variant, ahead.Variant)}
+    assert compiled == kernels | {"few_rows"}
+    assert {variant.cell for variant in ahead.variants() if isinstance(variant, RecurrenceVariant)} == set(CELLS)
+    assert {"few_rows bf16 D=128 pages", "forward bf16 D=80 causal", "backward_kv bf16 D=192 Dv=128 causal"} <= names
+    assert {f"backward_bias bf16 D=64 all {over}" for over in ("sum_rows", "sum_keys", "sum_rows sum_keys")} <= names
+
+
 def test_every_kernel_has_a_budget():
     names = {str(variant) for variant in ahead.variants()}
     assert {name: rows.keys() for name, rows in BUDGET.items()} == dict.fromkeys(ahead.ARCHITECTURES, names)
@@ -70,6 +99,8 @@ def test_budget_keeps_the_rules():
             assert registers <= 255
             if architecture == "sm_90" and name.startswith(("forward", "few_rows")):
                 assert spilled <= 40, name
+            if name.startswith("forward") and ("pages" in name or "D=80" in name or "D=96" in name):
+                assert spilled <= 8, name
 
 
 def test_breaches():
@@ -83,7 +114,7 @@ def test_breaches():
         f"sm_90 {FORWARD}: shared {shared + 4}, allowed {shared}",
         f"sm_90 {FORWARD}: no tensor-core instructions",
     ]
-    unknown = FORWARD._replace(size=96)
+    unknown = FORWARD._replace(size=97)
     assert ahead.breaches({("sm_90", unknown): kept}) == [f"sm_90 {unknown}: has no budget"]
 
 
@@ -96,14 +127,22 @@ def test_budget_as_it_is_written():
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted functions cannot be compiled")
 @pytest.mark.skipif(not triton.__version__.startswith("3.7."), reason="the budget is that of Triton 3.7")
-def test_compile(capsys):
+@pytest.mark.parametrize(
+    ("kernel", "tensor_cores"),
+    [
+        ("backward_q bf16 D=64 plain", "yes"),
+        ("few_rows bf16 D=64 pages", "yes"),
+        ("backward_bias bf16 D=64 all sum_rows sum_keys", "yes"),
+        ("merge bf16 D=64 plain", "no"),
+    ],
+)
+def test_compile(kernel, tensor_cores, capsys):
     """A kernel in a process of its own, held to the budget."""
     with pytest.raises(SystemExit) as status:
-        __main__.main(["compile", "--arch", "sm_90", "--only", "backward_q bf16 D=64 plain"])
+        __main__.main(["compile", "--arch", "sm_90", "--only", kernel])
     assert status.value.code == 0
-    printed = capsys.readouterr().out
-    assert "backward_q bf16 D=64 plain" in printed
-    assert "yes" in printed
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if kernel in line)
+    assert line.endswith(f"  {tensor_cores}")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted functions cannot be compiled")

@@ -45,8 +45,10 @@ def _note(monkeypatch: pytest.MonkeyPatch, module: Any, *names: str) -> list[str
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 2, 20, 8), (1, 2, 1, 8)], ids=str)
 def test_attention(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype, precision: str) -> None:
+    from seqkernels.backends.triton import attention
     from seqkernels.backends.triton import attention_kernels as kernels
 
+    monkeypatch.setattr(attention, "_plans", {})
     names = ("forward_kernel", "backward_q_kernel", "backward_kv_kernel", "backward_bias_kernel")
     given = _note(monkeypatch, kernels, *names)
     q = torch.randn(shape, dtype=dtype, requires_grad=True)

@@ -23,8 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import attention_kernels, recurrence_ahead
+from .attention import ROWS_OF_SUMS
 from .attention_scores import Full, Rows, Terms
-from .configs import Blocks, blocks_of
+from .configs import Blocks, blocks_of, products
 from .recurrence_ahead import RecurrenceVariant
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -38,6 +39,9 @@ _FEATURES = {
     256: ("plain", "causal"),
     512: ("causal",),
 }
+# Sizes of q and k, and of v, whose tiles have columns that are not there.
+_ODD_SIZES = ((80, 80), (96, 96), (192, 128))
+_SUMS = ("all sum_rows", "all sum_keys", "all sum_rows sum_keys")
 
 
 class Pointer(NamedTuple):
@@ -47,22 +51,35 @@ class Pointer(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A kernel as it is shipped: for a dtype, a head size, and what a call uses beyond plain softmax."""
+    """A kernel as it is shipped: for a dtype, a head size, and what a call uses beyond plain softmax.
+
+    Attributes:
+        kernel: ``"merge"``, ``"delta"``, or one that `configs.blocks_of` has tiles for.
+        dtype: of q, k and v.
+        size: D, of q and k.
+        features: ``"plain"``; ``"causal"``; ``"pages"``, causal over keys in pages; or ``"all"``, what goes into
+            scores, documents and bounds. Of the gradient of a bias ``"sum_rows"`` and ``"sum_keys"`` follow, where it
+            is broadcast over them. ``"all"`` that ``"delta"`` has is the gradient of the log-sum-exp.
+        value_size: Dv; `size` by default.
+    """
 
     kernel: str
     dtype: torch.dtype
     size: int
     features: str
     precision: str = "ieee"
+    value_size: int | None = None
 
     def __str__(self) -> str:
         kind = _TYPES[self.dtype] if self.precision == "ieee" else self.precision
-        return f"{self.kernel} {kind} D={self.size} {self.features}"
+        size = f"D={self.size}" + ("" if self.value_size is None else f" Dv={self.value_size}")
+        return f"{self.kernel} {kind} {size} {self.features}"
 
     @property
     def multiplies(self) -> bool:
         """Whether it has a matrix product for tensor cores."""
-        return self.dtype != torch.float32 or self.precision != "ieee"
+        matrices = self.dtype != torch.float32 or self.precision != "ieee"
+        return matrices and self.kernel not in ("merge", "delta")
 
 
 Variants = Variant | RecurrenceVariant
@@ -81,12 +98,39 @@ def variants() -> Iterator[Variants]:
     """Every kernel in every configuration that is shipped."""
     for size in _FEATURES:
         for dtype, precision in _PRODUCTS:
+            if products(dtype, precision, size, size) != precision:
+                continue
             for features in _FEATURES[size]:
                 for kernel in ("forward", "few_rows", "backward_q", "backward_kv"):
                     yield Variant(kernel, dtype, size, features, precision)
                 if features == "all":
                     yield Variant("backward_bias", dtype, size, features, precision)
+    yield from _bfloat16_variants()
     yield from recurrence_ahead.variants(_TYPES, _PRODUCTS)
+
+
+def _bfloat16_variants() -> Iterator[Variant]:
+    """Kernels and configurations of which another dtype would tell nothing new."""
+    dtype = torch.bfloat16
+    for size in _FEATURES:
+        yield Variant("merge", dtype, size, "plain")
+        yield Variant("delta", dtype, size, "plain")
+    yield Variant("delta", dtype, 128, "all")
+    for size in (64, 128, 256):
+        yield Variant("forward", dtype, size, "pages")
+        yield Variant("few_rows", dtype, size, "pages")
+    for size in (64, 128):
+        for features in _SUMS:
+            yield Variant("backward_bias", dtype, size, features)
+    for size, value_size in _ODD_SIZES:
+        for kernel in ("forward", "few_rows", "backward_q", "backward_kv"):
+            yield Variant(kernel, dtype, size, "causal", value_size=None if value_size == size else value_size)
+
+
+def _bias(variant: Variant, kind: str) -> Full:
+    """A bias, or its gradient, with strides of 0 where it is broadcast."""
+    rows, keys = ("sum_rows" in variant.features), ("sum_keys" in variant.features)
+    return Full(Pointer(kind), 4096, 4096, 0 if rows else 1 if keys else 4096, 0 if keys else 1)
 
 
 def _terms(variant: Variant) -> Terms:
@@ -96,6 +140,8 @@ def _terms(variant: Variant) -> Terms:
     if variant.features == "causal":
         return none._replace(right=0)
     pointer = Pointer("i32")
+    if variant.features == "pages":
+        return none._replace(right=0, bottom_right=1, key_lengths=pointer, table=pointer, table_batch=64, page=256)
     dtype = _TYPES[variant.dtype]
     return Terms(
         0.125,
@@ -105,7 +151,7 @@ def _terms(variant: Variant) -> Terms:
         1024,
         1,
         Full(Pointer("u8"), 4096, 4096, 4096, 1),
-        Full(Pointer(dtype), 4096, 4096, 4096, 1),
+        _bias(variant, dtype),
         Pointer("fp32"),
         32,
         pointer,
@@ -123,37 +169,53 @@ def _terms(variant: Variant) -> Terms:
 def _arguments(variant: Variant, architecture: int) -> tuple[triton.JITFunction, dict[str, Any], Blocks]:
     """The kernel, its arguments by name, with `Pointer` for tensors, and its tiles."""
     dtype, size = _TYPES[variant.dtype], variant.size
-    many = variant.features == "all"
+    value_size = variant.value_size or size
+    all_of_it = variant.features.startswith("all")
+    rows, values = (Rows(Pointer(dtype), 16 * 4096 * n, n, 16 * n) for n in (size, value_size))
+    sums = Pointer("fp32")
+    if variant.kernel in ("merge", "delta"):
+        return _sums_of_rows(variant, values, sums)
     blocks = blocks_of(
         variant.kernel,
         variant.dtype,
         size,
-        size,
-        many_terms=many,
+        value_size,
+        many_terms=all_of_it,
         precision=variant.precision,
+        pages=variant.features == "pages",
         architecture=architecture,
     )
-    rows = Rows(Pointer(dtype), 16 * 4096 * size, size, 16 * size)
-    sums = Pointer("fp32")
-    constants = {"D": size, "DV": size, "PRECISION": variant.precision, **blocks.constants()}
+    constants = {"D": size, "DV": value_size, "PRECISION": variant.precision, **blocks.constants()}
     sizes = {"heads": 16, "group": 2, "rows": 4096, "most_queries": 4096, "most_keys": 4096}
-    all_of_it = variant.features == "all"
-    given: dict[str, Any] = {"q": rows, "k": rows, "v": rows, "terms": _terms(variant), **sizes, **constants}
+    given: dict[str, Any] = {"q": rows, "k": rows, "v": values, "terms": _terms(variant), **sizes, **constants}
     if variant.kernel in ("forward", "few_rows"):
         few = variant.kernel == "few_rows"
-        given |= {"out": rows, "lse": sums, "sink": Pointer("fp32") if all_of_it else None, "PACK": 4 if few else 1}
+        given |= {"out": values, "lse": sums, "sink": Pointer("fp32") if all_of_it else None, "PACK": 4 if few else 1}
         given |= dict.fromkeys(("split_keys", "split_out", "split_lse"), 1 << 20 if few else None)
         return attention_kernels.forward_kernel, given, blocks
-    given |= {"grad": rows, "lse": sums, "delta": Pointer("fp32")}
+    given |= {"grad": values, "lse": sums, "delta": Pointer("fp32")}
     # The gradient of a bias that is broadcast is a sum.
     kind = "fp32" if variant.kernel == "backward_bias" else dtype
-    bias = Full(Pointer(kind), 4096, 4096, 4096, 1) if all_of_it else None
+    bias = _bias(variant, kind) if all_of_it else None
     if variant.kernel == "backward_q":
         return attention_kernels.backward_q_kernel, given | {"grad_q": rows, "grad_bias": bias}, blocks
     if variant.kernel == "backward_bias":
-        given |= {"grad_bias": bias, "batch": 4, "SUM_ROWS": False, "SUM_KEYS": False}
-        return attention_kernels.backward_bias_kernel, given, blocks
-    return attention_kernels.backward_kv_kernel, given | {"grad_k": rows, "grad_v": rows}, blocks
+        over = {f"SUM_{name.upper()}": f"sum_{name}" in variant.features for name in ("rows", "keys")}
+        return attention_kernels.backward_bias_kernel, given | {"grad_bias": bias, "batch": 4, **over}, blocks
+    return attention_kernels.backward_kv_kernel, given | {"grad_k": rows, "grad_v": values}, blocks
+
+
+def _sums_of_rows(variant: Variant, values: Rows, sums: Pointer) -> tuple[triton.JITFunction, dict[str, Any], Blocks]:
+    """As `_arguments`, of the kernels that multiply no matrices, whose warps and stages are Triton's own."""
+    tiles = blocks_of("few_rows", variant.dtype, variant.size, variant.size)
+    blocks = tiles._replace(m=ROWS_OF_SUMS, warps=4, stages=3)
+    given: dict[str, Any] = {"out": values, "heads": 16, "rows": 4096, "DV": variant.size, **blocks.constants()}
+    if variant.kernel == "merge":
+        parts = {"parts": values._replace(data=sums), "parts_lse": sums, "lse": sums}
+        splits = dict.fromkeys(("splits", "split_out", "split_lse"), 1 << 20)
+        return attention_kernels.merge_kernel, given | parts | splits, blocks
+    lse = Rows(sums, 16 * 4096, 4096, 1) if variant.features == "all" else None
+    return attention_kernels.delta_kernel, given | {"grad": values, "grad_lse": lse, "delta": sums}, blocks
 
 
 def _specialize(value: Any, at: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:

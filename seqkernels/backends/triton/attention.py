@@ -14,7 +14,7 @@ from ...cells import accumulate_dtype
 from ...scores import Scores, dropout_threshold
 from . import attention_kernels as kernels
 from .attention_scores import Full, Rows, Terms
-from .configs import FEW_ROWS, ROOMY, Blocks, blocks_of
+from .configs import FEW_ROWS, ROOMY, Blocks, blocks_of, products
 from .launches import Launch
 
 Results = TypeVar("Results")
@@ -87,14 +87,15 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
         q.shape[3],
         v.shape[3],
         many_terms=many,
-        precision=_precision(q, scores),
+        pages=scores.block_table is not None,
+        precision=_precision(q, v, scores),
         architecture=architecture,
         shared=shared,
     )
 
 
-def _precision(q: Tensor, scores: Scores) -> str:
-    return scores.precision if q.dtype == torch.float32 else "ieee"
+def _precision(q: Tensor, v: Tensor, scores: Scores) -> str:
+    return products(q.dtype, scores.precision, q.shape[3], v.shape[3])
 
 
 def _options(blocks: Blocks) -> dict[str, int]:
@@ -207,7 +208,7 @@ class _Forward:
         self.launch = Launch(
             kernels.forward_kernel,
             (programs, self.splits),
-            {**constants, "PRECISION": _precision(q, scores)},
+            {**constants, "PRECISION": _precision(q, v, scores)},
             _options(blocks),
         )
         if self.splits > 1:
@@ -301,7 +302,7 @@ class _Backward:
             return
         group, rows = heads // k.shape[1], q.shape[2]
         self.sizes = (heads, group, rows, queries, keys)
-        constants = {"D": q.shape[3], "DV": v.shape[3], "PRECISION": _precision(q, scores)}
+        constants = {"D": q.shape[3], "DV": v.shape[3], "PRECISION": _precision(q, v, scores)}
         blocks = _blocks("backward_q", q, v, scores)
         self.delta = Launch(
             kernels.delta_kernel,

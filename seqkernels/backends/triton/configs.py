@@ -31,10 +31,13 @@ class Blocks(NamedTuple):
 
 # Rows, keys, warps and stages, for head sizes up to 64, 128, 256 and 512. The largest tiles that ptxas gives all their
 # registers; float32 products without tensor cores take several for each element. Scores that a mask, a bias, ALiBi, a
-# soft cap or dropout go into have the tables named "... of many terms".
+# soft cap or dropout go into have the tables named "... of many terms". Pointers to pages and masks of columns that are
+# not there take registers too: "... of pages", and "... of padded heads" whose size is no power of 2.
 _HALF: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
     "forward of many terms": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "forward of pages": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 16, 8, 2), (32, 16, 8, 2)),
+    "forward of padded heads": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
     "few_rows": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 8, 3), (16, 16, 8, 2)),
     "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 8, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
     "backward_q": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
@@ -54,6 +57,29 @@ _FLOAT: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "backward_kv of many terms": ((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 16, 1)),
     "backward_bias": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
 }
+_TF32: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "forward": ((128, 32, 8, 2), (128, 32, 8, 2), (32, 16, 4, 2), (16, 16, 8, 2)),
+    "forward of many terms": ((128, 32, 8, 2), (32, 16, 4, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
+    "few_rows": ((16, 64, 8, 3), (16, 32, 8, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
+    "few_rows of many terms": ((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_q": ((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_q of many terms": ((32, 32, 8, 2), (16, 16, 4, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "backward_kv": ((32, 64, 4, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    "backward_kv of many terms": ((32, 32, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)),
+    "backward_bias": ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
+}
+_TF32X3: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "forward": ((64, 32, 8, 2), (16, 32, 4, 2)),
+    "forward of many terms": ((32, 16, 4, 2), (16, 16, 4, 2)),
+    "few_rows": ((16, 64, 4, 3), (16, 32, 4, 3)),
+    "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 8, 3)),
+    "backward_q": ((32, 32, 8, 2), (16, 16, 8, 1)),
+    "backward_q of many terms": ((32, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_kv": ((16, 32, 8, 2), (16, 16, 4, 2)),
+    "backward_kv of many terms": ((16, 32, 8, 2), (16, 16, 8, 2)),
+    "backward_bias": ((16, 16, 4, 2), (16, 16, 8, 2)),
+}
+_OF_FLOATS = {"ieee": _FLOAT, "tf32": _TF32, "tf32x3": _TF32X3}
 
 # Rows in place of those of `_HALF` on devices without the products of a warp group.
 _HALF_BEFORE_HOPPER = {"backward_q": (_HALF["backward_q"][0], (64, 64, 8, 2), *_HALF["backward_q"][2:])}
@@ -63,6 +89,20 @@ def _power_of_2(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def products(dtype: torch.dtype, precision: str, size: int, value_size: int) -> str:
+    """How the kernels form products: as `precision` says, or better where that takes more registers than there are.
+
+    Args:
+        dtype: of q, k and v.
+        precision: one of `seqkernels.precision.PRECISIONS`.
+        size: D, of q and k.
+        value_size: Dv.
+    """
+    if dtype != torch.float32 or (precision == "tf32x3" and max(size, value_size) > 128):
+        return "ieee"
+    return precision
+
+
 def blocks_of(
     kernel: str,
     dtype: torch.dtype,
@@ -70,6 +110,7 @@ def blocks_of(
     value_size: int,
     *,
     many_terms: bool = False,
+    pages: bool = False,
     precision: str = "ieee",
     architecture: int = 90,
     shared: int = ROOMY,
@@ -82,8 +123,9 @@ def blocks_of(
         dtype: of q, k and v.
         size: D, of q and k.
         value_size: Dv.
-        precision: of products of float32 matrices.
         many_terms: whether more goes into scores than the product and bounds.
+        pages: whether keys and values lie in pages.
+        precision: of products of float32 matrices.
         architecture: 10 times the compute capability.
         shared: bytes of shared memory that the device has for a program.
     """
@@ -91,11 +133,12 @@ def blocks_of(
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles.
         return Blocks(FEW_ROWS if kernel == "few_rows" else 32, 16, d, dv, 1, 1)
-    table = _FLOAT if dtype == torch.float32 else _HALF
+    table = _HALF if dtype != torch.float32 else _OF_FLOATS[products(dtype, precision, d, dv)]
     if dtype != torch.float32 and architecture < 90:
         table = table | _HALF_BEFORE_HOPPER
-    named = f"{kernel} of many terms"
-    row = table[named if many_terms and named in table else kernel]
+    padded = (d, dv) != (size, value_size)
+    kind = "many terms" if many_terms else "pages" if pages else "padded heads" if padded else ""
+    row = table.get(f"{kernel} of {kind}", table[kernel])
     m, n, warps, stages = row[max((max(d, dv) - 1).bit_length() - 6, 0)]
     if shared < ROOMY:
         n = max(n // 2, 16)

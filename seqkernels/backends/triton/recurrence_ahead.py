@@ -64,6 +64,13 @@ def variants(
                 # Without products, which torch has in those.
                 for kernel in ("step_forward", "step_backward"):
                     yield RecurrenceVariant(kernel, cell, dtype, name, 1024, "all")
+    # But for its activation it is rnn_tanh.
+    dtype = torch.bfloat16
+    for kernel in ("forward", "backward"):
+        for features in ("plain", "all"):
+            yield RecurrenceVariant(kernel, "rnn_relu", dtype, types[dtype], 256, features)
+    for kernel in ("step_forward", "step_backward"):
+        yield RecurrenceVariant(kernel, "rnn_relu", dtype, types[dtype], 1024, "all")
 
 
 def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:

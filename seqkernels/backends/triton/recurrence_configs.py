@@ -103,7 +103,7 @@ def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int, prec
         columns = max(size // 4, 16)
         return SequenceTiles(4 if size <= 64 else 8, columns, columns, lanes, hidden <= 24, 1, 1, 1, precision)
     if dtype == torch.float32:
-        return SequenceTiles(16, 16, 16, lanes, False, 0, 4, 3, precision)
+        return _tiles_of_floats(kernel, lanes, size, precision)
     if lanes == 1:
         # One program has the weights of all units where that is up to 128 KiB.
         columns = size if size <= 256 else 32
@@ -113,6 +113,21 @@ def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int, prec
     # All of a forward pass; in the backward pass they are four times as large, and shared memory ends.
     ahead = 7 if kernel == "forward" else 3 if size <= 512 else 1
     return SequenceTiles(16, 32 if size <= 256 else 16, 128, lanes, True, ahead, 4 if size <= 512 else 8, 1)
+
+
+def _tiles_of_floats(kernel: str, lanes: int, size: int, precision: str) -> SequenceTiles:
+    if precision == "ieee":
+        return SequenceTiles(16, 16, 16, lanes, False, 0, 4, 3, precision)
+    if precision == "tf32x3" or (lanes > 1 and size > 512):
+        # Weights in parts, or large ones, are more than shared memory holds.
+        return SequenceTiles(16, 16, 32, lanes, False, 0, 4, 3, precision)
+    if lanes == 1:
+        columns = size if size <= 128 else 32
+        return SequenceTiles(16, columns, min(size, 128), 1, True, 3, 4 if size <= 64 else 8, 1, precision)
+    if size <= 64:
+        return SequenceTiles(16, min(size, 32), size, lanes, True, 3, 8, 1, precision)
+    ahead = 3 if kernel == "forward" or size <= 256 else 1
+    return SequenceTiles(16, 32 if size <= 128 else 16, 64, lanes, True, ahead, 4, 1, precision)
 
 
 def shared_memory(cell: str, dtype: torch.dtype, hidden: int, precision: str = "ieee") -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...cells import RESET
 from . import recurrence_kernels as kernels
+from .launches import Launch
 from .recurrence_configs import step_tiles
 from .recurrence_loop import Gradients, Loop, entering, product
 
@@ -31,9 +32,16 @@ def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, b
     written = None if loop.control is None and loop.parts.recurrent_mask is None else fed.clone()
     tiles = step_tiles(loop.hidden, loop.parts.norm_h is not None or loop.parts.norm_c is not None)
     grid = (triton.cdiv(loop.batch, tiles.rows), triton.cdiv(loop.hidden, tiles.columns))
+    constants = {
+        **loop.constants(),
+        "EVERY_STATE": states.shape[0] > 1,
+        "BLOCK_B": tiles.rows,
+        "BLOCK_H": tiles.columns,
+    }
+    launch = Launch(kernels.step_forward_kernel, grid, constants, {"num_warps": tiles.warps})
     for k, t in enumerate(order):
         found = product(fed, weight)
-        kernels.step_forward_kernel[grid](
+        launch(
             loop.gates_x,
             found,
             carry,
@@ -48,11 +56,6 @@ def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, b
             base,
             int(loop.reverse),
             states.stride(0),
-            **loop.constants(),
-            EVERY_STATE=states.shape[0] > 1,
-            BLOCK_B=tiles.rows,
-            BLOCK_H=tiles.columns,
-            num_warps=tiles.warps,
         )
         fed = states[0, t - base + 1 - loop.reverse] if written is None else written
 
@@ -72,9 +75,16 @@ def backward(
     to_product = grads.to_product()
     tiles = step_tiles(loop.hidden, loop.parts.norm_h is not None or loop.parts.norm_c is not None)
     grid = (triton.cdiv(loop.batch, tiles.rows), triton.cdiv(loop.hidden, tiles.columns))
+    constants = {**loop.constants(), "BLOCK_B": tiles.rows, "BLOCK_H": tiles.columns}
+    options = {"num_warps": tiles.warps}
+    # Nothing is sent to the first step, and the last launch is none.
+    first, inner, last = (
+        Launch(kernels.step_backward_kernel, grid, constants | {"STEP": step}, options) for step in (True, True, False)
+    )
     sent, after = None, -1
     for t in (*reversed(loop.order(begin, end)), -1):
-        kernels.step_backward_kernel[grid](
+        launch = last if t < 0 else first if sent is None else inner
+        launch(
             carry,
             sent,
             grads.hidden,
@@ -96,11 +106,6 @@ def backward(
             base,
             int(loop.reverse),
             states.stride(0),
-            **loop.constants(),
-            STEP=t >= 0,
-            BLOCK_B=tiles.rows,
-            BLOCK_H=tiles.columns,
-            num_warps=tiles.warps,
         )
         if t >= 0:
             sent, after = product(to_product[t], loop.weight_hh), t

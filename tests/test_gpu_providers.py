@@ -1,0 +1,184 @@
+"""The peers of the GPU benchmarks compute what ours do: on the CPU, those that are not installed by stand-ins."""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import gpu, gpu_cases, gpu_providers  # noqa: E402
+from benchmarks.cases import Attention, Recurrence  # noqa: E402
+
+ROUNDINGS = 40 * torch.finfo(torch.float32).eps
+"""Of the norm of a result of float32 cases this small."""
+
+MODES = pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+FLASH = {"flash-attn": "flash_attn", "flash-attn-3": "flash_attn_interface"}
+
+
+def _stand_in(monkeypatch, name, **functions):
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def _rows(case, mode):
+    with torch.set_grad_enabled(mode == "forward_backward"):
+        found = {row.provider: row for row in gpu.time_case(case, mode, "cpu", budget=0.0, rounds=1)}
+    # It has no gradients on a CPU, and says so.
+    found.pop("flex", None)
+    for row in found.values():
+        assert row.note == ""
+        assert row.difference < ROUNDINGS, row.provider
+    return found
+
+
+@MODES
+@pytest.mark.parametrize("cell", gpu_providers.CELLS)
+@pytest.mark.parametrize("form", [{}, {"layers": 2, "bidirectional": True}], ids=["one", "stacked"])
+def test_a_loop_over_cells(cell, form, mode):
+    case = Recurrence(cell, 5, 3, 4, 6, tags=gpu_cases.CELLS, **form)
+    assert list(_rows(case, mode)) == [gpu.OURS, "torch", "compiled cell"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("cell", gpu_providers.CELLS)
+def test_a_cell_is_one_graph(cell, monkeypatch):
+    """It compiles whole, once for all steps, with its gradients; the generated code is left to torch."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(gpu_providers.CELLS[cell], backend=backend, fullgraph=True)
+    monkeypatch.setitem(gpu_providers.CELLS, cell, compiled)
+    assert "compiled cell" in _rows(Recurrence(cell, 5, 2, 4, 6, tags=gpu_cases.CELLS), "forward_backward")
+    # One of the first step, whose state needs no gradient, and one of the others.
+    assert len(graphs) == 2
+
+
+def test_loops_over_cells_are_affordable():
+    """Few cases have one, of few steps, since each is compiled in seconds and launched a step at a time."""
+    tagged = [case for case in gpu_cases.CASES if case.tags & gpu_cases.CELLS]
+    assert 5 <= len(tagged) <= 10
+    for case in tagged:
+        assert case.steps * case.layers * (2 if case.bidirectional else 1) <= gpu_providers.MOST_CELLS
+    long = Recurrence("lstm", gpu_providers.MOST_CELLS // 2 + 1, 1, 4, 4, layers=2, tags=gpu_cases.CELLS)
+    untagged = Recurrence("lstm", 2, 1, 4, 4)
+    for case in (long, untagged):
+        assert "compiled cell" not in [maker.name for maker in gpu_providers.providers(case, "forward", "cpu")]
+
+
+def _flash_attn_func(q, k, v, causal=False):
+    """(batch, rows, heads, size), fewer heads of keys and values among them."""
+    turned = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*turned, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("peer", FLASH)
+@MODES
+def test_flash_attn(peer, mode, monkeypatch):
+    _stand_in(monkeypatch, FLASH[peer], flash_attn_func=_flash_attn_func)
+    for kv_heads in (None, 2):
+        assert peer in _rows(Attention(2, 4, 9, 9, 8, kv_heads=kv_heads, causal=True), mode)
+
+
+def test_flash_attn_3_with_a_log_sum_exp(monkeypatch):
+    def function(*args, **options):
+        return _flash_attn_func(*args, **options), None
+
+    _stand_in(monkeypatch, "flash_attn_interface", flash_attn_func=function)
+    assert "flash-attn-3" in _rows(Attention(2, 4, 9, 9, 8), "forward")
+
+
+@pytest.mark.parametrize("peer", FLASH)
+def test_flash_attn_decodes_with_a_cache(peer, monkeypatch):
+    """By the function that splits the keys."""
+    _stand_in(monkeypatch, FLASH[peer], flash_attn_with_kvcache=_flash_attn_func)
+    assert peer in _rows(Attention(2, 4, 1, 9, 8, kv_heads=2, inference=True), "forward")
+
+
+def test_options_leave_flash_attn_out(monkeypatch):
+    for name in FLASH.values():
+        _stand_in(monkeypatch, name)
+    case = Attention(1, 2, 9, 9, 8, causal=True, option="alibi")
+    assert [maker.name for maker in gpu_providers.providers(case, "forward", "cpu")] == [gpu.OURS, "flex"]
+
+
+def _flashrnn(product, weight, bias, function, backend, dtype):
+    """As FlashRNN's documentation has it: (B, T, gates, heads, H) to (states, B, T, heads, H)."""
+    assert (backend, dtype) == ("cuda_fused", "float32")
+    h = c = product.new_zeros(product.shape[0], *product.shape[3:])
+    states = []
+    for row in product.unbind(1):
+        of_h = torch.einsum("gndp,bnp->gbnd", weight, h)
+        x = row.transpose(0, 1)
+        if function == "gru":
+            n, r, z, more = of_h[0] + bias[0], x[0] + of_h[1] + bias[1], x[1] + of_h[2] + bias[2], x[2] + bias[3]
+            z = torch.sigmoid(z)
+            h = z * h + (1 - z) * torch.tanh(more + torch.sigmoid(r) * n)
+            states.append(torch.stack((h,)))
+        elif function == "lstm":
+            i, f, g, o = x + of_h + bias[:, None]
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            states.append(torch.stack((h, c)))
+        else:
+            assert function == "elman"
+            h = torch.tanh(x[0] + of_h[0] + bias[0])
+            states.append(torch.stack((h,)))
+    return torch.stack(states, 2), states[-1]
+
+
+@MODES
+@pytest.mark.parametrize("cell", gpu_providers.FLASHRNN)
+def test_flashrnn(cell, mode, monkeypatch):
+    _stand_in(monkeypatch, "flashrnn", flashrnn=_flashrnn)
+    assert list(_rows(Recurrence(cell, 5, 3, 4, 6), mode)) == [gpu.OURS, "torch", "flashrnn"]
+
+
+def test_flashrnn_has_one_layer_and_no_relu(monkeypatch):
+    _stand_in(monkeypatch, "flashrnn", flashrnn=_flashrnn)
+    for form in (
+        functools.partial(Recurrence, "lstm", layers=2),
+        functools.partial(Recurrence, "gru", bidirectional=True),
+        functools.partial(Recurrence, "rnn_relu"),
+    ):
+        case = form(steps=2, batch=1, inputs=4, hidden=4)
+        assert [maker.name for maker in gpu_providers.providers(case, "forward", "cpu")] == [gpu.OURS, "torch"]
+
+
+def test_a_peer_that_fails_says_why(monkeypatch):
+    def function(*args, **options):
+        raise RuntimeError("it is not compiled for this device")
+
+    _stand_in(monkeypatch, "flashrnn", flashrnn=function)
+    with torch.no_grad():
+        rows = gpu.time_case(Recurrence("lstm", 2, 1, 4, 4), "forward", "cpu", budget=0.0, rounds=1)
+    notes = {row.provider: row.note for row in rows}
+    assert notes["flashrnn"] == "RuntimeError: it is not compiled for this device"
+    assert notes[gpu.OURS] == notes["torch"] == ""
+
+
+def test_a_peer_that_differs_is_named(monkeypatch):
+    def function(*args, **options):
+        states, last = _flashrnn(*args, **options)
+        return 1.5 * states, last
+
+    _stand_in(monkeypatch, "flashrnn", flashrnn=function)
+    with torch.no_grad():
+        rows = gpu.time_case(Recurrence("lstm", 2, 1, 4, 4), "forward", "cpu", budget=0.0, rounds=1)
+    said = gpu.render(rows, {})
+    assert "flashrnn differs by 0.5" in said
+    assert said.count("differs") == 1
