@@ -73,7 +73,7 @@ interpret: build
 	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 \
 		-m "not many and not slow" -k triton --every $(EVERY) \
 		$(addprefix tests/ops/test_,attention.py attention_options.py attention_pages.py recurrence.py \
-		recurrence_options.py checkpoint.py) tests/backends/test_triton_recurrence.py
+		recurrence_options.py checkpoint.py) $(addprefix tests/backends/test_triton_,recurrence.py tune.py)
 
 # The Triton kernels compiled for GPUs, held to the reviewed budget: those of bfloat16 for Hopper, and some for others;
 # "python -m seqkernels compile" compiles all for all, in several minutes.
@@ -84,6 +84,8 @@ kernels: build
 # On a machine with a GPU, offline, by a Python that has torch, triton, pytest and hypothesis: the tests of the GPU
 # backends on the device, memcheck over some of them, and the benchmarks, whose summary is printed last.
 GPU_PYTHON ?= python3
+# With the shipped tiles, whatever "python -m seqkernels tune" found here.
+gpu-test gpu-bench: export SEQKERNELS_TILES ?= shipped
 gpu:
 	$(MAKE) gpu-test
 	$(MAKE) gpu-bench

@@ -63,7 +63,8 @@ def _isas(name: str) -> list[str | None]:
 DEVICE = "cpu"
 BACKENDS = [name for name in backends.NAMES if backends.backend(name).unavailable() is None]
 # Of an implementation alone, where it can run: `make interpret` and a machine with a GPU.
-collect_ignore = [] if "triton" in BACKENDS else ["backends/test_triton_recurrence.py"]
+_OF_TRITON = ["backends/test_triton_recurrence.py", "backends/test_triton_tune.py"]
+collect_ignore = [] if "triton" in BACKENDS else _OF_TRITON
 # The reference leaves threads to torch, Triton has none; how threads share work is the same for each instruction set.
 _THREADS = {"reference": (1,), "triton": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}
 RUNNERS = [

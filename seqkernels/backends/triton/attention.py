@@ -77,17 +77,26 @@ def _rows_of_heads(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Te
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, int]:
+def limits(device: torch.device) -> tuple[int, int]:
     """10 times the compute capability, and bytes of shared memory that a program may have."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor, triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
     terms = scores.mask, scores.bias, scores.alibi_slopes
     many = any(x is not None for x in terms) or scores.softcap != 0.0 or scores.dropout_p > 0.0
-    architecture, shared = _device(q.device.index) if q.is_cuda else (90, ROOMY)
-    return blocks_of(kernel, q.dtype, q.shape[3], v.shape[3], many_terms=many, architecture=architecture, shared=shared)
+    architecture, shared = limits(q.device) if q.is_cuda else (90, ROOMY)
+    return blocks_of(
+        kernel,
+        q.dtype,
+        q.shape[3],
+        v.shape[3],
+        many_terms=many,
+        architecture=architecture,
+        shared=shared,
+        device=q.device,
+    )
 
 
 def _options(blocks: Blocks) -> dict[str, int]:

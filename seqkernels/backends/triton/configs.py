@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from . import tiles
+
 #: Up to so many rows of all heads of a group, the tile of the forward pass has no more.
 FEW_ROWS = 16
 
@@ -72,6 +74,7 @@ def blocks_of(
     many_terms: bool = False,
     architecture: int = 90,
     shared: int = ROOMY,
+    device: torch.device | None = None,
 ) -> Blocks:
     """The tiles of a kernel.
 
@@ -84,17 +87,20 @@ def blocks_of(
         many_terms: whether more goes into scores than the product and bounds.
         architecture: 10 times the compute capability.
         shared: bytes of shared memory that the device has for a program.
+        device: whose own tiles come first, see `tiles`; ``None`` for those that are shipped.
     """
     d, dv = _power_of_2(size), _power_of_2(value_size)
+    named = f"{kernel} of many terms" if many_terms and kernel != "backward_bias" else kernel
+    own = tiles.own(device, tiles.attention_row, named, dtype, max(d, dv))
+    if own is not None:
+        return Blocks(own[0], own[1], d, dv, *own[2:])
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles.
         return Blocks(FEW_ROWS if kernel == "few_rows" else 32, 16, d, dv, 1, 1)
     table = _FLOAT if dtype == torch.float32 else _HALF
     if dtype != torch.float32 and architecture < 90:
         table = table | _HALF_BEFORE_HOPPER
-    named = f"{kernel} of many terms"
-    row = table[named if many_terms and named in table else kernel]
-    m, n, warps, stages = row[max((max(d, dv) - 1).bit_length() - 6, 0)]
+    m, n, warps, stages = table[named][max((max(d, dv) - 1).bit_length() - 6, 0)]
     if shared < ROOMY:
         n = max(n // 2, 16)
     return Blocks(m, n, d, dv, warps, stages)

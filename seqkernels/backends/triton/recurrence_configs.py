@@ -8,6 +8,7 @@ import torch
 import triton
 
 from ...cells import CELLS
+from . import tiles as own_tiles
 
 
 class StepTiles(NamedTuple):
@@ -84,7 +85,9 @@ class SequenceTiles(NamedTuple):
 MOST_HIDDEN = 1024
 
 
-def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> SequenceTiles:
+def sequence_tiles(
+    kernel: str, cell: str, dtype: torch.dtype, hidden: int, *, device: torch.device | None = None
+) -> SequenceTiles:
     """The tiles of the kernels of a sequence.
 
     Args:
@@ -92,7 +95,17 @@ def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> S
         cell: a key of `seqkernels.cells.CELLS`.
         dtype: of the input.
         hidden: H, up to `MOST_HIDDEN`.
+        device: whose own tiles come first, see `tiles`; ``None`` for those that are shipped.
     """
+    shipped = _shipped(kernel, cell, dtype, hidden)
+    own = own_tiles.own(device, own_tiles.recurrence_row, kernel, cell, dtype, hidden)
+    if own is None:
+        return shipped
+    rows, columns, depth, ahead, warps = own
+    return shipped._replace(rows=rows, columns=columns, depth=depth, ahead=ahead, warps=warps)
+
+
+def _shipped(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> SequenceTiles:
     lanes = 1 if CELLS[cell].gates == 1 else 4
     size = max(power_of_2(hidden), 16)
     if triton.knobs.runtime.interpret:
@@ -112,15 +125,15 @@ def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int) -> S
     return SequenceTiles(16, 32 if size <= 256 else 16, 128, lanes, True, ahead, 4 if size <= 512 else 8, 1)
 
 
-def shared_memory(cell: str, dtype: torch.dtype, hidden: int) -> int:
+def shared_memory(cell: str, dtype: torch.dtype, hidden: int, *, device: torch.device | None = None) -> int:
     """Bytes of shared memory that a program of a sequence needs: weights that stay, and tiles at work.
 
     Args:
-        cell, dtype, hidden: as in `sequence_tiles`.
+        cell, dtype, hidden, device: as in `sequence_tiles`.
     """
     found = 0
     for kernel in ("forward", "backward"):
-        tiles = sequence_tiles(kernel, cell, dtype, hidden)
+        tiles = sequence_tiles(kernel, cell, dtype, hidden, device=device)
         behind = CELLS[cell].gates if kernel == "backward" and tiles.lanes == 1 else 1
         chunks = -(-hidden * behind // tiles.depth)
         weights = chunks * tiles.depth * tiles.lanes * tiles.columns * dtype.itemsize
