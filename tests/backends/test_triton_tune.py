@@ -131,6 +131,25 @@ def test_tiles_that_do_not_run_or_are_wrong(file, monkeypatch):
     assert not file.exists()
 
 
+def test_tiles_that_are_wrong_with_other_options(file):
+    """The next fastest is taken; what is slow anyway is not run with them."""
+    ran = []
+
+    def prepare(device):
+        def checked():
+            tile = tiles._own(DEVICE).get(ROW)
+            ran.append(tile)
+            return [torch.ones(3, device=device) * (2 if tile == FAST else 1)]
+
+        return tune_cases.Prepared(lambda: [torch.ones(3, device=device)], checked)
+
+    other = (32, 32, 1, 1)
+    case = _case(FAST, SLOW, other)._replace(prepare=prepare)
+    (found,) = tune.tune([case], DEVICE, clock=_clock({FAST: 0.5, SLOW: 2.0, other: 0.8}))
+    assert (found.best, found.tried, found.wrong) == (other, 3, (FAST,))
+    assert ran == [None, FAST, other]
+
+
 def test_a_row_whose_shipped_tile_does_not_run(file, monkeypatch):
     def forward(*_):
         raise triton.OutOfResources(300_000, 232_448, "shared memory")

@@ -45,7 +45,8 @@ class Found(NamedTuple):
         best: the fastest one, which is the shipped one where no other gains `GAIN`.
         gain: time of the shipped one by that of the best.
         tried: tiles that were measured beside the shipped one.
-        passed_over: tiles that do not compile or run, and why.
+        passed_over: tiles that do not compile or run, in the call that is measured or, where that was fast, in others,
+            and why.
         wrong: tiles with other results.
         skipped: why nothing was measured, or empty.
     """
@@ -107,27 +108,27 @@ class _Search:
         self.known: set[Tile] = {self.shipped}
         with self._trying(self.shipped):
             self.prepared: Prepared = case.prepare(device)
-            self.expected = self._results()
+            self.expected = {run: self._results(run) for run in self.prepared}
 
     def _trying(self, tile: Tile) -> contextlib.AbstractContextManager[None]:
         return tiles.trying(self.device, self.case.row, None if tile == self.shipped else tile)
 
-    def _results(self) -> list[Tensor]:
-        # Small programs first: what does not compile is known before the long call.
-        found = [x.clone() for run in (self.prepared.checked, self.prepared.timed) for x in run()]
+    def _results(self, run: Run) -> list[Tensor]:
+        found = [x.clone() for x in run()]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return found
 
-    def _is_sound(self, tile: Tile) -> bool:
+    def _is_right(self, tile: Tile, run: Run) -> bool:
+        """Whether a tile has the results of the shipped one in some calls; where not, it is noted why."""
         try:
             with self._trying(tile):
-                found = self._results()
+                found = self._results(run)
         except (TritonError, RuntimeError) as error:
             # RuntimeError is what Triton's passes and launches raise. A device that is lost fails the next call too.
             self.passed_over.append((tile, (str(error).splitlines() or [type(error).__name__])[0]))
             return False
-        if differs(found, self.expected, self.case.dtype):
+        if differs(found, self.expected[run], self.case.dtype):
             self.wrong.append(tile)
             return False
         return True
@@ -147,13 +148,13 @@ class _Search:
             wanted = [*self.case.near(best), *([own] if own is not None else [])]
             fresh = [tile for tile in dict.fromkeys(wanted) if tile not in self.known]
             self.known.update(fresh)
-            sound = [tile for tile in fresh if self._is_sound(tile)]
-            if not sound:
-                break
-            tried += len(sound)
-            times = self._race([best, *sound], ROUNDS)
-            winner = min(times, key=times.__getitem__)
-            if winner == best:
+            right = [tile for tile in fresh if self._is_right(tile, self.prepared.timed)]
+            tried += len(right)
+            times = self._race([best, *right], ROUNDS) if right else {}
+            faster = sorted((tile for tile in right if times[tile] < times[best]), key=times.__getitem__)
+            # The calls with other options are other programs, which are compiled for tiles that may be taken alone.
+            winner = next((tile for tile in faster if self._is_right(tile, self.prepared.checked)), None)
+            if winner is None:
                 break
             best = winner
         gain = 1.0
