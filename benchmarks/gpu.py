@@ -227,6 +227,8 @@ def machine(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__,
+        "cudnn_rnn_precision": torch.backends.cudnn.rnn.fp32_precision,
+        "matmul_precision": torch.backends.cuda.matmul.fp32_precision,
         **_versions(),
         "nvidia_smi": dict(zip(asked.split(","), answer.strip().split(", "), strict=False)),
     }
@@ -253,7 +255,7 @@ def render(rows: Sequence[Row], about: dict[str, Any]) -> str:
     for (case, mode), of in groups.items():
         times = {row.provider: row.graph_ms or row.ms for row in of if not row.note}
         mine = next((row for row in of if row.provider == OURS and not row.note), None)
-        others = [ms for name, ms in times.items() if name != OURS]
+        others = [ms for name, ms in times.items() if not name.startswith(OURS)]
         text = f"{case} {mode.replace('_', '+')}".ljust(64)
         if mine is not None:
             text += f" {mine.tflops:6.0f} TF {mine.gbytes:6.0f} GB/s"
@@ -280,14 +282,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-k", metavar="WORD", default="", help="only the cases with this in their name")
     parser.add_argument("--json", type=Path, default=ROOT / "report" / "gpu.json", help="result (%(default)s)")
     parser.add_argument("--dry", action="store_true", help="small cases on the processor: a check of this program")
+    parser.add_argument("--own-tiles", action="store_true", help="those of python -m seqkernels tune, if there are any")
     options = parser.parse_args(arguments)
     device = "cpu" if options.dry else "cuda"
     if not options.dry and not torch.cuda.is_available():
         print("gpu: there is no CUDA device; --dry checks the program without one", file=sys.stderr)
         return 1
+    if not options.dry and not options.own_tiles:
+        from seqkernels.backends.triton import tiles
+
+        tiles.ignore()
     torch.manual_seed(0)
     start = time.perf_counter()
-    about = machine(device)
+    about = machine(device) | {"tiles": "own" if options.own_tiles else "shipped"}
     cases = [(c, m) for c in (DRY_CASES if options.dry else CASES) if options.k in c.name for m in c.modes]
     rows: list[Row] = []
     left_out = []

@@ -126,6 +126,9 @@ def _attention_forms(case: Attention, device: str) -> Iterator[tuple[str, Callab
         yield OURS, attention, nullcontext
     else:
         yield OURS, _sdpa(case, seqkernels.functional), nullcontext
+    if case.dtype == torch.float32:
+        rounded: Any = functools.partial(seqkernels.functional.attention, precision="tf32", **ours)
+        yield f"{OURS} tf32", rounded, nullcontext
     if not case.option:
         for name, backend in (
             ("flash", SDPBackend.FLASH_ATTENTION),
@@ -214,6 +217,11 @@ def _recurrence(case: Recurrence, mode: Mode, device: str) -> Iterator[Maker]:
         return Maker(name, functools.partial(provider, name, layer, form, sets))
 
     yield of(OURS, mine, lambda x: mine(x)[0])
+    if case.dtype == torch.float32:
+        # As cuDNN does it unless told otherwise.
+        rounded = getattr(seqkernels.nn, LAYERS[case.cell])(case.inputs, case.hidden, precision="tf32", **options)
+        rounded.to(device).load_state_dict(theirs.state_dict())
+        yield of(f"{OURS} tf32", rounded, lambda x: rounded(x)[0])
     yield of("torch", theirs, lambda x: theirs(x)[0])
     if "cells" in case.tags and case.steps * case.layers * directions <= MOST_CELLS:
         # One set of inputs: what a step reads is small, and launching the steps takes long.

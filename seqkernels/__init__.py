@@ -9,11 +9,13 @@ from . import functional, nn
 from ._version import __version__
 from .backends import BackendError, Explanation, explain, use_backend
 from .convert import Report, convert, revert
+from .warmup import Warmup, warmup
 
 __all__ = [
     "BackendError",
     "Explanation",
     "Report",
+    "Warmup",
     "__version__",
     "convert",
     "explain",
@@ -21,4 +23,5 @@ __all__ = [
     "nn",
     "revert",
     "use_backend",
+    "warmup",
 ]

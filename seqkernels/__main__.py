@@ -1,4 +1,4 @@
-"""The command line: ``info`` says what is installed, built and chosen, ``compile`` compiles the GPU kernels."""
+"""The command line: what is installed, built and chosen (``info``), and GPU kernels compiled or tuned."""
 
 from __future__ import annotations
 
@@ -130,7 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ahead.add_argument("--arch", default="sm_80,sm_90,sm_100", help="architectures, with commas (default %(default)s)")
     ahead.add_argument("--only", default="", help="only kernels whose description has this in it")
     ahead.add_argument("--json", action="store_true", help="as JSON, in the form of the budget")
+    tune = commands.add_parser(
+        "tune", help="measure tiles of the Triton kernels on a CUDA device, and keep those faster than the shipped ones"
+    )
+    tune.add_argument("--device", help="the CUDA device (default: the current one)")
+    tune.add_argument("--only", default="", help="only rows of the tables whose names have this in them")
+    tune.add_argument("--minutes", type=float, help="begin no row after so many (default: measure all)")
     options = parser.parse_args(arguments)
+    if options.command == "tune":
+        raise SystemExit(_tune(options.device, options.only, options.minutes))
     if options.command == "compile":
         raise SystemExit(_compile(options.arch.split(","), options.only, options.json))
     found = collect()
@@ -159,6 +167,24 @@ def _compile(architectures: list[str], only: str, as_json: bool) -> int:
     if not found:
         print(f"compile: no kernel has {only!r} in its description", file=sys.stderr)
     return 1 if breaches or not found else 0
+
+
+def _tune(device: str | None, only: str, minutes: float | None) -> int:
+    """``python -m seqkernels tune``; 1 where nothing could be measured."""
+    try:
+        from .backends.triton import tune
+
+        table, said = tune.main(device, only, minutes)
+    except ImportError as error:
+        print(f"tune: {error}; pip install 'seqkernels[triton]' has what it needs", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 1
+    print(table)
+    for line in said:
+        print(line)
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -63,8 +64,11 @@ def _isas(name: str) -> list[str | None]:
 DEVICE = "cpu"
 BACKENDS = [name for name in backends.NAMES if backends.backend(name).unavailable() is None]
 # Of an implementation alone, where it can run: `make interpret` and a machine with a GPU.
-_OF_TRITON = ["backends/test_triton_precision.py", "backends/test_triton_recurrence.py"]
+_OF_TRITON = [f"backends/test_triton_{name}.py" for name in ("precision", "recurrence", "tune")]
 collect_ignore = [] if "triton" in BACKENDS else _OF_TRITON
+if "triton" in BACKENDS:
+    # Whatever somebody measured on this machine.
+    importlib.import_module("seqkernels.backends.triton.tiles").ignore()
 # The reference leaves threads to torch, Triton has none; how threads share work is the same for each instruction set.
 _THREADS = {"reference": (1,), "triton": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}
 RUNNERS = [

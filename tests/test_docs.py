@@ -97,5 +97,5 @@ def test_public_names_are_in_the_guide() -> None:
 
     guide = (ROOT / "docs" / "guide.md").read_text()
     layers = [name for name in seqkernels.nn.__all__ if hasattr(torch.nn, name)]
-    for name in [*layers, "convert", "revert", "explain", "use_backend", "BackendError"]:
+    for name in [*layers, "convert", "revert", "explain", "use_backend", "BackendError", "warmup"]:
         assert f"`{name}`" in guide or f"{name}(" in guide, f"{name} is not in docs/guide.md"

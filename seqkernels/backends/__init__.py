@@ -228,6 +228,17 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def recording() -> Iterator[list[Decision | str]]:
+    """Yields a list to which the calls of this thread inside the block are added, as `explain` has them."""
+    entries: list[Decision | str] = []
+    token = _recorder.set(entries)
+    try:
+        yield entries
+    finally:
+        _recorder.reset(token)
+
+
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Call ``fn(*args, **kwargs)`` without gradients and say which implementation ran each operation, and why.
 
@@ -244,11 +255,6 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
           numba: could run it, comes later in the order
           reference: could run it, comes later in the order
     """
-    entries: list[Decision | str] = []
-    token = _recorder.set(entries)
-    try:
-        with torch.no_grad():
-            fn(*args, **kwargs)
-    finally:
-        _recorder.reset(token)
+    with recording() as entries, torch.no_grad():
+        fn(*args, **kwargs)
     return Explanation(tuple(entries))

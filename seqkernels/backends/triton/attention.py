@@ -13,6 +13,7 @@ from torch import Tensor
 from ...cells import accumulate_dtype
 from ...scores import Scores, dropout_threshold
 from . import attention_kernels as kernels
+from . import tiles
 from .attention_scores import Full, Rows, Terms
 from .configs import FEW_ROWS, ROOMY, Blocks, blocks_of, products
 from .launches import Launch
@@ -71,16 +72,16 @@ def _terms(scores: Scores, shape: tuple[int, int, int, int], k: Tensor) -> Terms
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, int]:
+def limits(device: torch.device) -> tuple[int, int]:
     """10 times the compute capability, and bytes of shared memory that a program may have."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor, triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
     terms = scores.mask, scores.bias, scores.alibi_slopes
     many = any(x is not None for x in terms) or scores.softcap != 0.0 or scores.dropout_p > 0.0
-    architecture, shared = _device(q.device.index) if q.is_cuda else (90, ROOMY)
+    architecture, shared = limits(q.device) if q.is_cuda else (90, ROOMY)
     return blocks_of(
         kernel,
         q.dtype,
@@ -91,6 +92,7 @@ def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
         precision=_precision(q, v, scores),
         architecture=architecture,
         shared=shared,
+        device=q.device,
     )
 
 
@@ -128,7 +130,7 @@ def _run(kind: Callable[..., Callable[..., Results]], scores: Scores, needs: Any
     given: Any = scores
     if _has_tensors(scores):
         given = tuple(_kind(x) if isinstance(x, Tensor) else x for x in scores)
-    key = (kind, device, given, needs, *[x if x is None else _kind(x) for x in tensors])
+    key = (kind, device, tiles.changes(), given, needs, *[x if x is None else _kind(x) for x in tensors])
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MOST_PLANS:

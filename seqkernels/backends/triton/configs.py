@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from . import tiles
+
 #: Up to so many rows of all heads of a group, the tile of the forward pass has no more.
 FEW_ROWS = 16
 
@@ -114,6 +116,7 @@ def blocks_of(
     precision: str = "ieee",
     architecture: int = 90,
     shared: int = ROOMY,
+    device: torch.device | None = None,
 ) -> Blocks:
     """The tiles of a kernel.
 
@@ -128,12 +131,18 @@ def blocks_of(
         precision: of products of float32 matrices.
         architecture: 10 times the compute capability.
         shared: bytes of shared memory that the device has for a program.
+        device: whose own tiles come first, see `tiles`; ``None`` for those that are shipped.
     """
     d, dv = _power_of_2(size), _power_of_2(value_size)
+    named = f"{kernel} of many terms" if many_terms and kernel != "backward_bias" else kernel
+    formed = products(dtype, precision, size, value_size)
+    own = tiles.own(device, tiles.attention_row, named, dtype, max(d, dv), formed)
+    if own is not None:
+        return Blocks(own[0], own[1], d, dv, *own[2:])
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles.
         return Blocks(FEW_ROWS if kernel == "few_rows" else 32, 16, d, dv, 1, 1)
-    table = _HALF if dtype != torch.float32 else _OF_FLOATS[products(dtype, precision, d, dv)]
+    table = _HALF if dtype != torch.float32 else _OF_FLOATS[formed]
     if dtype != torch.float32 and architecture < 90:
         table = table | _HALF_BEFORE_HOPPER
     padded = (d, dv) != (size, value_size)

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from ...cells import CELLS
+from . import tiles as own_tiles
 
 
 class StepTiles(NamedTuple):
@@ -86,7 +87,15 @@ class SequenceTiles(NamedTuple):
 MOST_HIDDEN = 1024
 
 
-def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int, precision: str = "ieee") -> SequenceTiles:
+def sequence_tiles(
+    kernel: str,
+    cell: str,
+    dtype: torch.dtype,
+    hidden: int,
+    precision: str = "ieee",
+    *,
+    device: torch.device | None = None,
+) -> SequenceTiles:
     """The tiles of the kernels of a sequence.
 
     Args:
@@ -95,7 +104,17 @@ def sequence_tiles(kernel: str, cell: str, dtype: torch.dtype, hidden: int, prec
         dtype: of the input.
         hidden: H, up to `MOST_HIDDEN`.
         precision: of products of float32 matrices.
+        device: whose own tiles come first, see `tiles`; ``None`` for those that are shipped.
     """
+    shipped = _shipped(kernel, cell, dtype, hidden, precision)
+    own = own_tiles.own(device, own_tiles.recurrence_row, kernel, cell, dtype, hidden, precision)
+    if own is None:
+        return shipped
+    rows, columns, depth, ahead, warps = own
+    return shipped._replace(rows=rows, columns=columns, depth=depth, ahead=ahead, warps=warps)
+
+
+def _shipped(kernel: str, cell: str, dtype: torch.dtype, hidden: int, precision: str) -> SequenceTiles:
     lanes = 1 if CELLS[cell].gates == 1 else 4
     size = max(power_of_2(hidden), 16)
     if triton.knobs.runtime.interpret:
@@ -130,15 +149,17 @@ def _tiles_of_floats(kernel: str, lanes: int, size: int, precision: str) -> Sequ
     return SequenceTiles(16, 32 if size <= 128 else 16, 64, lanes, True, ahead, 4, 1, precision)
 
 
-def shared_memory(cell: str, dtype: torch.dtype, hidden: int, precision: str = "ieee") -> int:
+def shared_memory(
+    cell: str, dtype: torch.dtype, hidden: int, precision: str = "ieee", *, device: torch.device | None = None
+) -> int:
     """Bytes of shared memory that a program of a sequence needs: weights that stay, and tiles at work.
 
     Args:
-        cell, dtype, hidden, precision: as in `sequence_tiles`.
+        cell, dtype, hidden, precision, device: as in `sequence_tiles`.
     """
     found = 0
     for kernel in ("forward", "backward"):
-        tiles = sequence_tiles(kernel, cell, dtype, hidden, precision)
+        tiles = sequence_tiles(kernel, cell, dtype, hidden, precision, device=device)
         behind = CELLS[cell].gates if kernel == "backward" and tiles.lanes == 1 else 1
         chunks = -(-hidden * behind // tiles.depth)
         weights = chunks * tiles.depth * tiles.lanes * tiles.columns * dtype.itemsize

@@ -25,7 +25,8 @@ def serves(loop: Loop) -> bool:
     weight = loop.weight_hh
     if not weight.is_cuda:
         return True
-    return shared_memory(loop.cell, weight.dtype, loop.hidden, loop.precision) <= _limits(weight.device)[1]
+    needed = shared_memory(loop.cell, weight.dtype, loop.hidden, loop.precision, device=weight.device)
+    return needed <= _limits(weight.device)[1]
 
 
 @functools.cache
@@ -98,7 +99,7 @@ def _each_launch(
 
 def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int) -> None:
     """The steps [begin, end), as `recurrence_steps.forward`."""
-    tiles = sequence_tiles("forward", loop.cell, states.dtype, loop.hidden, loop.precision)
+    tiles = sequence_tiles("forward", loop.cell, states.dtype, loop.hidden, loop.precision, device=states.device)
     for grid, launch, counters, options in _each_launch(loop, loop.order(begin, end), tiles, carry):
         kernels.sequence_forward_kernel[grid](
             loop.gates_x,
@@ -125,7 +126,7 @@ def backward(
     loop: Loop, grads: Gradients, carry: Tensor, states: Tensor, reserve: Tensor, begin: int, end: int, base: int
 ) -> None:
     """Back through the steps [begin, end), as `recurrence_steps.backward`."""
-    tiles = sequence_tiles("backward", loop.cell, states.dtype, loop.hidden, loop.precision)
+    tiles = sequence_tiles("backward", loop.cell, states.dtype, loop.hidden, loop.precision, device=states.device)
     for grid, launch, counters, options in _each_launch(loop, loop.order(begin, end)[::-1], tiles, carry, True):
         kernels.sequence_backward_kernel[grid](
             carry,
