@@ -14,7 +14,8 @@ from torch import Tensor
 from ._sequences import require
 from .cells import DTYPES, accumulate_dtype
 from .ops import weights
-from .ops.attention import FARTHEST, LONGEST, attend, check
+from .ops.attention import attend
+from .ops.attention_check import FARTHEST, LONGEST, check
 from .precision import check_precision, of_products
 from .scores import UNBOUNDED, Scores
 

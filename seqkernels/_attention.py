@@ -16,7 +16,8 @@ from . import backends
 from .cells import DTYPES, accumulate_dtype
 from .ops._eager import transformed
 from .ops.attention import attend as fused_attention
-from .ops.attention import attend_plainly, check, plain_weights
+from .ops.attention import attend_plainly, plain_weights
+from .ops.attention_check import check
 from .ops.weights import dense_attention, weights
 from .precision import of_products
 from .scores import UNBOUNDED, Scores

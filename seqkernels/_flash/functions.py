@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops._eager import readable
-from ..ops.attention import check
+from ..ops.attention_check import check
 from ..ops.weights import weights
 from ..scores import Scores
 from .arguments import build_scores, check_heads, check_int32, integer, run

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..cells import accumulate_dtype
 from ..ops._eager import readable
-from ..ops.attention import check
+from ..ops.attention_check import check
 from ..ops.rotary import rotate
 from .arguments import (
     build_scores,

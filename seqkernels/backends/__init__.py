@@ -158,6 +158,21 @@ def may_repeat(name: str) -> bool:
     return _recorder.get() is None and _forced.get() in (None, name)
 
 
+def insisted() -> str | None:
+    """The implementation that `use_backend` insists on here."""
+    return _forced.get()
+
+
+@contextlib.contextmanager
+def insisting(name: str | None) -> Iterator[None]:
+    """Insist on one implementation, `insisted` of another thread, where nothing else is insisted on."""
+    if name is None or _forced.get() is not None:
+        yield
+        return
+    with use_backend(name):
+        yield
+
+
 def explained() -> bool:
     """Whether `explain` is at work, which wants to see each operation once."""
     return _recorder.get() is not None
@@ -185,7 +200,9 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Insist on one implementation for every call made inside the block, backward passes included.
+    """Insist on one implementation for every call made inside the block, and for its backward pass.
+
+    The backward pass may be run outside of the block, or, as on a GPU, in a thread that knows nothing of it.
 
     Args:
         name: ``"native"``, ``"numba"``, ``"triton"`` or ``"reference"``.

@@ -23,7 +23,8 @@ from transformers.utils.import_utils import is_tracing
 
 from .. import backends
 from ..cells import accumulate_dtype
-from ..ops.attention import attend, check
+from ..ops.attention import attend
+from ..ops.attention_check import check
 from ..scores import UNBOUNDED, Scores
 
 NAME = "seqkernels"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,24 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
                 "expected tensors without a tangent, got a dual tensor; the ops of this package have no forward-mode"
                 " gradients, only those of the backward pass"
             )
+
+
+def insisted() -> str | None:
+    """What `use_backend` insists on, for `as_in_forward`; ``None`` in programs being compiled."""
+    return None if _is_compiling() else backends.insisted()
+
+
+def as_in_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have the backward pass of a ``Function`` use what the forward pass was `insisted` to, kept in its context."""
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *grads: Tensor | None) -> Any:
+        if ctx.insisted is None:
+            return backward(ctx, *grads)
+        with backends.insisting(ctx.insisted):
+            return backward(ctx, *grads)
+
+    return call
 
 
 def readable(x: Tensor | None) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import backends
 from ..cells import CELLS, CONSTANTS, DTYPES, Weights, accumulate_dtype
 from ..precision import check_precision, of_products
-from ._eager import batched, eager, records, refuse_tangents, transformed
+from ._eager import as_in_forward, batched, eager, insisted, records, refuse_tangents, transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -198,11 +198,13 @@ class _Recurrence(torch.autograd.Function):
         states, state_n, reserve = forward(input, weights, state0, control, cell, reverse, True, every, precision)
         ctx.save_for_backward(input, state0, control, states, reserve, *weights)
         ctx.cell, ctx.reverse, ctx.gates, ctx.every, ctx.precision = cell, reverse, gates, every, precision
+        ctx.insisted = insisted()
         ctx.set_materialize_grads(False)
         outputs = (*_step_states(states, reverse), state_n)
         return (*outputs, _gates(reserve, cell, input.dtype)) if gates else outputs
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, grads)
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..cells import DTYPES, accumulate_dtype
-from ._eager import batched, eager, records, refuse_tangents, transformed
+from ._eager import as_in_forward, batched, eager, insisted, records, refuse_tangents, transformed
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _library.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor")
@@ -91,7 +91,7 @@ class _Rotary(torch.autograd.Function):
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, module: ModuleType | None
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved, ctx.inverse = interleaved, inverse
+        ctx.interleaved, ctx.inverse, ctx.insisted = interleaved, inverse, insisted()
         ctx.set_materialize_grads(False)
         if module is None:
             found: Tensor = rotary_op(x, cos, sin, interleaved, inverse)
@@ -101,6 +101,7 @@ class _Rotary(torch.autograd.Function):
         return out
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         found = None
         if grad is not None:

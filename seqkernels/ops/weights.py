@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..cells import accumulate_dtype
 from ..scores import Scores
-from ._eager import apart, gradients
+from ._eager import apart, as_in_forward, gradients, insisted
 from .attention import (
     _BIAS,
     _PACKED,
@@ -182,11 +182,12 @@ class _Weights(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
         *tensors, numbers, settings, average = args
         ctx.save_for_backward(q, k, *tensors)
-        ctx.numbers, ctx.settings, ctx.average = numbers, settings, average
+        ctx.numbers, ctx.settings, ctx.average, ctx.insisted = numbers, settings, average, insisted()
         found: Tensor = weights_op(q, k, lse, tensors, numbers, settings, average)
         return found
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, *tensors = ctx.saved_tensors
         needs = _needs(ctx)
@@ -204,7 +205,7 @@ class _ColumnSums(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
         *tensors, numbers, settings = args
         ctx.save_for_backward(q, k, *tensors)
-        ctx.numbers, ctx.settings = numbers, settings
+        ctx.numbers, ctx.settings, ctx.insisted = numbers, settings, insisted()
         one = q.new_ones(())
         rows, values = one.expand(*q.shape[:3], 1), one.expand(*k.shape[:3], 1)
         needs = [False, False, True, False]
@@ -213,6 +214,7 @@ class _ColumnSums(torch.autograd.Function):
         return sums.contiguous()
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, *tensors = ctx.saved_tensors
         needs = _needs(ctx)

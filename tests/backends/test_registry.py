@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,3 +202,53 @@ def test_what_is_insisted_on_is_no_slower_way(monkeypatch):
         with seqkernels.use_backend(name):
             seqkernels.functional.attention(q, q, q)
         assert len(seen) == calls
+
+
+def _attention() -> torch.Tensor:
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    return attention(q, q, q)[0]
+
+
+def _weights() -> torch.Tensor:
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    return seqkernels.functional.attention(q, q, q, column_sums=True)[1]
+
+
+def _recurrence() -> torch.Tensor:
+    return seqkernels.nn.LSTM(4, 4, zoneout=0.1)(torch.randn(3, 2, 4))[0]
+
+
+def _rotary() -> torch.Tensor:
+    return seqkernels.nn.RotaryEmbedding(4)(torch.randn(1, 2, 3, 4, requires_grad=True))
+
+
+@pytest.mark.parametrize("call", [_attention, _weights, _recurrence, _rotary])
+def test_the_backward_pass_in_another_thread_is_covered(call, fresh, monkeypatch):
+    """As on a GPU, where autograd has threads of its own, which know nothing of the block."""
+    chosen, select = [], backends.select
+
+    def noting(call):
+        decision = select(call)
+        chosen.append(decision.chosen)
+        return decision
+
+    monkeypatch.setattr(backends, "select", noting)
+    for within in (None, "numba"):
+        with seqkernels.use_backend("reference"):
+            out = call()
+        chosen.clear()
+        outer = contextlib.nullcontext() if within is None else seqkernels.use_backend(within)
+        with outer, ThreadPoolExecutor(1) as pool:
+            pool.submit(out.sum().backward).result()
+        # The thread has a context of its own.
+        assert set(chosen) == {"reference"}
+
+
+def test_the_backward_pass_elsewhere_obeys_where_it_is(fresh, monkeypatch):
+    with seqkernels.use_backend("reference"):
+        out = _attention()
+    chosen, select = [], backends.select
+    monkeypatch.setattr(backends, "select", lambda call: chosen.append(found := select(call)) or found)
+    with seqkernels.use_backend("numba"):
+        out.sum().backward()
+    assert [decision.chosen for decision in chosen] == ["numba"]

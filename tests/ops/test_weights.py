@@ -16,7 +16,8 @@ from seqkernels import backends, testing
 from seqkernels.backends.reference.attention import dropped
 from seqkernels.cells import DTYPES, accumulate_dtype
 from seqkernels.ops import weights as ops
-from seqkernels.ops.attention import attend, check
+from seqkernels.ops.attention import attend
+from seqkernels.ops.attention_check import check
 from seqkernels.ops.weights import column_sums, weights
 from seqkernels.scores import Scores
 
