@@ -66,12 +66,23 @@ def test_tiles_of_pages_and_padded_heads():
     def forward(size, value_size=None, **options):
         return blocks_of("forward", torch.bfloat16, size, value_size or size, **options)
 
-    assert forward(96)[:2] == forward(80)[:2] == forward(128, 96)[:2] == forward(128, pages=True)[:2] == (128, 32)
-    assert forward(128)[:2] == (128, 64)
-    assert forward(256, pages=True).n < forward(192).n == forward(256).n
+    assert forward(96)[:2] == forward(80)[:2] == forward(128, 96)[:2] == forward(128, pages=True)[:2] == (128, 64)
+    assert forward(128)[:2] == (128, 128)
+    assert forward(256, pages=True).n == forward(192).n < forward(256).n
     assert forward(96, many_terms=True, pages=True) == forward(128, many_terms=True)
     for kernel in ("few_rows", "backward_q", "backward_kv"):
         assert blocks_of(kernel, torch.bfloat16, 96, 96, pages=True) == blocks_of(kernel, torch.bfloat16, 128, 128)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has tiles of its own")
+def test_tiles_of_each_architecture():
+    """Where products of a warp group, or of a memory of their own, take other registers."""
+
+    def forward(architecture):
+        return blocks_of("forward", torch.bfloat16, 128, 128, architecture=architecture)[:2]
+
+    assert forward(80) == forward(89) == forward(100) == forward(120) == (128, 64)
+    assert forward(90) == (128, 128)
 
 
 def test_what_is_compiled():
@@ -92,15 +103,13 @@ def test_every_kernel_has_a_budget():
 
 
 def test_budget_keeps_the_rules():
-    """Forward kernels on Hopper keep their numbers in registers, but for a few; all fit the shared memory."""
+    """Forward kernels of attention keep their numbers in registers; all fit the shared memory."""
     for architecture, room in (("sm_80", 163 * 1024), ("sm_90", 227 * 1024), ("sm_100", 227 * 1024)):
         for name, (registers, spilled, shared) in BUDGET[architecture].items():
             assert shared <= room, name
             assert registers <= 255
-            if architecture == "sm_90" and name.startswith(("forward", "few_rows")):
-                assert spilled <= 40, name
-            if name.startswith("forward") and ("pages" in name or "D=80" in name or "D=96" in name):
-                assert spilled <= 8, name
+            if name.startswith(("forward", "few_rows", "merge")):
+                assert spilled <= (8 if (architecture, name) == ("sm_100", "forward fp32 D=512 causal") else 0), name
 
 
 def test_breaches():

@@ -42,18 +42,6 @@ def finite(x):
 
 
 @triton.jit
-def weigh_values(acc, p, v, keep, PRECISION: tl.constexpr, GUARD: tl.constexpr):
-    """Acc + p v, where what is not finite in v reaches the rows alone that read it."""
-    if GUARD:
-        there = tl.abs(v) < float("inf")
-        if tl.min(there.to(tl.int32)) == 0:
-            v = tl.where(there, v, 0.0).to(v.dtype)
-            seen = tl.dot(keep.to(tl.float16), (~there).to(tl.float16))
-            acc = tl.where(seen > 0, float("nan"), acc)
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def reach(begin, end, terms, diagonal, keys, BLOCK_N: tl.constexpr):
     """The keys that rows [begin, end) read: first and last tile that one of them reads, that all of them read."""
     first, last = 0, keys
@@ -71,12 +59,36 @@ def reach(begin, end, terms, diagonal, keys, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def spoil(
+    acc, v, terms, b, entry, head, kv_head, i, j_begin, j_end, first_k, queries, keys, diagonal, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Acc with NaN where a row reads a value that is no number: `forward_tiles` takes those for 0.
+
+    A loop of its own, which hardly a call needs: what it holds would take the registers of that one, so its tiles are
+    small too.
+    """
+    n, dv = tl.arange(0, 16), tl.arange(0, BLOCK_DV)
+    for j_next in tl.range(j_begin, j_end, 16, num_stages=1):
+        j0 = j_next + first_k * 0
+        j = j0 + n
+        there = j < keys
+        vt = load_rows(key_rows(v, terms, b, entry, kv_head, first_k, j0, n, there), there, dv, DV, BLOCK_DV)
+        raw = tl.zeros((BLOCK_M, 16), tl.float32)
+        s, keep = score(raw, terms, b, head[:, None], i[:, None], j[None, :], queries, keys, diagonal, True)
+        odd = tl.abs(vt) < float("inf")
+        seen = tl.dot(keep.to(tl.float16), (~odd).to(tl.float16))
+        acc = tl.where(seen > 0, float("nan"), acc)
+    return acc
+
+
+@triton.jit
 def forward_tiles(
-    acc, total, most, q, k, v, terms, b, entry, head, kv_head, i, j_begin, j_end, first_k, queries, keys, diagonal,
+    acc, total, most, odd, q, k, v, terms, b, entry, head, kv_head, i, j_begin, j_end, first_k, queries, keys, diagonal,
     heads, most_queries, most_keys, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over tiles of keys from j_begin to j_end."""
+    """Online softmax over tiles of keys from j_begin to j_end; `odd` is 1 after a value that was no number."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     n = tl.arange(0, BLOCK_N)
     guard: tl.constexpr = BOUNDED or terms.mask is not None or terms.bias is not None
@@ -97,9 +109,13 @@ def forward_tiles(
         total = total * shrink + tl.sum(p, 1)
         p = drop(p, terms, b, head[:, None], i[:, None], j[None, :], heads, most_queries, most_keys)
         vt = load_rows(key_rows(v, terms, b, entry, kv_head, first_k, j0, n, there), there, dv, DV, BLOCK_DV)
-        acc = weigh_values(acc, p, vt, keep, PRECISION, guard)
+        if guard:
+            number = tl.abs(vt) < float("inf")
+            odd = tl.maximum(odd, 1 - tl.min(number.to(tl.int32)))
+            vt = tl.where(number, vt, 0.0).to(vt.dtype)
+        acc = tl.dot(p.to(vt.dtype), vt, acc, input_precision=PRECISION)
         most = higher
-    return acc, total, most
+    return acc, total, most, odd
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -130,6 +146,7 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    odd = begin * 0
     end = tl.minimum((begin + BLOCK_M - 1) // PACK + 1, queries)
     first, last, whole_first, whole_last = reach(begin // PACK, end, terms, diagonal, keys, BLOCK_N)
     part = tl.program_id(1)
@@ -140,19 +157,24 @@ def forward_kernel(
         whole_last = tl.maximum(tl.minimum(whole_last, (part + 1) * split_keys), whole_first)
     kv_head = first_head // group
     if terms.left is not None:
-        acc, total, most = forward_tiles(
-            acc, total, most, qt, k, v, terms, b, entry, head, kv_head, i, first, tl.minimum(whole_first, last),
+        acc, total, most, odd = forward_tiles(
+            acc, total, most, odd, qt, k, v, terms, b, entry, head, kv_head, i, first, tl.minimum(whole_first, last),
             first_k, queries, keys, diagonal, heads, most_queries, most_keys, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
             PRECISION, True,
         )  # fmt: skip
-    acc, total, most = forward_tiles(
-        acc, total, most, qt, k, v, terms, b, entry, head, kv_head, i, whole_first, whole_last, first_k, queries, keys,
-        diagonal, heads, most_queries, most_keys, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False,
+    acc, total, most, odd = forward_tiles(
+        acc, total, most, odd, qt, k, v, terms, b, entry, head, kv_head, i, whole_first, whole_last, first_k, queries,
+        keys, diagonal, heads, most_queries, most_keys, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False,
     )  # fmt: skip
-    acc, total, most = forward_tiles(
-        acc, total, most, qt, k, v, terms, b, entry, head, kv_head, i, whole_last, last, first_k, queries, keys,
+    acc, total, most, odd = forward_tiles(
+        acc, total, most, odd, qt, k, v, terms, b, entry, head, kv_head, i, whole_last, last, first_k, queries, keys,
         diagonal, heads, most_queries, most_keys, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True,
     )  # fmt: skip
+    if odd > 0:
+        acc = spoil(
+            acc, v, terms, b, entry, head, kv_head, i, first, last, first_k, queries, keys, diagonal, DV, BLOCK_M,
+            BLOCK_DV,
+        )  # fmt: skip
     if terms.plain is not None:
         most = most * terms.scale
     if sink is not None:

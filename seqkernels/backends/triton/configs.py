@@ -36,12 +36,13 @@ class Blocks(NamedTuple):
 # soft cap or dropout go into have the tables named "... of many terms". Pointers to pages and masks of columns that are
 # not there take registers too: "... of pages", and "... of padded heads" whose size is no power of 2.
 _HALF: dict[str, tuple[tuple[int, int, int, int], ...]] = {
-    "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
-    "forward of many terms": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
-    "forward of pages": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 16, 8, 2), (32, 16, 8, 2)),
-    "forward of padded heads": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
-    "few_rows": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 8, 3), (16, 16, 8, 2)),
+    "forward": ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+    "forward of many terms": ((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "forward of pages": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
+    "forward of padded heads": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
+    "few_rows": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 8, 2), (16, 16, 8, 2)),
     "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 8, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
+    "few_rows of pages": ((16, 64, 8, 3), (16, 64, 4, 3), (16, 64, 8, 2), (16, 16, 8, 2)),
     "backward_q": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     "backward_q of many terms": ((32, 32, 4, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     "backward_kv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
@@ -49,10 +50,10 @@ _HALF: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "backward_bias": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
 }
 _FLOAT: dict[str, tuple[tuple[int, int, int, int], ...]] = {
-    "forward": ((64, 32, 8, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 16, 1)),
+    "forward": ((64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 16, 1)),
     "forward of many terms": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
     "few_rows": ((16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
-    "few_rows of many terms": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
+    "few_rows of many terms": ((16, 16, 8, 2), (16, 16, 4, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
     "backward_q": ((16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 1)),
     "backward_q of many terms": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 1)),
     "backward_kv": ((32, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 16, 1)),
@@ -60,10 +61,10 @@ _FLOAT: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "backward_bias": ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 16, 2), (16, 16, 16, 1)),
 }
 _TF32: dict[str, tuple[tuple[int, int, int, int], ...]] = {
-    "forward": ((128, 32, 8, 2), (128, 32, 8, 2), (32, 16, 4, 2), (16, 16, 8, 2)),
+    "forward": ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     "forward of many terms": ((128, 32, 8, 2), (32, 16, 4, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     "few_rows": ((16, 64, 8, 3), (16, 32, 8, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
-    "few_rows of many terms": ((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
+    "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 4, 3), (16, 32, 8, 2), (16, 16, 8, 2)),
     "backward_q": ((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     "backward_q of many terms": ((32, 32, 8, 2), (16, 16, 4, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
     "backward_kv": ((32, 64, 4, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
@@ -71,20 +72,44 @@ _TF32: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "backward_bias": ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
 }
 _TF32X3: dict[str, tuple[tuple[int, int, int, int], ...]] = {
-    "forward": ((64, 32, 8, 2), (16, 32, 4, 2)),
+    "forward": ((128, 32, 8, 2), (16, 32, 4, 2)),
     "forward of many terms": ((32, 16, 4, 2), (16, 16, 4, 2)),
     "few_rows": ((16, 64, 4, 3), (16, 32, 4, 3)),
-    "few_rows of many terms": ((16, 64, 8, 3), (16, 32, 8, 3)),
+    "few_rows of many terms": ((16, 32, 8, 3), (16, 32, 8, 3)),
     "backward_q": ((32, 32, 8, 2), (16, 16, 8, 1)),
     "backward_q of many terms": ((32, 32, 8, 2), (16, 16, 8, 2)),
     "backward_kv": ((16, 32, 8, 2), (16, 16, 4, 2)),
     "backward_kv of many terms": ((16, 32, 8, 2), (16, 16, 8, 2)),
     "backward_bias": ((16, 16, 4, 2), (16, 16, 8, 2)),
 }
-_OF_FLOATS = {"ieee": _FLOAT, "tf32": _TF32, "tf32x3": _TF32X3}
+_TABLES = {"16 bits": _HALF, "ieee": _FLOAT, "tf32": _TF32, "tf32x3": _TF32X3}
 
-# Rows in place of those of `_HALF` on devices without the products of a warp group.
-_HALF_BEFORE_HOPPER = {"backward_q": (_HALF["backward_q"][0], (64, 64, 8, 2), *_HALF["backward_q"][2:])}
+# Rows in place of those above: on devices before Hopper, without the products of a warp group, and on those after it,
+# whose products have a memory of their own.
+_BEFORE_HOPPER: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
+    "16 bits": {
+        "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
+        "forward of pages": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
+        "forward of padded heads": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
+        "few_rows": (*_HALF["few_rows"][:2], (16, 32, 4, 2), (16, 16, 8, 2)),
+        "backward_q": (_HALF["backward_q"][0], (64, 64, 8, 2), *_HALF["backward_q"][2:]),
+    },
+    "tf32": {
+        "forward": ((128, 64, 8, 2), (64, 32, 8, 2), *_TF32["forward"][2:]),
+        "forward of many terms": ((32, 32, 4, 2), *_TF32["forward of many terms"][1:]),
+    },
+}
+_AFTER_HOPPER: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
+    "16 bits": {
+        "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
+        "forward of pages": ((128, 64, 8, 2), *_HALF["forward of pages"][1:]),
+        "forward of padded heads": ((128, 64, 8, 2), *_HALF["forward of padded heads"][1:]),
+        "few_rows of padded heads": (*_HALF["few_rows"][:2], (16, 32, 4, 2), (16, 16, 8, 2)),
+    },
+    "ieee": {"forward": (*_FLOAT["forward"][:2], (16, 16, 16, 2), (16, 16, 16, 1))},
+    "tf32": {"few_rows": (*_TF32["few_rows"][:2], (16, 32, 4, 2), _TF32["few_rows"][3])},
+    "tf32x3": {"forward": ((64, 32, 8, 2), *_TF32X3["forward"][1:])},
+}
 
 
 def _power_of_2(size: int) -> int:
@@ -142,9 +167,9 @@ def blocks_of(
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles.
         return Blocks(FEW_ROWS if kernel == "few_rows" else 32, 16, d, dv, 1, 1)
-    table = _HALF if dtype != torch.float32 else _OF_FLOATS[formed]
-    if dtype != torch.float32 and architecture < 90:
-        table = table | _HALF_BEFORE_HOPPER
+    numbers = formed if dtype == torch.float32 else "16 bits"
+    others = _BEFORE_HOPPER if architecture < 90 else _AFTER_HOPPER if architecture >= 100 else {}
+    table = _TABLES[numbers] | others.get(numbers, {})
     padded = (d, dv) != (size, value_size)
     kind = "many terms" if many_terms else "pages" if pages else "padded heads" if padded else ""
     row = table.get(f"{kernel} of {kind}", table[kernel])
