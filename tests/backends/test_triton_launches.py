@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ import triton
 from seqkernels.backends.triton import attention
 from seqkernels.backends.triton.launches import Launch
 from seqkernels.scores import Scores
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Program:
@@ -138,3 +143,10 @@ def test_plans_are_not_kept_without_end(made: list[Any], monkeypatch: pytest.Mon
         attention.attention_forward(*_inputs(keys=keys), Scores(0.5))
         assert len(attention._plans) <= 3
     assert len(made) == 19
+
+
+def test_the_measurement_without_a_gpu() -> None:
+    """Triton's own launcher takes what a `Launch` hands it, on a driver that does nothing."""
+    command = [sys.executable, "-c", "from benchmarks import launches; launches.main(rounds=1, calls=2)"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[:2] for line in said.splitlines()] == [["forward", "direct"], ["backward", "direct"]]

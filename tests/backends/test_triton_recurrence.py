@@ -152,6 +152,17 @@ def test_launches_cover_every_step_of_every_row_once(columns, rows, processors, 
         assert [launch.after for launch in every] == [-1, *order]
 
 
+def test_one_step_waits_for_nobody():
+    """A cell is a launch: its programs do not meet, and are not held to what runs at once."""
+    from seqkernels.backends.triton.recurrence_sequence import MOST_TILES, launches
+
+    assert list(launches(range(3, 4), 64, 500, 132)) == [(3, 1, 0, 500, False, None)]
+    rows = 2 * MOST_TILES + 5
+    every = list(launches(range(3, 4), 64, rows, 132))
+    assert [launch.tiles for launch in every] == [MOST_TILES, MOST_TILES, 5]
+    assert [launch.sync for launch in launches(range(3, 4), 64, 1, 132, backward=True)] == [True]
+
+
 def test_what_the_sequence_serves():
     from seqkernels.backends.triton.recurrence import _parts
     from seqkernels.backends.triton.recurrence_loop import Loop

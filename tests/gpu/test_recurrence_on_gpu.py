@@ -137,3 +137,25 @@ def test_precision_whatever_torch_allows(name, hidden, tf32, monkeypatch):
         assert 2e-5 < errors["tf32"] < 1e-2, errors
         assert errors["ieee"] < 1e-5, errors
         assert errors["tf32x3"] < 1e-5, errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "hidden"), [(1, 32), (40, 256), (3, 1024), (2, 1100)])
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cells_as_on_the_cpu(name, batch, hidden, dtype):
+    cell, x = _layer(name, 24, hidden, dtype), _input(1, batch, 24, dtype)[0].detach().requires_grad_()
+    own = copy.deepcopy(cell).cpu()
+    exact = copy.deepcopy(own).double()
+
+    def gradients(cell, x):
+        state = cell(x)
+        h = state[0] if isinstance(state, tuple) else state
+        return h, *torch.autograd.grad(h.float().square().sum(), (x, *cell.parameters()))
+
+    rows = [x.detach().cpu().to(to).requires_grad_() for to in (dtype, torch.float64)]
+    for found, theirs, expected in zip(
+        gradients(cell, x), gradients(own, rows[0]), gradients(exact, rows[1]), strict=True
+    ):
+        assert found.device.type == "cuda"
+        allowed = 3 * (theirs.double() - expected).norm() + torch.finfo(dtype).eps * expected.norm()
+        assert (found.detach().cpu().double() - expected).norm() <= allowed

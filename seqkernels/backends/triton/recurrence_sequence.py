@@ -69,16 +69,16 @@ def launches(order: range, columns: int, rows: int, processors: int, backward: b
     if columns == 1:
         for tile in range(0, rows, MOST_TILES):
             yield Launch(order[0], len(order), tile, min(MOST_TILES, rows - tile))
-    elif columns <= processors:
+    elif columns <= processors and (backward or len(order) > 1):
         together = processors // columns
         for tile in range(0, rows, together):
             yield Launch(order[0], len(order), tile, min(together, rows - tile), True)
-    elif backward:
-        for t, after in zip((*order, order[-1]), (-1, *order), strict=True):
-            yield Launch(t, int(t != after), 0, rows, after=after)
     else:
-        for t in order:
-            yield Launch(t, 1, 0, rows)
+        # Nobody has to wait within a step, of which a loop back needs a launch more.
+        steps = zip((*order, order[-1]), (-1, *order), strict=True) if backward else ((t, None) for t in order)
+        for t, after in steps:
+            for tile in range(0, rows, MOST_TILES):
+                yield Launch(t, int(t != after), tile, min(MOST_TILES, rows - tile), after=after)
 
 
 def _each_launch(
