@@ -73,7 +73,7 @@ interpret: build
 	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 \
 		-m "not many and not slow" -k triton --every $(EVERY) \
 		$(addprefix tests/ops/test_,attention.py attention_options.py attention_pages.py recurrence.py \
-		recurrence_options.py checkpoint.py) $(addprefix tests/backends/test_triton_,precision.py recurrence.py tune.py)
+		recurrence_options.py checkpoint.py) $(addprefix tests/backends/test_triton_,descriptors.py precision.py recurrence.py tune.py)
 
 # The Triton kernels compiled for GPUs, held to the reviewed budget: those of bfloat16 for Hopper, and some for others;
 # "python -m seqkernels compile" compiles all for all, in several minutes.

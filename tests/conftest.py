@@ -64,7 +64,7 @@ def _isas(name: str) -> list[str | None]:
 DEVICE = "cpu"
 BACKENDS = [name for name in backends.NAMES if backends.backend(name).unavailable() is None]
 # Of an implementation alone, where it can run: `make interpret` and a machine with a GPU.
-_OF_TRITON = [f"backends/test_triton_{name}.py" for name in ("precision", "recurrence", "tune")]
+_OF_TRITON = [f"backends/test_triton_{name}.py" for name in ("descriptors", "precision", "recurrence", "tune")]
 collect_ignore = [] if "triton" in BACKENDS else _OF_TRITON
 if "triton" in BACKENDS:
     # Whatever somebody measured on this machine.

@@ -98,8 +98,9 @@ def test_what_is_compiled():
 
 
 def test_every_kernel_has_a_budget():
-    names = {str(variant) for variant in ahead.variants()}
-    assert {name: rows.keys() for name, rows in BUDGET.items()} == dict.fromkeys(ahead.ARCHITECTURES, names)
+    for name in ahead.ARCHITECTURES:
+        assert BUDGET[name].keys() == {str(x) for x in ahead.variants() if ahead.is_shipped(x, name)}
+    assert BUDGET.keys() == set(ahead.ARCHITECTURES)
 
 
 def test_budget_keeps_the_rules():

@@ -37,6 +37,18 @@ def test_as_on_the_cpu(dtype, size):
         assert (found.cpu().double() - expected).norm() <= allowed
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [64, 80, 128])
+def test_long_keys_as_on_the_cpu(size, causal):
+    """On Hopper their tiles come by descriptors."""
+    inputs = _inputs(batch=1, queries=300, keys=1500, size=size)
+    own, exact = ([x.detach().cpu().to(dtype) for x in inputs] for dtype in (torch.bfloat16, torch.float64))
+    with torch.no_grad():
+        found, theirs, expected = (attend(*x, is_causal=causal, enable_gqa=True) for x in (inputs, own, exact))
+    allowed = 3 * (theirs.double() - expected).norm() + torch.finfo(torch.bfloat16).eps * expected.norm()
+    assert (found.cpu().double() - expected).norm() <= allowed
+
+
 def test_runs_are_reproducible():
     inputs = _inputs()
     first, *others = (_gradients(*inputs, is_causal=True) for _ in range(3))

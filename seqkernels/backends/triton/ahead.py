@@ -50,6 +50,13 @@ class Pointer(NamedTuple):
     type: str
 
 
+class Tiles(NamedTuple):
+    """Stands for the descriptor of tiles."""
+
+    type: str
+    shape: tuple[int, ...]
+
+
 class Variant(NamedTuple):
     """A kernel as it is shipped: for a dtype, a head size, and what a call uses beyond plain softmax.
 
@@ -94,8 +101,13 @@ class Needs(NamedTuple):
     tensor_cores: bool
 
 
+def is_shipped(variant: Variants, architecture: str) -> bool:
+    """Whether calls on an architecture take a kernel: tiles come by descriptors on Hopper alone."""
+    return "descriptors" not in variant.features or architecture == "sm_90"
+
+
 def variants() -> Iterator[Variants]:
-    """Every kernel in every configuration that is shipped."""
+    """Every kernel in every configuration that is shipped, on some architecture."""
     for size in _FEATURES:
         for dtype, precision in _PRODUCTS:
             if products(dtype, precision, size, size) != precision:
@@ -119,6 +131,9 @@ def _bfloat16_variants() -> Iterator[Variant]:
     for size in (64, 128, 256):
         yield Variant("forward", dtype, size, "pages")
         yield Variant("few_rows", dtype, size, "pages")
+    for size in (64, 80, 128):
+        for features in ("causal", "all"):
+            yield Variant("forward", dtype, size, f"{features} by descriptors")
     for size in (64, 128):
         for features in _SUMS:
             yield Variant("backward_bias", dtype, size, features)
@@ -137,7 +152,7 @@ def _terms(variant: Variant) -> Terms:
     none = Terms(0.125, None if variant.dtype == torch.float32 else 1, *[None] * 17)
     if variant.features == "plain":
         return none
-    if variant.features == "causal":
+    if variant.features.startswith("causal"):
         return none._replace(right=0)
     pointer = Pointer("i32")
     if variant.features == "pages":
@@ -190,6 +205,9 @@ def _arguments(variant: Variant, architecture: int) -> tuple[triton.JITFunction,
     given: dict[str, Any] = {"q": rows, "k": rows, "v": values, "terms": _terms(variant), **sizes, **constants}
     if variant.kernel in ("forward", "few_rows"):
         few = variant.kernel == "few_rows"
+        described = "descriptors" in variant.features
+        given["tiles_k"] = Tiles(dtype, (1, 1, blocks.n, blocks.d)) if described else None
+        given["tiles_v"] = Tiles(dtype, (1, 1, blocks.n, blocks.dv)) if described else None
         given |= {"out": values, "lse": sums, "sink": Pointer("fp32") if all_of_it else None, "PACK": 4 if few else 1}
         given |= dict.fromkeys(("split_keys", "split_out", "split_lse"), 1 << 20 if few else None)
         return attention_kernels.forward_kernel, given, blocks
@@ -223,6 +241,8 @@ def _specialize(value: Any, at: tuple[int, ...], constants: dict[Any, Any], attr
     if value is None or isinstance(value, str):
         constants[at] = value
         return "constexpr"
+    if isinstance(value, Tiles):
+        return f"tensordesc<{value.type}{list(value.shape)}>"
     if isinstance(value, Pointer):
         attributes[at] = [["tt.divisibility", 16]]
         return f"*{value.type}"
@@ -306,7 +326,7 @@ def compile_all(architectures: Sequence[str], only: str = "") -> Found:
     for architecture in architectures:
         _check_architecture(architecture)
     wanted = [variant for variant in variants() if only in str(variant)]
-    jobs = [(architecture, variant) for architecture in architectures for variant in wanted]
+    jobs = [(architecture, x) for architecture in architectures for x in wanted if is_shipped(x, architecture)]
     found: Found = {}
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         waiting = {

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...cells import accumulate_dtype
 from ...scores import Scores, dropout_threshold
 from . import attention_kernels as kernels
 from . import tiles
 from .attention_scores import Full, Rows, Terms
-from .configs import FEW_ROWS, ROOMY, Blocks, blocks_of, products
+from .configs import FEW_ROWS, ROOMY, Blocks, blocks_of, by_descriptors, products
 from .launches import Launch
 
 Results = TypeVar("Results")
@@ -78,10 +79,14 @@ def limits(device: torch.device) -> tuple[int, int]:
     return 10 * major + minor, triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
+def _limits(q: Tensor) -> tuple[int, int]:
+    return limits(q.device) if q.is_cuda else (90, ROOMY)
+
+
 def _blocks(kernel: str, q: Tensor, v: Tensor, scores: Scores) -> Blocks:
     terms = scores.mask, scores.bias, scores.alibi_slopes
     many = any(x is not None for x in terms) or scores.softcap != 0.0 or scores.dropout_p > 0.0
-    architecture, shared = limits(q.device) if q.is_cuda else (90, ROOMY)
+    architecture, shared = _limits(q)
     return blocks_of(
         kernel,
         q.dtype,
@@ -160,6 +165,27 @@ def _reader(x: Tensor) -> _Rows:
     return _Rows(given is not x, (given.stride(0), given.stride(1), given.stride(2)))
 
 
+class _Described(NamedTuple):
+    """How tiles (1, 1, rows, columns) of a kind of tensor (B, H, L, size) are described to a device."""
+
+    shape: list[int]
+    strides: list[int]
+    tile: list[int]
+
+    def __call__(self, x: Tensor) -> TensorDescriptor:
+        return TensorDescriptor(x, self.shape, self.strides, self.tile)
+
+
+def _described(x: Tensor, rows: int, columns: int) -> _Described | None:
+    """Descriptions of tiles of `x`, if the device can have them: all rows begin at multiples of 16 bytes."""
+    # Along a dimension of 1 nothing moves.
+    strides = [16 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
+    apart = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides)
+    if not apart or x.data_ptr() % 16 or x.stride(3) != 1 or x.numel() == 0:
+        return None
+    return _Described(list(x.shape), [*strides, 1], [1, 1, rows, columns])
+
+
 class _New(NamedTuple):
     """A kind of tensor that is made for results: (B, H, L, size), in memory (B, L, H, size)."""
 
@@ -206,6 +232,14 @@ class _Forward:
         if self.splits > 1:
             split = (q.shape[0] * heads * rows * v.shape[3], q.shape[0] * heads * rows)
         self.sizes = (heads, group, rows, queries, keys, split_keys, *split)
+        self.tiles_k = self.tiles_v = None
+        architecture = _limits(q)[0]
+        if (
+            not few
+            and scores.block_table is None
+            and by_descriptors(q.dtype, max(blocks.d, blocks.dv), keys, architecture)
+        ):
+            self.tiles_k, self.tiles_v = _described(k, blocks.n, blocks.d), _described(v, blocks.n, blocks.dv)
         constants = {"D": q.shape[3], "DV": v.shape[3], **blocks.constants(), "PACK": pack}
         self.launch = Launch(
             kernels.forward_kernel,
@@ -240,7 +274,9 @@ class _Forward:
             parts = torch.empty((self.splits, *out.shape), dtype=lse.dtype, device=out.device)
             parts_lse = lse.new_full((self.splits, *lse.shape), -torch.inf)
             first, first_lse = _rows(parts[0]), parts_lse[0]
-        self.launch(of_q(q), of_k(k), of_v(v), first, first_lse, sink, terms, *self.sizes)
+        tiles_k = None if self.tiles_k is None else self.tiles_k(k)
+        tiles_v = None if self.tiles_v is None else self.tiles_v(v)
+        self.launch(of_q(q), of_k(k), of_v(v), tiles_k, tiles_v, first, first_lse, sink, terms, *self.sizes)
         if self.splits > 1:
             self.merge(first, parts_lse, self.out.rows(out), lse, *self.merged)
         return out, lse

@@ -84,9 +84,9 @@ def spoil(
 
 @triton.jit
 def forward_tiles(
-    acc, total, most, odd, q, k, v, terms, b, entry, head, kv_head, i, j_begin, j_end, first_k, queries, keys, diagonal,
-    heads, most_queries, most_keys, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr,
+    acc, total, most, odd, q, k, v, tiles_k, tiles_v, terms, b, entry, head, kv_head, i, j_begin, j_end, first_k,
+    queries, keys, diagonal, heads, most_queries, most_keys, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over tiles of keys from j_begin to j_end; `odd` is 1 after a value that was no number."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -96,7 +96,10 @@ def forward_tiles(
         j0 = j_next + first_k * 0
         j = j0 + n
         there = j < keys if BOUNDED else None
-        kt = load_rows(key_rows(k, terms, b, entry, kv_head, first_k, j0, n, there), there, d, D, BLOCK_D)
+        if tiles_k is not None:
+            kt = tiles_k.load([entry, kv_head, first_k + j0, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            kt = load_rows(key_rows(k, terms, b, entry, kv_head, first_k, j0, n, there), there, d, D, BLOCK_D)
         raw = tl.dot(q, tl.trans(kt), input_precision=PRECISION)
         s, keep = score(raw, terms, b, head[:, None], i[:, None], j[None, :], queries, keys, diagonal, BOUNDED)
         higher = tl.maximum(most, tl.max(s, 1))
@@ -108,7 +111,10 @@ def forward_tiles(
         acc = acc * shrink[:, None]
         total = total * shrink + tl.sum(p, 1)
         p = drop(p, terms, b, head[:, None], i[:, None], j[None, :], heads, most_queries, most_keys)
-        vt = load_rows(key_rows(v, terms, b, entry, kv_head, first_k, j0, n, there), there, dv, DV, BLOCK_DV)
+        if tiles_v is not None:
+            vt = tiles_v.load([entry, kv_head, first_k + j0, 0]).reshape(BLOCK_N, BLOCK_DV)
+        else:
+            vt = load_rows(key_rows(v, terms, b, entry, kv_head, first_k, j0, n, there), there, dv, DV, BLOCK_DV)
         if guard:
             number = tl.abs(vt) < float("inf")
             odd = tl.maximum(odd, 1 - tl.min(number.to(tl.int32)))
@@ -120,7 +126,8 @@ def forward_tiles(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
-    q, k, v, out, lse, sink, terms, heads, group, rows, most_queries, most_keys, split_keys, split_out, split_lse,
+    q, k, v, tiles_k, tiles_v, out, lse, sink, terms, heads, group, rows, most_queries, most_keys, split_keys,
+    split_out, split_lse,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +135,7 @@ def forward_kernel(
 
     Rows of PACK heads that read the same keys lie beside each other in a tile, for the sake of a few queries. With
     `split_keys` a program of the second axis of the grid reads that many keys alone and writes a part of `split_out`
-    elements, and `split_lse`, which `merge_kernel` joins.
+    elements, and `split_lse`, which `merge_kernel` joins. Keys and values may come by descriptors of their tiles.
     """
     tiles = tl.cdiv(most_queries * PACK, BLOCK_M)
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -158,17 +165,19 @@ def forward_kernel(
     kv_head = first_head // group
     if terms.left is not None:
         acc, total, most, odd = forward_tiles(
-            acc, total, most, odd, qt, k, v, terms, b, entry, head, kv_head, i, first, tl.minimum(whole_first, last),
-            first_k, queries, keys, diagonal, heads, most_queries, most_keys, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-            PRECISION, True,
+            acc, total, most, odd, qt, k, v, tiles_k, tiles_v, terms, b, entry, head, kv_head, i, first,
+            tl.minimum(whole_first, last), first_k, queries, keys, diagonal, heads, most_queries, most_keys, D, DV,
+            BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True,
         )  # fmt: skip
     acc, total, most, odd = forward_tiles(
-        acc, total, most, odd, qt, k, v, terms, b, entry, head, kv_head, i, whole_first, whole_last, first_k, queries,
-        keys, diagonal, heads, most_queries, most_keys, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False,
+        acc, total, most, odd, qt, k, v, tiles_k, tiles_v, terms, b, entry, head, kv_head, i, whole_first, whole_last,
+        first_k, queries, keys, diagonal, heads, most_queries, most_keys, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        False,
     )  # fmt: skip
     acc, total, most, odd = forward_tiles(
-        acc, total, most, odd, qt, k, v, terms, b, entry, head, kv_head, i, whole_last, last, first_k, queries, keys,
-        diagonal, heads, most_queries, most_keys, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True,
+        acc, total, most, odd, qt, k, v, tiles_k, tiles_v, terms, b, entry, head, kv_head, i, whole_last, last,
+        first_k, queries, keys, diagonal, heads, most_queries, most_keys, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        True,
     )  # fmt: skip
     if odd > 0:
         acc = spoil(

@@ -130,6 +130,24 @@ def products(dtype: torch.dtype, precision: str, size: int, value_size: int) -> 
     return precision
 
 
+def by_descriptors(dtype: torch.dtype, size: int, keys: int, architecture: int) -> bool:
+    """Whether the forward pass has tiles of keys and values brought by descriptors: on Hopper, of 16-bit numbers.
+
+    Of larger heads than 128 registers would spill.
+
+    A descriptor is made for each launch, which takes microseconds of the processor: not for few keys.
+
+    Args:
+        dtype: of q, k and v.
+        size: the larger one of D and Dv.
+        keys: N.
+        architecture: 10 times the compute capability.
+    """
+    # Small tests shall have both ways.
+    least = 32 if triton.knobs.runtime.interpret else 1024
+    return dtype != torch.float32 and size <= 128 and 90 <= architecture < 100 and keys >= least
+
+
 def blocks_of(
     kernel: str,
     dtype: torch.dtype,
