@@ -9,12 +9,15 @@ say what is good enough: processors compute in float32 all the same, and so do p
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+_lock = threading.RLock()
 
 
 def check_precision(precision: object) -> str:
@@ -37,19 +40,24 @@ def of_products(precision: str, x: Tensor) -> str:
 def torch_products(precision: str, x: Tensor) -> Iterator[None]:
     """Have torch form products of float32 matrices on the device of `x` in TF32 for ``"tf32"``, else exactly.
 
-    The flag is one of the process: products that another thread starts meanwhile follow it too.
+    torch's flag is one of the process, so blocks in other threads wait. Products that are none of ours, which another
+    thread starts meanwhile, follow it too.
     """
-    flags = torch.backends.cuda.matmul
-    before = flags.fp32_precision
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    if x.dtype != torch.float32 or x.device.type != "cuda" or before == wanted or (before, wanted) == ("none", "ieee"):
+    if x.dtype != torch.float32 or x.device.type != "cuda":
         yield
         return
-    # What it would be without a value of its own: then it goes back to having none.
-    flags.fp32_precision = "none"
-    inherited = flags.fp32_precision
-    flags.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        flags.fp32_precision = "none" if inherited == before else before
+    flags = torch.backends.cuda.matmul
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    with _lock:
+        before = flags.fp32_precision
+        if before == wanted or (before, wanted) == ("none", "ieee"):
+            yield
+            return
+        # What it would be without a value of its own: then it goes back to having none.
+        flags.fp32_precision = "none"
+        inherited = flags.fp32_precision
+        flags.fp32_precision = wanted
+        try:
+            yield
+        finally:
+            flags.fp32_precision = "none" if inherited == before else before

@@ -120,7 +120,8 @@ class _Inputs(NamedTuple):
         filled = self.filled(case)
         if isinstance(filled, Mapping):
             return (), dict(filled)
-        return ((filled,) if isinstance(filled, Tensor) else tuple(filled)), {}
+        # A named tuple, a PackedSequence for example, is one argument.
+        return ((filled,) if isinstance(filled, Tensor) or hasattr(filled, "_fields") else tuple(filled)), {}
 
 
 @contextlib.contextmanager
@@ -140,11 +141,12 @@ def _untouched(model: object, devices: set[torch.device]) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-        for module, name, buffer, value in buffers:
+        for module, name, buffer, before in buffers:
             module._buffers[name] = buffer
-            if buffer is not None and value is not None:
+            # One that was not written to may be one that cannot be.
+            if buffer is not None and before is not None and not torch.equal(buffer, before):
                 with torch.no_grad():
-                    buffer.copy_(value)
+                    buffer.copy_(before)
 
 
 def _leaves(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -196,7 +198,8 @@ def warmup(
     On a GPU kernels are compiled when they are first called, which takes seconds: do it before a service answers, or
     before a CUDA graph is captured. Lengths, batch sizes and numbers of heads are in no key of a kernel, so one case
     for each dtype, head size or hidden size, and set of options is enough; only attention of few queries, as in
-    decoding, has kernels of its own, and one more where its keys are many and rows few.
+    decoding, has kernels of its own, and one more where its keys are many and rows few; of masks and biases there are
+    kernels for numbers of keys that are multiples of 16, and for others, and of windows for such bounds and for others.
 
     The model is as it was afterwards: modes, parameters and their ``.grad``, buffers such as running statistics, and
     torch's generators on the processor and on the devices of the model and its inputs. It runs in the mode it is in.
@@ -210,7 +213,8 @@ def warmup(
         dtype: of tensors made for shapes; that of the model's first floating point parameter by default.
         device: of tensors made for shapes; that of the same parameter by default.
         backward: whether to run the backward pass too, from all results that have a gradient; where a loss reads
-            some of them only, hand in a function that returns the loss. Otherwise calls are made without
+            some of them only, hand in a function that returns the loss. Checkpoints within the model need
+            ``use_reentrant=False``. Otherwise calls are made without
             gradients, whose kernels differ. Default: ``False``.
         progress: show a bar where the output is a terminal and tqdm is installed. Default: ``True``.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,6 +128,34 @@ def test_flags_after_an_error(flags: Any) -> None:
 
     with pytest.raises(KeyError):
         fails()
+    assert flags.fp32_precision == "none"
+
+
+def test_threads_wait_for_each_other(flags: Any) -> None:
+    """Else the one that ends last would restore what the other one had set."""
+    x: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with precision.torch_products("tf32", x):
+            inside.set()
+            leave.wait(10)
+            seen.append(("first", flags.fp32_precision))
+
+    def second() -> None:
+        inside.wait(10)
+        with precision.torch_products("ieee", x):
+            seen.append(("second", flags.fp32_precision))
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(first), pool.submit(second)]
+        inside.wait(10)
+        # Time enough for the second one to enter, were it let in.
+        assert not wait(ends[1:], timeout=0.2).done
+        leave.set()
+        for end in ends:
+            end.result()
+    assert seen == [("first", "tf32"), ("second", "none")]
     assert flags.fp32_precision == "none"
 
 

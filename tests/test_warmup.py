@@ -153,3 +153,27 @@ def test_errors_of_what_cannot_be_known():
         warmup(torch.nn.ReLU(), [(2, 3)], dtype=torch.float32)
     with pytest.raises(ValueError, match=r"backward: expected a result with a gradient, got none for \(2, 3\)"):
         warmup(lambda x: x.detach(), [(2, 3)], dtype=torch.float32, device="cpu", backward=True)
+
+
+def test_buffers_that_cannot_be_written_to_stay():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("wide", torch.zeros(1).expand(4))
+            with torch.inference_mode():
+                self.register_buffer("inferred", torch.ones(4))
+
+        def forward(self, x):
+            return x + self.wide + self.inferred
+
+    model = Model()
+    before = dict(model.named_buffers())
+    seqkernels.warmup(model, [(2, 4)], dtype=torch.float32, device="cpu")
+    assert all(model.get_buffer(name) is buffer for name, buffer in before.items())
+
+
+def test_a_packed_sequence_is_one_argument():
+    layer = seqkernels.nn.GRU(3, 4)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(5, 3), torch.randn(2, 3)])
+    (call,) = seqkernels.warmup(layer, [packed]).calls
+    assert call.explanation.entries

@@ -165,8 +165,8 @@ def insisted() -> str | None:
 
 @contextlib.contextmanager
 def insisting(name: str | None) -> Iterator[None]:
-    """Insist on one implementation, `insisted` of another thread, where nothing else is insisted on."""
-    if name is None or _forced.get() is not None:
+    """Insist on one implementation where `name` is one."""
+    if name is None:
         yield
         return
     with use_backend(name):
@@ -202,7 +202,8 @@ def note(text: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Insist on one implementation for every call made inside the block, and for its backward pass.
 
-    The backward pass may be run outside of the block, or, as on a GPU, in a thread that knows nothing of it.
+    The backward pass may be run outside of the block, in another one, or, as on a GPU, in a thread that knows nothing
+    of it: it uses what its forward pass was made with.
 
     Args:
         name: ``"native"``, ``"numba"``, ``"triton"`` or ``"reference"``.

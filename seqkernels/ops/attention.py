@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backends
 from ..cells import accumulate_dtype
+from ..precision import torch_products
 from ..scores import UNBOUNDED, Scores
 from ._eager import (
     as_in_forward,
@@ -96,7 +97,8 @@ def _weights(
     refuse_tangents(q, k, lse, *tensors)
     scores = _unpacked(tensors, numbers, settings)
     refuse_pages(scores)
-    found: Tensor = _implementation(q, k, scores, "weights").attention_weights(q, k, lse, scores, average)
+    with torch_products(scores.precision, q):
+        found: Tensor = _implementation(q, k, scores, "weights").attention_weights(q, k, lse, scores, average)
     return found
 
 
@@ -387,12 +389,19 @@ def attend_plainly(
         scores, module = found
         if module is None:
             return None
-        if torch.is_grad_enabled() and records(q, k, v):
-            tensors, numbers, settings = scores.pack()
-            return cast(Tensor, _apply(q, k, v, *tensors, numbers, settings, module)[0])
-        return cast(Tensor, module.attention_forward(q, k, v, scores, False)[0])
+        if not q.is_cuda:
+            return _direct_output(module, q, k, v, scores)
     except (TypeError, ValueError, AttributeError):
         return None
+    # All was looked at: what it raises is not for another way to try.
+    return _direct_output(module, q, k, v, scores)
+
+
+def _direct_output(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    if torch.is_grad_enabled() and records(q, k, v):
+        tensors, numbers, settings = scores.pack()
+        return cast(Tensor, _apply(q, k, v, *tensors, numbers, settings, module)[0])
+    return cast(Tensor, module.attention_forward(q, k, v, scores, False)[0])
 
 
 _plain_calls: dict[Any, tuple[Scores, ModuleType | None]] = {}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backends
 from ..cells import accumulate_dtype
+from ..precision import torch_products
 from ..scores import Scores
 from ._eager import apart, as_in_forward, gradients, insisted
 from .attention import (
@@ -138,7 +139,8 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores = Scores.unpack(tensors, numbers, settings)
-    found = _gradients(grad, q, k, scores, average, needs)
+    with torch_products(scores.precision, q):
+        found = _gradients(grad, q, k, scores, average, needs)
     a, b, c, d = (q.new_empty(0) if x is None else x.contiguous() for x in found)
     return a, b, c, d
 

@@ -104,7 +104,9 @@ def test_which_calls_take_a_tile_of_attention(written):
     own = ROWS["forward bf16 D=128"]
     assert own not in (_attention(128, device=None), _attention(64), _attention(129), _attention(128, dtype=torch.half))
     assert own not in (_attention(128, many_terms=True), _attention(128, kernel="few_rows"))
-    assert own == _attention(128) == _attention(65) == _attention(16, 100) == _attention(128, shared=1)
+    assert own == _attention(128) == _attention(16, 128) == _attention(128, shared=1)
+    # Heads of other sizes, and pages, have rows of their own.
+    assert own not in (_attention(65), _attention(128, pages=True))
     assert configs.blocks_of("forward", torch.bfloat16, 80, 16, device=CPU)[2:4] == (128, 16)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton
 
-from seqkernels.backends.triton import attention
+from seqkernels.backends.triton import attention, launches
 from seqkernels.backends.triton.launches import Launch
 from seqkernels.scores import Scores
 
@@ -32,6 +33,7 @@ class _Kernel:
     """A kernel, and the calls that went through Triton."""
 
     arg_names = ("x", "n", "SECOND", "FIRST")
+    params = tuple(SimpleNamespace(do_not_specialize=name == "n") for name in arg_names)
 
     def __init__(self) -> None:
         self.program, self.calls = _Program(), []
@@ -47,6 +49,9 @@ class _Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launches, "_programs", {})
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0))
+    monkeypatch.setattr(triton.runtime, "driver", driver)
     return _Kernel()
 
 
@@ -57,6 +62,37 @@ def test_only_the_first_goes_through_triton(kernel: _Kernel) -> None:
     assert kernel.calls == [((5, 2), ("x", 7), {"FIRST": 1, "SECOND": 2, "num_warps": 4})]
     # Constants as the kernel orders them.
     assert kernel.program.launched == [((5, 2, 1), ("x", n, 2, 1)) for n in (8, 9)]
+
+
+def _launched(kernel: _Kernel, x: Any, n: Any, second: int = 2, warps: int = 4) -> int:
+    """Launch anew; how many went through Triton so far."""
+    Launch(kernel, (n,), {"FIRST": 1, "SECOND": second}, {"num_warps": warps})(x, n)
+    return len(kernel.calls)
+
+
+def test_a_new_launch_finds_its_program(kernel: _Kernel) -> None:
+    """By what Triton compiled it for; `n` is nothing of that."""
+    flat = torch.zeros(64)
+    alike = [(flat, None, 2.0, (flat, 32)), (flat[4:], None, 3.0, (flat[8:], 48))]
+    assert [_launched(kernel, x, n) for x, n in zip(alike, (16, 17), strict=True)] == [1, 1]
+    # Each goes by itself, and with its own grid.
+    assert kernel.program.launched == [((17, 1, 1), (alike[1], 17, 2, 1))]
+    others = [
+        (flat[1:], None, 2.0, (flat, 32)),
+        (flat.half(), None, 2.0, (flat, 32)),
+        (flat, flat, 2.0, (flat, 32)),
+        (flat, None, 2, (flat, 32)),
+        (flat, None, 2.0, (flat, 33)),
+        (flat, None, 2.0, (flat, 1)),
+        (flat, None, 2.0, (flat, 1 << 31)),
+        (flat, None, 2.0, (flat[1:], 32)),
+    ]
+    for count, x in enumerate(others, start=2):
+        assert _launched(kernel, x, 5) == count
+    assert _launched(kernel, alike[0], 5, second=3) == len(others) + 2
+    assert _launched(kernel, alike[0], 5, warps=8) == len(others) + 3
+    assert _launched(kernel, alike[0], 1 << 31) == len(others) + 4
+    assert _launched(kernel, alike[1], 6) == len(others) + 4
 
 
 def test_the_interpreter_has_no_program(kernel: _Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +171,13 @@ def test_calls_that_triton_tells_apart_have_their_own(made: list[Any]) -> None:
     for grad_out, grad_lse, needs in grads:
         attention.attention_backward(grad_out, grad_lse, q, k, v, out, lse, Scores(0.5), needs)
     assert len(made) == len(calls) + len(grads)
+
+
+def test_numbers_of_scores_are_floats() -> None:
+    """As an integer, 2 would be in the key of a program, but equal to 2.0 in that of a plan."""
+    q, k, _ = _inputs()
+    terms = attention._terms(Scores(2, softcap=30), Scores(2).shape(q, k), k)
+    assert [type(terms.scale), type(terms.softcap)] == [float, float]
 
 
 def test_plans_are_not_kept_without_end(made: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

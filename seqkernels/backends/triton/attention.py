@@ -50,9 +50,9 @@ def _terms(scores: Scores, shape: tuple[int, int, int, int], k: Tensor) -> Terms
     left, right = (bound if 0 <= bound < queries + keys else None for bound in (scores.left, scores.right))
     more = scores.softcap != 0.0 or scores.bias is not None or slopes is not None
     return Terms(
-        scores.scale,
+        float(scores.scale),
         None if more or scores.scale <= 0.0 or k.dtype == torch.float32 else 1,
-        scores.softcap or None,
+        float(scores.softcap) or None,
         left,
         right,
         1 if scores.bottom_right else None,
@@ -139,7 +139,9 @@ def _run(kind: Callable[..., Callable[..., Results]], scores: Scores, needs: Any
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
+            # The older half: calls whose lengths always change leave a plan each.
+            for old in list(_plans)[: _MOST_PLANS // 2]:
+                _plans.pop(old, None)
         plan = _plans[key] = kind(scores, needs, *tensors)
     found: Results = plan(scores, *tensors)
     return found

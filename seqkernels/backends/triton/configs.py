@@ -84,8 +84,8 @@ _TF32X3: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 }
 _TABLES = {"16 bits": _HALF, "ieee": _FLOAT, "tf32": _TF32, "tf32x3": _TF32X3}
 
-# Rows in place of those above: on devices before Hopper, without the products of a warp group, and on those after it,
-# whose products have a memory of their own.
+# Rows in place of those above: on devices whose warps multiply each for itself, as before Hopper, and on those whose
+# products have a memory of their own.
 _BEFORE_HOPPER: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
     "16 bits": {
         "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
@@ -177,21 +177,20 @@ def blocks_of(
         device: whose own tiles come first, see `tiles`; ``None`` for those that are shipped.
     """
     d, dv = _power_of_2(size), _power_of_2(value_size)
-    named = f"{kernel} of many terms" if many_terms and kernel != "backward_bias" else kernel
     formed = products(dtype, precision, size, value_size)
+    numbers = formed if dtype == torch.float32 else "16 bits"
+    others = _AFTER_HOPPER if 100 <= architecture < 120 else _BEFORE_HOPPER if not 90 <= architecture < 100 else {}
+    table = _TABLES[numbers] | others.get(numbers, {})
+    padded = (d, dv) != (size, value_size)
+    named = f"{kernel} of " + ("many terms" if many_terms else "pages" if pages else "padded heads" if padded else "")
+    named = named if named in table else kernel
     own = tiles.own(device, tiles.attention_row, named, dtype, max(d, dv), formed)
     if own is not None:
         return Blocks(own[0], own[1], d, dv, *own[2:])
     if triton.knobs.runtime.interpret:
         # Small tests shall still have several tiles.
         return Blocks(FEW_ROWS if kernel == "few_rows" else 32, 16, d, dv, 1, 1)
-    numbers = formed if dtype == torch.float32 else "16 bits"
-    others = _BEFORE_HOPPER if architecture < 90 else _AFTER_HOPPER if architecture >= 100 else {}
-    table = _TABLES[numbers] | others.get(numbers, {})
-    padded = (d, dv) != (size, value_size)
-    kind = "many terms" if many_terms else "pages" if pages else "padded heads" if padded else ""
-    row = table.get(f"{kernel} of {kind}", table[kernel])
-    m, n, warps, stages = row[max((max(d, dv) - 1).bit_length() - 6, 0)]
+    m, n, warps, stages = table[named][max((max(d, dv) - 1).bit_length() - 6, 0)]
     if shared < ROOMY:
         n = max(n // 2, 16)
     return Blocks(m, n, d, dv, warps, stages)
