@@ -79,7 +79,7 @@ interpret: build
 # "python -m seqkernels compile" compiles all for all, in several minutes.
 kernels: build
 	$(RUN) -m seqkernels compile --arch sm_90 --only bf16
-	$(RUN) -m seqkernels compile --arch sm_80,sm_100 --only "bf16 D=128"
+	$(RUN) -m seqkernels compile --arch sm_80,sm_100 --only "forward bf16 D=128"
 
 # On a machine with a GPU, offline, by a Python that has torch, triton, pytest and hypothesis: the tests of the GPU
 # backends on the device, memcheck over some of them, and the benchmarks, whose summary is printed last.
