@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,39 @@ def test_the_measurement_without_a_gpu() -> None:
     command = [sys.executable, "-c", "from benchmarks import launches; launches.main(rounds=1, calls=2)"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [line.split()[:2] for line in said.splitlines()] == [["forward", "direct"], ["backward", "direct"]]
+
+
+_HITS = """
+import sys, tempfile
+from pathlib import Path
+import torch
+from benchmarks import launches
+from seqkernels.backends.triton import ahead, attention
+from seqkernels.scores import Scores
+
+with tempfile.TemporaryDirectory() as folder:
+    launches._use_stub(Path(folder))
+    cache = Path(sys.argv[1])
+    names = [f"{kernel} bf16 D=64 causal" for kernel in ("forward", "backward_q", "backward_kv", "few_rows")]
+    names += ["delta bf16 D=64 plain", "merge bf16 D=64 plain"]
+    for variant in ahead.variants():
+        if str(variant) in names:
+            ahead.compile_variant(variant, "sm_90")
+    before = len(list(cache.glob("*/*.cubin")))
+    q, k = torch.zeros(2, 8, 300, 64, dtype=torch.bfloat16), torch.zeros(2, 2, 8192, 64, dtype=torch.bfloat16)
+    scores = Scores(0.125, right=0)
+    found = attention.attention_forward(q, k[:, :, :300], k[:, :, :300], scores)
+    attention.attention_backward(
+        found[0], None, q, k[:, :, :300], k[:, :, :300], *found, scores, [True, True, True, False]
+    )
+    attention.attention_forward(q[:, :, :1], k, k, scores)
+    print(before, len(list(cache.glob("*/*.cubin"))))
+"""
+
+
+def test_calls_find_what_was_compiled_ahead(tmp_path: Path) -> None:
+    """Deployments compile before the first call: ``python -m seqkernels compile``."""
+    command = [sys.executable, "-c", _HITS, str(tmp_path)]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["6", "6"]

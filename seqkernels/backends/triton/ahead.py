@@ -20,7 +20,9 @@ import torch
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import attention_kernels, recurrence_ahead
 from .attention import ROWS_OF_SUMS
@@ -31,6 +33,7 @@ from .recurrence_ahead import RecurrenceVariant
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BUDGET = Path(__file__).with_name("budget.json")
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_DTYPES = {name: dtype for dtype, name in _TYPES.items()} | {"i32": torch.int32, "i64": torch.int64, "u8": torch.uint8}
 #: Kinds of products: dtypes, and of float32 its precisions.
 _PRODUCTS = (*((dtype, "ieee") for dtype in _TYPES), *((torch.float32, name) for name in ("tf32", "tf32x3")))
 _FEATURES = {
@@ -208,7 +211,9 @@ def _arguments(variant: Variant, architecture: int) -> tuple[triton.JITFunction,
         described = "descriptors" in variant.features
         given["tiles_k"] = Tiles(dtype, (1, 1, blocks.n, blocks.d)) if described else None
         given["tiles_v"] = Tiles(dtype, (1, 1, blocks.n, blocks.dv)) if described else None
-        given |= {"out": values, "lse": sums, "sink": Pointer("fp32") if all_of_it else None, "PACK": 4 if few else 1}
+        # Few rows have keys split over programs, whose parts are sums.
+        out = values._replace(data=sums) if few else values
+        given |= {"out": out, "lse": sums, "sink": Pointer("fp32") if all_of_it else None, "PACK": 4 if few else 1}
         given |= dict.fromkeys(("split_keys", "split_out", "split_lse"), 1 << 20 if few else None)
         return attention_kernels.forward_kernel, given, blocks
     given |= {"grad": values, "lse": sums, "delta": Pointer("fp32")}
@@ -236,27 +241,28 @@ def _sums_of_rows(variant: Variant, values: Rows, sums: Pointer) -> tuple[triton
     return attention_kernels.delta_kernel, given | {"grad": values, "grad_lse": lse, "delta": sums}, blocks
 
 
-def _specialize(value: Any, at: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
-    """The type of an argument as the launcher would see it; its constants and alignments go into the mappings."""
-    if value is None or isinstance(value, str):
-        constants[at] = value
-        return "constexpr"
-    if isinstance(value, Tiles):
-        return f"tensordesc<{value.type}{list(value.shape)}>"
+def _stand_in(value: Any) -> Any:
+    """`value` with tensors of the processor in place of `Pointer`, and descriptors in place of `Tiles`."""
     if isinstance(value, Pointer):
-        attributes[at] = [["tt.divisibility", 16]]
-        return f"*{value.type}"
+        return torch.empty(16, dtype=_DTYPES[value.type])
+    if isinstance(value, Tiles):
+        shape = list(value.shape)
+        return TensorDescriptor.from_tensor(torch.empty(shape, dtype=_DTYPES[value.type]), shape)
     if isinstance(value, tuple):
-        found = [_specialize(x, (*at, i), constants, attributes) for i, x in enumerate(value)]
-        return type(value)(*found)
-    if isinstance(value, float):
-        return "fp32"
-    if value == 1:
-        constants[at] = 1
-        return "constexpr"
-    if value % 16 == 0:
-        attributes[at] = [["tt.divisibility", 16]]
-    return "i32" if value < 2**31 else "i64"
+        found = map(_stand_in, value)
+        return type(value)(*found) if hasattr(value, "_fields") else tuple(found)
+    return value
+
+
+def _source(kernel: Any, given: dict[str, Any], target: GPUTarget, options: dict[str, Any]) -> tuple[ASTSource, Any]:
+    """What Triton makes of a call before it compiles it, and its options: so a call finds what is compiled here."""
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments = {parameter.name: _stand_in(given[parameter.name]) for parameter in kernel.params}
+    bound, specialization, others = binder(**arguments, **options)
+    packed = kernel._pack_args(backend, {**arguments, **options}, bound, specialization, others)
+    full_options, signature, constants, attributes = packed
+    return ASTSource(kernel, signature, constants, attributes), full_options
 
 
 def compile_variant(variant: Variants, architecture: str) -> Needs:
@@ -272,20 +278,9 @@ def compile_variant(variant: Variants, architecture: str) -> Needs:
     else:
         kernel, given, blocks = _arguments(variant, number)
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    signature: dict[str, Any] = {}
-    for i, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
-        if parameter.is_constexpr:
-            constants[(i,)] = value
-            signature[parameter.name] = "constexpr"
-        else:
-            of_value = {} if parameter.do_not_specialize else attributes
-            signature[parameter.name] = _specialize(value, (i,), constants, of_value)
-    source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", number, 32)
-    compiled = triton.compile(source, target=target, options=options)
+    source, full_options = _source(kernel, given, target, options)
+    compiled = triton.compile(source, target=target, options=full_options.__dict__)
     ptx: str = compiled.asm["ptx"]
     registers, spilled = _resources(compiled.asm["cubin"])
     return Needs(registers, spilled, compiled.metadata.shared, "mma" in ptx)

@@ -91,7 +91,7 @@ _BEFORE_HOPPER: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
         "forward of pages": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2), (32, 16, 8, 2)),
         "forward of padded heads": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
-        "few_rows": (*_HALF["few_rows"][:2], (16, 32, 4, 2), (16, 16, 8, 2)),
+        "few_rows": (*_HALF["few_rows"][:2], (16, 32, 8, 2), (16, 16, 8, 2)),
         "backward_q": (_HALF["backward_q"][0], (64, 64, 8, 2), *_HALF["backward_q"][2:]),
     },
     "tf32": {
