@@ -134,6 +134,8 @@ def _bfloat16_variants() -> Iterator[Variant]:
     for size in (64, 128, 256):
         yield Variant("forward", dtype, size, "pages")
         yield Variant("few_rows", dtype, size, "pages")
+        for features in ("plain", "causal"):
+            yield Variant("few_rows", dtype, size, f"{features} unsplit")
     for size in (64, 80, 128):
         for features in ("causal", "all"):
             yield Variant("forward", dtype, size, f"{features} by descriptors")
@@ -153,7 +155,7 @@ def _bias(variant: Variant, kind: str) -> Full:
 
 def _terms(variant: Variant) -> Terms:
     none = Terms(0.125, None if variant.dtype == torch.float32 else 1, *[None] * 17)
-    if variant.features == "plain":
+    if variant.features.startswith("plain"):
         return none
     if variant.features.startswith("causal"):
         return none._replace(right=0)
@@ -211,10 +213,11 @@ def _arguments(variant: Variant, architecture: int) -> tuple[triton.JITFunction,
         described = "descriptors" in variant.features
         given["tiles_k"] = Tiles(dtype, (1, 1, blocks.n, blocks.d)) if described else None
         given["tiles_v"] = Tiles(dtype, (1, 1, blocks.n, blocks.dv)) if described else None
-        # Few rows have keys split over programs, whose parts are sums.
-        out = values._replace(data=sums) if few else values
+        # Few rows have keys split over programs, whose parts are sums, unless there are rows enough for all of those.
+        split = few and "unsplit" not in variant.features
+        out = values._replace(data=sums) if split else values
         given |= {"out": out, "lse": sums, "sink": Pointer("fp32") if all_of_it else None, "PACK": 4 if few else 1}
-        given |= dict.fromkeys(("split_keys", "split_out", "split_lse"), 1 << 20 if few else None)
+        given |= dict.fromkeys(("split_keys", "split_out", "split_lse"), 1 << 20 if split else None)
         return attention_kernels.forward_kernel, given, blocks
     given |= {"grad": values, "lse": sums, "delta": Pointer("fp32")}
     # The gradient of a bias that is broadcast is a sum.
