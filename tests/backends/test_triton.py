@@ -15,6 +15,7 @@ from seqkernels import __main__, backends
 from seqkernels.backends.triton import ahead, attention_kernels
 from seqkernels.backends.triton.ahead import RecurrenceVariant
 from seqkernels.backends.triton.configs import ROOMY, blocks_of
+from seqkernels.backends.triton.recurrence_configs import sequence_tiles
 from seqkernels.cells import CELLS
 
 from ..conftest import INTERPRETED
@@ -111,6 +112,26 @@ def test_budget_keeps_the_rules():
             assert registers <= 255
             if name.startswith(("forward", "few_rows", "merge")):
                 assert spilled <= (8 if (architecture, name) == ("sm_100", "forward fp32 D=512 causal") else 0), name
+            if name.startswith("recurrence_forward"):
+                # Two numbers, in some of them.
+                assert spilled <= 8, name
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has tiles of its own")
+def test_tiles_of_recurrences_with_options():
+    """Options take registers; the backward pass has them to spare."""
+
+    def of(cell, dtype, precision="ieee", kernel="forward"):
+        return [sequence_tiles(kernel, cell, dtype, 256, precision, options=options) for options in (False, True)]
+
+    plain, busy = of("lstm", torch.bfloat16)
+    assert (plain.warps, busy) == (4, plain._replace(warps=8))
+    plain, busy = of("rnn_tanh", torch.bfloat16)
+    assert (plain.columns, busy) == (256, plain._replace(columns=128))
+    plain, busy = of("gru", torch.float32, "tf32")
+    assert busy == plain._replace(warps=8, ahead=1)
+    for plain, busy in (of("gru", torch.float32), of("lstm", torch.bfloat16, kernel="backward")):
+        assert plain == busy
 
 
 def test_breaches():

@@ -121,7 +121,8 @@ def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tupl
         step = step_tiles(variant.size, everything)
         kernel = getattr(recurrence_kernels, f"{variant.kernel}_kernel")
         return kernel, given | {"BLOCK_B": step.rows, "BLOCK_H": step.columns}, {"num_warps": step.warps}
-    tiles = sequence_tiles(variant.kernel, variant.cell, variant.dtype, variant.size, variant.precision)
+    key = (variant.kernel, variant.cell, variant.dtype, variant.size, variant.precision)
+    tiles = sequence_tiles(*key, options=everything)
     apart = variant.features == "apart"
     sync = variant.size > tiles.columns and not apart
     given |= {"counters": pointer("i32") if sync else None, "SYNC": sync, "STEPWISE": apart, **tiles.constants()}

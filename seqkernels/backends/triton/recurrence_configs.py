@@ -94,6 +94,7 @@ def sequence_tiles(
     hidden: int,
     precision: str = "ieee",
     *,
+    options: bool = False,
     device: torch.device | None = None,
 ) -> SequenceTiles:
     """The tiles of the kernels of a sequence.
@@ -104,9 +105,12 @@ def sequence_tiles(
         dtype: of the input.
         hidden: H, up to `MOST_HIDDEN`.
         precision: of products of float32 matrices.
+        options: whether the state is reset, dropped or kept by zoneout, or gates see it through peepholes.
         device: whose own tiles come first, see `tiles`; ``None`` for those that are shipped.
     """
     shipped = _shipped(kernel, cell, dtype, hidden, precision)
+    if options and kernel == "forward" and not triton.knobs.runtime.interpret:
+        shipped = _with_options(shipped, dtype)
     own = own_tiles.own(device, own_tiles.recurrence_row, kernel, cell, dtype, hidden, precision)
     if own is None:
         return shipped
@@ -132,6 +136,17 @@ def _shipped(kernel: str, cell: str, dtype: torch.dtype, hidden: int, precision:
     # All of a forward pass; in the backward pass they are four times as large, and shared memory ends.
     ahead = 7 if kernel == "forward" else 3 if size <= 512 else 1
     return SequenceTiles(16, 32 if size <= 256 else 16, 128, lanes, True, ahead, 4 if size <= 512 else 8, 1)
+
+
+def _with_options(tiles: SequenceTiles, dtype: torch.dtype) -> SequenceTiles:
+    """What of the tiles of a forward pass takes the registers that options need too."""
+    if not tiles.resident:
+        return tiles
+    if dtype == torch.float32:
+        if tiles.lanes == 1:
+            return tiles._replace(depth=min(tiles.depth, 32), ahead=1)
+        return tiles._replace(warps=8, ahead=1)
+    return tiles._replace(columns=min(tiles.columns, 128)) if tiles.lanes == 1 else tiles._replace(warps=8)
 
 
 def _tiles_of_floats(kernel: str, lanes: int, size: int, precision: str) -> SequenceTiles:

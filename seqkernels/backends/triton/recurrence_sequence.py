@@ -99,7 +99,11 @@ def _each_launch(
 
 def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int) -> None:
     """The steps [begin, end), as `recurrence_steps.forward`."""
-    tiles = sequence_tiles("forward", loop.cell, states.dtype, loop.hidden, loop.precision, device=states.device)
+    parts = loop.parts
+    busy = any(x is not None for x in (parts.reset_state, parts.peephole, parts.recurrent_mask, parts.zoneout))
+    tiles = sequence_tiles(
+        "forward", loop.cell, states.dtype, loop.hidden, loop.precision, options=busy, device=states.device
+    )
     for grid, launch, counters, options in _each_launch(loop, loop.order(begin, end), tiles, carry):
         kernels.sequence_forward_kernel[grid](
             loop.gates_x,
