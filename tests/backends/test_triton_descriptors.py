@@ -10,6 +10,7 @@ import torch
 from seqkernels import functional
 from seqkernels.backends import use_backend
 from seqkernels.backends.triton import attention, attention_kernels, tiles
+from seqkernels.backends.triton.launches import Launch
 
 KEYS = 70
 
@@ -28,25 +29,18 @@ def _inputs(size: int, value_size: int | None = None, batch: int = 2) -> tuple[t
     )
 
 
-class _Noting:
-    def __init__(self, kernel: Any, given: list[tuple[bool, bool]]) -> None:
-        self.kernel, self.given = kernel, given
-
-    def __getitem__(self, grid: Any) -> Any:
-        launch = self.kernel[grid]
-
-        def call(*args: Any, **options: Any) -> Any:
-            self.given.append((args[3] is not None, args[4] is not None))
-            return launch(*args, **options)
-
-        return call
-
-
 @pytest.fixture
 def described(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
     """Of each forward pass whether keys, and values, came by descriptors. On any device, and for few keys."""
     given: list[tuple[bool, bool]] = []
-    monkeypatch.setattr(attention_kernels, "forward_kernel", _Noting(attention_kernels.forward_kernel, given))
+
+    class Noting(Launch):
+        def __call__(self, *args: Any) -> None:
+            if self._kernel is attention_kernels.forward_kernel:
+                given.append((args[3] is not None, args[4] is not None))
+            super().__call__(*args)
+
+    monkeypatch.setattr(attention, "Launch", Noting)
     monkeypatch.setattr(attention, "by_descriptors", lambda *_: True)
     tiles.forget()
     yield given

@@ -8,6 +8,7 @@ import triton
 
 from seqkernels import __main__, testing
 from seqkernels.backends.triton import attention, attention_kernels, tiles, tune, tune_cases
+from seqkernels.backends.triton.launches import Launch
 from seqkernels.cells import CELLS
 from seqkernels.scores import Scores
 
@@ -41,17 +42,17 @@ def _clock(times):
 
 def _tiles_of_calls(monkeypatch):
     """Rows and keys of the tiles of each launch of the forward kernel to come."""
-    seen, launch = [], attention_kernels.forward_kernel
+    seen = []
 
-    class Noting:
-        def __getitem__(self, grid):
-            def run(*args, **options):
-                seen.append((options["BLOCK_M"], options["BLOCK_N"]))
-                return launch[grid](*args, **options)
+    class Noting(Launch):
+        def __call__(self, *args):
+            if self._kernel is attention_kernels.forward_kernel:
+                seen.append((self._constants["BLOCK_M"], self._constants["BLOCK_N"]))
+            super().__call__(*args)
 
-            return run
-
-    monkeypatch.setattr(attention_kernels, "forward_kernel", Noting())
+    monkeypatch.setattr(attention, "Launch", Noting)
+    # Plans that are there have launches that note nothing.
+    tiles.forget()
     return seen
 
 

@@ -94,4 +94,4 @@ class Launch:
             likes(x) & 32 if parameter.do_not_specialize and type(x) is int else likes(x)
             for parameter, x in zip(self._kernel.params, args, strict=False)
         ]
-        return (id(self._kernel), device, self._values, *self._options.items(), *kinds)
+        return (self._kernel, device, self._values, *self._options.items(), *kinds)
