@@ -39,8 +39,8 @@ _PRODUCTS = (*((dtype, "ieee") for dtype in _TYPES), *((torch.float32, name) for
 _FEATURES = {
     64: ("plain", "causal", "all"),
     128: ("plain", "causal", "all"),
-    256: ("plain", "causal"),
-    512: ("causal",),
+    256: ("plain", "causal", "all"),
+    512: ("causal", "all"),
 }
 # Sizes of q and k, and of v, whose tiles have columns that are not there.
 _ODD_SIZES = ((80, 80), (96, 96), (192, 128))
