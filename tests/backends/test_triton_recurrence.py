@@ -164,8 +164,7 @@ def test_one_step_waits_for_nobody():
 
 
 def test_what_the_sequence_serves():
-    from seqkernels.backends.triton.recurrence import _parts
-    from seqkernels.backends.triton.recurrence_loop import Loop
+    from seqkernels.backends._through_time import Loop, _parts
     from seqkernels.backends.triton.recurrence_sequence import serves
 
     def loop(hidden, **options):

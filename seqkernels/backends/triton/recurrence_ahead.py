@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ...cells import CELLS
+from .._through_time import Parts, Sums
 from . import recurrence_kernels, recurrence_sequence_kernels
-from .recurrence_cells import Parts, Sums
-from .recurrence_configs import sequence_tiles, step_tiles
+from .recurrence_configs import cell_constants, sequence_tiles, step_tiles
 
 _HIDDEN = (64, 128, 256, 512, 1024)
 
@@ -75,7 +75,7 @@ def variants(
 
 def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The kernel, its arguments by name, with what `pointer` makes for tensors, and its options."""
-    gates, states, _ = CELLS[variant.cell]
+    gates = CELLS[variant.cell].gates
     own, exact = pointer(variant.type), pointer("fp32")
     # No number is 1 or divisible by 16, which would be in the key of a kernel.
     given: dict[str, Any] = dict.fromkeys(
@@ -110,10 +110,7 @@ def arguments(variant: RecurrenceVariant, pointer: Callable[[str], Any]) -> tupl
         "of_x": own,
         "of_u": own if variant.cell == "gru" else None,
         "of_product": own if everything else None,
-        "H": variant.size,
-        "CELL": variant.cell,
-        "GATES": gates,
-        "STATES": states,
+        **cell_constants(variant.cell, variant.size),
         "EVERY_STATE": lstm,
         "STEP": True,
     }

@@ -7,37 +7,11 @@ of ``docs/recurrence.md``: x and u are the input and the recurrent part of the g
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from ...cells import DETACH, HOLD, NORM_EPS, RESET
 from .attention_scores import tanh
-
-
-class Parts(NamedTuple):
-    """Tensors of `seqkernels.cells.Weights` that work on elements, contiguous; ``None`` for what a call lacks."""
-
-    bias_ih: Any
-    bias_hh: Any
-    reset_state: Any
-    peephole: Any
-    recurrent_mask: Any
-    norm_h: Any
-    norm_c: Any
-    zoneout: Any
-    seed: Any
-
-
-class Sums(NamedTuple):
-    """Gradients that are sums over the steps, float32, of each row of the batch apart; ``None`` if not wanted."""
-
-    reset_state: Any  # (S, B, H)
-    peephole: Any  # (3, B, H)
-    norm_h: Any  # (G, B, H)
-    norm_c: Any  # (2, B, H)
-
 
 _RESET = tl.constexpr(RESET)
 _HOLD = tl.constexpr(HOLD)

@@ -19,6 +19,12 @@ class StepTiles(NamedTuple):
     warps: int
 
 
+def cell_constants(cell: str, hidden: int) -> dict[str, object]:
+    """What every kernel has to know of a cell of H hidden units, as the kernels name it."""
+    gates, states, _ = CELLS[cell]
+    return {"H": hidden, "CELL": cell, "GATES": gates, "STATES": states}
+
+
 def power_of_2(size: int) -> int:
     """The next power of 2."""
     return 1 << max(size - 1, 0).bit_length()

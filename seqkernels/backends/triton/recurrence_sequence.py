@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from .._through_time import Gradients, Loop
 from . import recurrence_sequence_kernels as kernels
-from .recurrence_configs import MOST_HIDDEN, SequenceTiles, sequence_tiles, shared_memory
-from .recurrence_loop import Gradients, Loop
+from .recurrence_configs import MOST_HIDDEN, SequenceTiles, cell_constants, sequence_tiles, shared_memory
 
 #: Tiles of rows in a launch, which are the second axis of its grid.
 MOST_TILES = 65535
@@ -89,7 +89,12 @@ def _each_launch(
     processors = _limits(carry.device)[0] if carry.is_cuda else 0
     counters = None
     for launch in launches(order, columns, rows, processors, backward):
-        options = {**loop.constants(), **tiles.constants(), "SYNC": launch.sync, **tiles.options()}
+        options = {
+            **cell_constants(loop.cell, loop.hidden),
+            **tiles.constants(),
+            "SYNC": launch.sync,
+            **tiles.options(),
+        }
         if launch.sync:
             options["launch_cooperative_grid"] = True
             if counters is None:
@@ -98,7 +103,7 @@ def _each_launch(
 
 
 def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int) -> None:
-    """The steps [begin, end), as `recurrence_steps.forward`."""
+    """The steps [begin, end), as in `Path.forward`."""
     parts = loop.parts
     busy = any(x is not None for x in (parts.reset_state, parts.peephole, parts.recurrent_mask, parts.zoneout))
     tiles = sequence_tiles(
@@ -129,7 +134,7 @@ def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, b
 def backward(
     loop: Loop, grads: Gradients, carry: Tensor, states: Tensor, reserve: Tensor, begin: int, end: int, base: int
 ) -> None:
-    """Back through the steps [begin, end), as `recurrence_steps.backward`."""
+    """Back through the steps [begin, end), as in `Path.backward`."""
     tiles = sequence_tiles("backward", loop.cell, states.dtype, loop.hidden, loop.precision, device=states.device)
     for grid, launch, counters, options in _each_launch(loop, loop.order(begin, end)[::-1], tiles, carry, True):
         kernels.sequence_backward_kernel[grid](

@@ -6,24 +6,14 @@ import triton
 from torch import Tensor
 
 from ...cells import RESET
+from .._through_time import Gradients, Loop, entering, product
 from . import recurrence_kernels as kernels
 from .launches import Launch
-from .recurrence_configs import step_tiles
-from .recurrence_loop import Gradients, Loop, entering, product
+from .recurrence_configs import cell_constants, step_tiles
 
 
 def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int) -> None:
-    """The steps [begin, end).
-
-    Args:
-        loop: of the call.
-        carry: (S, B, H), float32, the states before the steps; those after them are written to it.
-        states: (S or 1, n+1, B, H), whose row ``t - base`` is for the state before step t in time.
-        reserve: (n, B, 4, H), float32, whose row ``t - base`` is for step t, or ``None``.
-        begin: first step in time.
-        end: the one behind the last.
-        base: see `states`.
-    """
+    """The steps [begin, end), as in `Path.forward`."""
     order = loop.order(begin, end)
     weight = loop.weight_hh.t()
     control = None if loop.control is None else loop.control[order[0] : order[0] + 1]
@@ -33,7 +23,7 @@ def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, b
     tiles = step_tiles(loop.hidden, loop.parts.norm_h is not None or loop.parts.norm_c is not None)
     grid = (triton.cdiv(loop.batch, tiles.rows), triton.cdiv(loop.hidden, tiles.columns))
     constants = {
-        **loop.constants(),
+        **cell_constants(loop.cell, loop.hidden),
         "EVERY_STATE": states.shape[0] > 1,
         "BLOCK_B": tiles.rows,
         "BLOCK_H": tiles.columns,
@@ -63,19 +53,11 @@ def forward(loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, b
 def backward(
     loop: Loop, grads: Gradients, carry: Tensor, states: Tensor, reserve: Tensor, begin: int, end: int, base: int
 ) -> None:
-    """Back through the steps [begin, end).
-
-    Args:
-        loop: of the call.
-        grads: of the call.
-        carry: (S, B, H), float32, the gradients of the states after the steps; those of the states before them are
-            written to it.
-        states, reserve, begin, end, base: as in `forward`.
-    """
+    """Back through the steps [begin, end), as in `Path.backward`."""
     to_product = grads.to_product()
     tiles = step_tiles(loop.hidden, loop.parts.norm_h is not None or loop.parts.norm_c is not None)
     grid = (triton.cdiv(loop.batch, tiles.rows), triton.cdiv(loop.hidden, tiles.columns))
-    constants = {**loop.constants(), "BLOCK_B": tiles.rows, "BLOCK_H": tiles.columns}
+    constants = {**cell_constants(loop.cell, loop.hidden), "BLOCK_B": tiles.rows, "BLOCK_H": tiles.columns}
     options = {"num_warps": tiles.warps}
     # Nothing is sent to the first step, and the last launch is none.
     first, inner, last = (
