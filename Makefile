@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 export SEQKERNELS_BUILD ?= 1
+export SEQKERNELS_EMULATOR ?= 1
 
 .PHONY: demo test bench bench-quick bench-engines errors lint build pure wheel sanitize interpret kernels \
 	gpu gpu-test gpu-bench ci clean
@@ -58,9 +59,9 @@ lint: $(VENV)/.installed
 pure: $(VENV)/.installed
 	.ci/pure $(RUN)
 
-# Built in isolation in an environment without torch, within a minute; the wheel lies in dist/.
+# Built in isolation in an environment without torch, within a minute, or two with nvcc; the wheel lies in dist/.
 wheel:
-	.ci/wheel $(PYTHON)
+	.ci/wheel $(PYTHON) $(wildcard $(RUN))
 
 # Native tests under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/.installed
@@ -81,8 +82,8 @@ kernels: build
 	$(RUN) -m seqkernels compile --arch sm_90 --only bf16
 	$(RUN) -m seqkernels compile --arch sm_80,sm_100 --only "forward bf16 D=128"
 
-# On a machine with a GPU, offline, by a Python that has torch, triton, pytest and hypothesis: the tests of the GPU
-# backends on the device, memcheck over some of them, and the benchmarks, whose summary is printed last.
+# On a machine with a GPU, offline, by a Python that has torch, triton, pytest and hypothesis, and pybind11 and nvcc for
+# the module of CUDA kernels: the tests of the GPU backends on the device, memcheck over some of them, and the benchmarks, whose summary is printed last.
 GPU_PYTHON ?= python3
 gpu:
 	$(MAKE) gpu-test
@@ -92,6 +93,7 @@ gpu-test:
 	.ci/gpu $(GPU_PYTHON)
 
 gpu-bench:
+	if command -v nvcc >/dev/null; then $(GPU_PYTHON) -m benchmarks.cuda_latency; else echo "gpu-bench: no nvcc, no latencies" >&2; fi
 	$(GPU_PYTHON) -m benchmarks.gpu
 
 ci:

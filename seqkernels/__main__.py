@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends
+from .backends.cuda import extension as cuda
 from .backends.native.extension import extension, load_error
 
 #: One call for each operation and device that `collect` asks every implementation about.
@@ -22,6 +23,9 @@ CALLS = tuple(
     for op, kind in (("recurrence", "lstm"), ("attention", ""), ("rotary", ""))
     for device in ("cpu", "cuda")
 )
+
+#: That Triton kernels are compiled for.
+ARCHITECTURES = "sm_80,sm_90,sm_100"
 
 
 def _version(distribution: str) -> str | None:
@@ -51,6 +55,13 @@ def _native() -> dict[str, Any]:
     }
 
 
+def _cuda() -> dict[str, Any]:
+    reason = cuda.load_error()
+    if reason is not None:
+        return {"unavailable": reason}
+    return {"build": dict(cuda.extension().build_info()), "device": cuda.device_error()}
+
+
 def _gpus() -> list[str]:
     found = []
     for index in range(torch.cuda.device_count()):
@@ -62,7 +73,7 @@ def _gpus() -> list[str]:
 def _backends() -> dict[str, dict[str, dict[str, str | None]]]:
     found: dict[str, dict[str, dict[str, str | None]]] = {}
     for call in CALLS:
-        reasons = {name: backends.why_not(name, call) for name in backends.order(call)}
+        reasons = {name: backends.why_not_by_itself(name, call) for name in backends.order(call)}
         if call.device == "cuda" and not torch.cuda.is_available():
             reasons = {name: reason or "there is no CUDA device" for name, reason in reasons.items()}
         found.setdefault(call.op, {})[call.device] = reasons
@@ -75,8 +86,9 @@ def collect() -> dict[str, Any]:
     Returns:
         ``versions`` by package (``None`` where not installed), ``platform``, ``cpu``, ``threads``, ``gpus`` (names and
         architectures of the CUDA devices), ``native`` (the compiled module: instruction sets this processor can run,
-        the one chosen, how it was built, or why it is unavailable) and ``backends``: for each operation, device type
-        and implementation ``None`` or the reason why not.
+        the one chosen, how it was built, or why it is unavailable), ``cuda`` (the compiled module of CUDA kernels: how
+        it was built, and under ``device`` why it cannot run here or ``None``; or why it is unavailable) and
+        ``backends``: for each operation, device type and implementation ``None`` or the reason why not.
     """
     return {
         "versions": {
@@ -90,6 +102,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": _gpus(),
         "native": _native(),
+        "cuda": _cuda(),
         "backends": _backends(),
     }
 
@@ -106,6 +119,11 @@ def render(info: dict[str, Any]) -> str:
         rows.append(("instruction sets", ", ".join(native["instruction_sets"])))
         rows.append(("chosen", native["instruction_set"]))
         rows += [(f"build: {name.replace('_', ' ')}", value or "none") for name, value in native["build"].items()]
+    if "unavailable" in info["cuda"]:
+        rows.append(("CUDA module", info["cuda"]["unavailable"]))
+    else:
+        rows.append(("CUDA module", info["cuda"]["device"] or "has a device"))
+        rows += [(f"CUDA build: {name}", value) for name, value in info["cuda"]["build"].items()]
     for op, devices in info["backends"].items():
         for device, reasons in devices.items():
             rows += [(f"{op} on {device}: {name}", reason or "available") for name, reason in reasons.items()]
@@ -127,7 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compile",
         help="compile every Triton kernel as it is shipped, without a GPU, and hold it to the reviewed budget",
     )
-    ahead.add_argument("--arch", default="sm_80,sm_90,sm_100", help="architectures, with commas (default %(default)s)")
+    ahead.add_argument("--cuda", action="store_true", help="of the built module of CUDA kernels instead")
+    ahead.add_argument("--arch", help=f"architectures, with commas (default {ARCHITECTURES}, of the module all it has)")
     ahead.add_argument("--only", default="", help="only kernels whose description has this in it")
     ahead.add_argument("--json", action="store_true", help="as JSON, in the form of the budget")
     tune = commands.add_parser(
@@ -140,7 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "tune":
         raise SystemExit(_tune(options.device, options.only, options.minutes))
     if options.command == "compile":
-        raise SystemExit(_compile(options.arch.split(","), options.only, options.json))
+        architectures = options.arch.split(",") if options.arch else None
+        if options.cuda:
+            raise SystemExit(_compiled(architectures, options.only, options.json))
+        raise SystemExit(_compile(architectures or ARCHITECTURES.split(","), options.only, options.json))
     found = collect()
     print(json.dumps(found, indent=2) if options.json else render(found))
 
@@ -157,16 +179,31 @@ def _compile(architectures: list[str], only: str, as_json: bool) -> int:
     except ValueError as error:
         print(f"compile: {error}", file=sys.stderr)
         return 1
-    if as_json:
-        print(ahead.as_json(found))
-    else:
-        print(ahead.render(found))
-    breaches = ahead.breaches(found)
+    print(ahead.as_json(found) if as_json else ahead.render(found))
+    return _judged(ahead.breaches(found), only, bool(found))
+
+
+def _compiled(architectures: list[str] | None, only: str, as_json: bool) -> int:
+    """``python -m seqkernels compile --cuda``; 1 as above."""
+    from .backends.cuda import budget
+
+    try:
+        found = budget.read(cuda.extension().__file__ or "", architectures, only)
+    except (ImportError, FileNotFoundError, RuntimeError, ValueError) as error:
+        print(f"compile: {error}", file=sys.stderr)
+        return 1
+    print(budget.as_json(found) if as_json else budget.render(found))
+    limits = budget.allowed()
+    unused = [] if only or architectures else budget.unused(found, limits)
+    return _judged(budget.breaches(found, limits) + unused, only, bool(found))
+
+
+def _judged(breaches: list[str], only: str, any_kernel: bool) -> int:
     for breach in breaches:
         print(f"compile: {breach}", file=sys.stderr)
-    if not found:
+    if not any_kernel:
         print(f"compile: no kernel has {only!r} in its description", file=sys.stderr)
-    return 1 if breaches or not found else 0
+    return 0 if any_kernel and not breaches else 1
 
 
 def _tune(device: str | None, only: str, minutes: float | None) -> int:

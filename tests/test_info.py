@@ -13,6 +13,7 @@ import torch
 import seqkernels
 from seqkernels import __main__ as cli
 from seqkernels import backends
+from seqkernels.backends.cuda import extension as cuda
 
 from .conftest import INTERPRETED
 
@@ -42,7 +43,10 @@ def test_without_a_gpu():
     triton = backends.why_not("triton", backends.Call("attention", "cuda", torch.float32))
     assert triton is not None
     for op in ("recurrence", "attention"):
-        assert info["backends"][op]["cuda"] == {"triton": triton, "reference": "there is no CUDA device"}
+        cuda = backends.why_not("cuda", backends.Call(op, "cuda", torch.float32, "lstm"))
+        also = {"cuda": cuda} if op == "recurrence" else {}
+        assert cuda is not None
+        assert info["backends"][op]["cuda"] == {**also, "triton": triton, "reference": "there is no CUDA device"}
     lines = cli.render(info).splitlines()
     assert sum(line.startswith("attention on cuda: triton ") and line.endswith(triton) for line in lines) == 1
     assert ["gpu", "none"] in [line.split() for line in lines]
@@ -66,6 +70,27 @@ def test_json_of_the_compiled_module(compiled):
         assert native["build"]["compiler"]
     else:
         assert "seqkernels._C" in native["unavailable"]
+
+
+def test_json_of_the_cuda_module():
+    found = cli.collect()["cuda"]
+    if cuda.load_error() is None:
+        assert found == {"build": cuda.extension().build_info(), "device": cuda.device_error()}
+    else:
+        assert found == {"unavailable": cuda.load_error()}
+        assert "seqkernels._C_cuda" in cuda.load_error()
+
+
+def test_text_of_the_cuda_module():
+    info = cli.collect()
+    for module, line in (
+        ({"unavailable": "it was not built"}, ["CUDA", "module", "it", "was", "not", "built"]),
+        ({"build": {"targets": "sm_90a sm_120"}, "device": "no driver"}, ["CUDA", "module", "no", "driver"]),
+        ({"build": {"targets": "sm_90a sm_120"}, "device": None}, ["CUDA", "build:", "targets", "sm_90a", "sm_120"]),
+    ):
+        lines = [text.split() for text in cli.render({**info, "cuda": module}).splitlines()]
+        assert line in lines
+        assert (["CUDA", "module", "has", "a", "device"] in lines) == (module.get("device", "") is None)
 
 
 def test_text(capsys, compiled):

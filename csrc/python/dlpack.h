@@ -10,7 +10,7 @@ struct Device {
   std::int32_t type;  // kCpu ...
   std::int32_t id;
 };
-constexpr std::int32_t kCpu = 1;
+constexpr std::int32_t kCpu = 1, kCuda = 2;
 
 struct DataType {
   std::uint8_t code;  // kInt ...

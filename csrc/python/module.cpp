@@ -9,6 +9,9 @@
 #include "python/tensor.h"
 
 namespace seqkernels {
+
+constexpr Place kPlace = {dlpack::kCpu, "a tensor on the CPU"};
+
 namespace {
 
 std::map<std::string, std::string> build_info() {

@@ -46,8 +46,8 @@ void define(py::module_& m, const char* name, const char* doc) {
       METH_FASTCALL,
       doc,
   };
-  m.attr(name) =
-      py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, py::str("seqkernels._C").release().ptr()));
+  const py::object module = m.attr("__name__");
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, module.ptr()));
 }
 
 }  // namespace seqkernels

@@ -40,6 +40,12 @@ std::string dtype_text(dlpack::DataType dtype) {
   return std::string(kind) + std::to_string(dtype.bits);
 }
 
+std::string device_text(dlpack::Device device) {
+  if (device.type == dlpack::kCpu) return "the CPU";
+  if (device.type == dlpack::kCuda) return "cuda:" + std::to_string(device.id);
+  return "a device of DLPack's type " + std::to_string(device.type);
+}
+
 const char* dtype_text(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
@@ -75,8 +81,9 @@ Tensor::Tensor(py::handle object, const char* name, bool optional) : name_(name)
     return;
   }
   dlpack::Tensor view{};
-  if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
-    if (api->tensor_from_object(object.ptr(), &view) != 0) throw py::error_already_set();
+  api_ = exchange_api(Py_TYPE(object.ptr()));
+  if (api_ != nullptr) {
+    if (api_->tensor_from_object(object.ptr(), &view) != 0) throw py::error_already_set();
   } else {
     if (!py::hasattr(object, "__dlpack__")) {
       fail("a tensor", py::cast<std::string>(py::str(py::type::of(object))), true);
@@ -86,10 +93,11 @@ Tensor::Tensor(py::handle object, const char* name, bool optional) : name_(name)
     // Not renamed to "used_dltensor": the capsule frees the tensor when this view goes.
     view = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"))->tensor;
   }
-  if (view.device.type != dlpack::kCpu) fail("a tensor on the CPU", "one on another device");
+  if (view.device.type != kPlace.device_type) fail(kPlace.text, "one on " + device_text(view.device));
   if (view.ndim > 4) fail("at most 4 dimensions", std::to_string(view.ndim));
   present_ = true;
   rank_ = view.ndim;
+  device_ = view.device;
   dtype_ = view.dtype;
   std::int64_t contiguous = 1;
   for (int i = rank_ - 1; i >= 0; --i) {
@@ -187,6 +195,22 @@ const Tensor& Tensor::expect_last_contiguous() const {
     fail("a contiguous last dimension", "stride " + std::to_string(strides_[rank_ - 1]));
   }
   return *this;
+}
+
+const Tensor& Tensor::expect_device_of(const Tensor& other) const {
+  if (present_ && other.present_ && device_.id != other.device_.id) {
+    fail(std::string("a tensor on ") + device_text(other.device_) + ", as " + other.name_,
+         "one on " + device_text(device_));
+  }
+  return *this;
+}
+
+void* Tensor::stream() const {
+  void* stream = nullptr;
+  // Others are asked for their memory as the default stream finds it.
+  if (api_ == nullptr) return stream;
+  if (api_->current_work_stream(device_.type, device_.id, &stream) != 0) throw py::error_already_set();
+  return stream;
 }
 
 Strided Tensor::strided() const {

@@ -18,6 +18,13 @@ namespace py = pybind11;
 
 constexpr std::int64_t kAny = -1;  // a dimension that may have any size
 
+// Where tensors lie that a module reads. Each module defines its own.
+struct Place {
+  std::int32_t device_type;
+  const char* text;  // for errors: "a tensor on the CPU"
+};
+extern const Place kPlace;
+
 class Tensor {
  public:
   // Reads `object`. None gives an absent tensor where `optional`.
@@ -29,6 +36,8 @@ class Tensor {
   std::int64_t size(int dim) const { return shape_[dim]; }
   std::int64_t stride(int dim) const { return strides_[dim]; }
   DType dtype() const;
+  int device_id() const { return device_.id; }
+  void* stream() const;  // that its caller works on; null, the default one, where its type does not say
 
   // Without its first dimension where that is 1 and there are `rank` others.
   Tensor& flatten(int rank);
@@ -39,6 +48,7 @@ class Tensor {
   const Tensor& expect_code(std::uint8_t code, int bits, const char* dtype) const;
   const Tensor& expect_contiguous() const;
   const Tensor& expect_last_contiguous() const;
+  const Tensor& expect_device_of(const Tensor& other) const;
 
   Strided strided() const;
   StridedOut strided_out() const;
@@ -53,6 +63,8 @@ class Tensor {
   bool present_ = false;
   void* data_ = nullptr;
   int rank_ = 0;
+  dlpack::Device device_{};
+  const dlpack::ExchangeApi* api_ = nullptr;
   dlpack::DataType dtype_{};
   std::array<std::int64_t, 4> shape_{}, strides_{};
   py::object owner_;
