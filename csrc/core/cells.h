@@ -9,7 +9,12 @@
 // activated gates of LSTM and GRU.
 #pragma once
 
+#include "core/portable.h"
+#ifdef SEQKERNELS_SCALAR  // a thread has one element
+#include "core/scalar.h"
+#else
 #include "core/simd.h"
+#endif
 
 namespace seqkernels {
 namespace {
@@ -20,9 +25,10 @@ struct Lstm {
   static constexpr int kGates = 4, kStates = 2, kReserve = 4;
   static constexpr int kSummedGates = 4;  // gates that see only the sum of both parts
 
-  static inline V cell_state(V i, V f, V g, V prev) { return f * prev + i * g; }
+  static SEQKERNELS_FN V cell_state(V i, V f, V g, V prev) { return f * prev + i * g; }
 
-  static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved, const V* peephole = nullptr) {
+  static SEQKERNELS_FN void forward(const V* x, const V* h, const V* prev, V* next, V* saved,
+                                    const V* peephole = nullptr) {
     V i = x[0] + h[0], f = x[1] + h[1], o = x[3] + h[3];
     if (peephole != nullptr) {
       i += peephole[0] * prev[1];
@@ -42,16 +48,16 @@ struct Lstm {
     saved[3] = o;
   }
 
-  static inline void backward(const V* grad, const V* prev, const V* next, const V* saved, V* direct, V* gates_x, V*,
-                              const V* grad_gates = nullptr, const V* peephole = nullptr) {
+  static SEQKERNELS_FN void backward(const V* grad, const V* prev, const V* next, const V* saved, V* direct, V* gates_x,
+                                     V*, const V* grad_gates = nullptr, const V* peephole = nullptr) {
     const V tanh_c = tanh<T>(next[1]);
     const V grad_c = grad[1] + grad[0] * saved[3] * (T(1) - tanh_c * tanh_c);
     backward_of_state(grad[0] * tanh_c, grad_c, prev, saved, direct, gates_x, grad_gates, peephole);
   }
 
   // From the gradients of o, after its activation, and of c.
-  static inline void backward_of_state(V grad_o, V grad_c, const V* prev, const V* saved, V* direct, V* gates_x,
-                                       const V* grad_gates, const V* peephole) {
+  static SEQKERNELS_FN void backward_of_state(V grad_o, V grad_c, const V* prev, const V* saved, V* direct, V* gates_x,
+                                              const V* grad_gates, const V* peephole) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     if (grad_gates != nullptr) grad_o += grad_gates[3];
     gates_x[3] = grad_o * o * (T(1) - o);
@@ -77,7 +83,7 @@ struct Gru {
   static constexpr int kGates = 3, kStates = 1, kReserve = 4;
   static constexpr int kSummedGates = 2;
 
-  static inline void forward(const V* x, const V* h, const V* prev, V* next, V* saved, const V* = nullptr) {
+  static SEQKERNELS_FN void forward(const V* x, const V* h, const V* prev, V* next, V* saved, const V* = nullptr) {
     const V r = sigmoid<T>(x[0] + h[0]);
     const V z = sigmoid<T>(x[1] + h[1]);
     const V n = tanh<T>(x[2] + r * h[2]);
@@ -88,8 +94,8 @@ struct Gru {
     saved[3] = h[2];
   }
 
-  static inline void backward(const V* grad, const V* prev, const V*, const V* saved, V* direct, V* gates_x, V* gates_h,
-                              const V* grad_gates = nullptr, const V* = nullptr) {
+  static SEQKERNELS_FN void backward(const V* grad, const V* prev, const V*, const V* saved, V* direct, V* gates_x,
+                                     V* gates_h, const V* grad_gates = nullptr, const V* = nullptr) {
     const V r = saved[0], z = saved[1], n = saved[2];
     V grad_n = grad[0] * (T(1) - z), grad_z = grad[0] * (prev[0] - n);
     if (grad_gates != nullptr) {
@@ -115,12 +121,12 @@ struct Rnn {
   static constexpr int kGates = 1, kStates = 1, kReserve = 0;
   static constexpr int kSummedGates = 1;
 
-  static inline void forward(const V* x, const V* h, const V*, V* next, V*, const V* = nullptr) {
+  static SEQKERNELS_FN void forward(const V* x, const V* h, const V*, V* next, V*, const V* = nullptr) {
     next[0] = kTanh ? tanh<T>(x[0] + h[0]) : relu<T>(x[0] + h[0]);
   }
 
-  static inline void backward(const V* grad, const V*, const V* next, const V*, V* direct, V* gates_x, V*,
-                              const V* = nullptr, const V* = nullptr) {
+  static SEQKERNELS_FN void backward(const V* grad, const V*, const V* next, const V*, V* direct, V* gates_x, V*,
+                                     const V* = nullptr, const V* = nullptr) {
     gates_x[0] = kTanh ? grad[0] * (T(1) - next[0] * next[0]) : (next[0] > T(0) ? grad[0] : V{});
     direct[0] = V{};
   }

@@ -1,0 +1,315 @@
+// The backward pass: in each step, last of the loop first, a block makes the gradients of its units' gates, multiplies
+// them by its rows of the weights, and sends the parts of every unit's gradient to the block that owns the unit.
+#pragma once
+
+#include "core/persistent_body.h"
+
+namespace seqkernels::persistent {
+namespace {
+
+template <class M, class Cell, class E, bool kTall>
+class Backward : Body<M, Cell, E, true, kTall> {
+  using Base = Body<M, Cell, E, true, kTall>;
+  using Base::at, Base::at_gates, Base::bias, Base::control_at, Base::fetched, Base::fresh, Base::job_, Base::kGates,
+      Base::kHeld, Base::kStates, Base::m_, Base::memory_, Base::operand, Base::operand_at, Base::plan_, Base::rank_,
+      Base::slice_, Base::state, Base::sums, Base::time_of, Base::value;
+  using typename Base::Registers;
+  using typename Base::S;
+  static constexpr bool kReserved = kGates > 1;
+  // Fields of what is fetched: the gates that were kept, then these.
+  static constexpr int kSaved = kReserved ? 4 : 0;
+  static constexpr int kState = kSaved;  // c before the step (LSTM), h before it (GRU) or after it (RNN)
+  static constexpr int kGradHidden = kState + 1, kGradCells = kState + 2;
+  static constexpr int kBits = kStates == 2 ? kState + 3 : kState + 2;
+
+ public:
+  using Base::Base;
+
+  SEQKERNELS_FN void run() {
+    typename M::template OfWarp<Registers> weights;
+    m_.each_warp([&](int warp) {
+      load_weights<E, true, kHeld.rows, kHeld.columns, M>(plan_, job_, rank_, warp, weights[warp], this->tail(warp));
+    });
+    this->begin();
+    m_.sync();
+    m_.each_thread([&](int thread) { enter(thread); });
+    m_.team_sync(plan_.tier);
+    for (std::int64_t step = 0; step < job_.count; ++step) {
+      if (step > 0) receive(step);
+      m_.each_thread([&](int thread) { advance(step, thread); });
+      m_.sync();
+      m_.each_warp([&](int warp) { send_warp(step + 1, warp, weights[warp]); });
+      if (plan_.tier == Tier::kGrid) this->publish(step + 1);
+      if (plan_.tier == Tier::kBlock) m_.sync();
+    }
+    receive(job_.count);
+    m_.each_thread([&](int thread) { leave(thread); });
+    m_.team_sync(plan_.tier);
+  }
+
+ private:
+  SEQKERNELS_FN void enter(int thread) {
+    this->each_element(thread, [&](const Element& x) {
+      for (int s = 0; s < kStates; ++s) state(s, x.index, thread) = x.there ? job_.carry[at(s, x.b, x.j)] : 0.0f;
+    });
+    if (thread == 0 && plan_.tier == Tier::kCluster) {
+      this->expect(1);
+      if (job_.count > 1) this->expect(0);
+    }
+    for (int step = 0; step + 1 < plan_.stages; ++step) fetch_step(step, thread);
+  }
+
+  // The state that a step starts from, in the planes of the states.
+  SEQKERNELS_FN const S* state_of(std::int64_t t, const Element& x) const {
+    const S* states = static_cast<const S*>(job_.states);
+    if (kGates == 1) return states + at(this->after(t), x.b, x.j);
+    return states + (kStates == 2 ? job_.state_plane : 0) + at(this->before(t), x.b, x.j);
+  }
+
+  SEQKERNELS_FN void fetch_step(std::int64_t step, int thread) {
+    if (step < job_.count) {
+      const int stage = static_cast<int>(step % plan_.stages);
+      const std::int64_t t = time_of(step);
+      this->each_element(thread, [&](const Element& x) {
+        if (!x.there) return;
+        const auto to = [&](int field) -> std::uint32_t& { return fetched(stage, field, x.index, thread); };
+        if (kReserved) {
+          const float* reserve = job_.reserve + ((t - job_.base) * plan_.batch + x.b) * 4 * plan_.hidden + x.j;
+#pragma unroll
+          for (int k = 0; k < kSaved; ++k) this->fetch(to(k), reserve + static_cast<std::int64_t>(k) * plan_.hidden);
+        }
+        this->fetch(to(kState), state_of(t, x));
+        const std::int64_t here = at(t, x.b, x.j);
+        if (job_.grad_hidden != nullptr) this->fetch(to(kGradHidden), static_cast<const S*>(job_.grad_hidden) + here);
+        if (kStates == 2 && job_.grad_cells != nullptr) {
+          this->fetch(to(kGradCells), static_cast<const S*>(job_.grad_cells) + here);
+        }
+        if (job_.control != nullptr) this->fetch(to(kBits), control_at(t, x.b));
+      });
+    }
+    m_.end_fetch();
+  }
+
+  SEQKERNELS_FN float fetched_value(int stage, int field, const S* from, const Element& x, int thread) const {
+    return widen(Base::of_word(fetched(stage, field, x.index, thread), from));
+  }
+
+  // Parts of the gradients of the units of block `to` from block `from`.
+  SEQKERNELS_FN float* exchanged(int slot, int to, int from) const {
+    const std::int64_t part = std::int64_t{plan_.split.column_warps} * plan_.units * plan_.rows;
+    const std::int64_t team = std::int64_t{slice_} * kSlots + slot;
+    return static_cast<float*>(job_.exchange) + ((team * plan_.blocks + to) * plan_.blocks + from) * part;
+  }
+
+  SEQKERNELS_FN void receive(std::int64_t step) {
+    Base::receive(step, step + kSlots <= job_.count);
+    if (plan_.tier != Tier::kGrid) return;
+    const int slot = static_cast<int>(step % kSlots), all = plan_.units * plan_.rows;
+    m_.each_thread([&](int thread) {
+      for (int i = thread; i < all; i += kThreads) {
+        const float* from = exchanged(slot, rank_, 0) + i;
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int source = 0; source < plan_.blocks * plan_.split.column_warps; ++source) {
+          sum += m_.load_fresh(from + std::int64_t{source} * all);
+        }
+        sums(0)[i / plan_.rows * plan_.sums_row() + i % plan_.rows] = sum;
+      }
+    });
+    m_.sync();
+  }
+
+  SEQKERNELS_FN void send_warp(std::int64_t step, int warp, const Registers& weights) {
+    const Share share = share_of(plan_, warp);
+    if (!share.any) return;
+    const int slot = static_cast<int>(step % kSlots);
+    for (int n = 0; n < plan_.rows; n += 8) {
+      // Its own slot: a warp may be in the next step before another one has multiplied for others' units.
+      const char* rows = operand(1 - slot) + n * plan_.operand_row() + share.column * plan_.split.columns * kTileBytes;
+      for (int batch = 0; batch < plan_.batches(); ++batch) {
+        Sum<M, E> found[kHeld.rows];
+        product<E, kHeld.rows, kHeld.columns, M>(plan_, weights, this->tail(warp), batch, rows, found);
+#pragma unroll
+        for (int m = 0; m < kHeld.rows; ++m) {
+          const int tile = tile_row(plan_, share, batch, m);
+          if (m < plan_.batch_rows(batch) && tile < plan_.tile_rows()) send_tile(slot, share.column, tile, n, found[m]);
+        }
+      }
+    }
+  }
+
+  SEQKERNELS_FN void send_tile(int slot, int part, int tile, int n, const Sum<M, E>& found) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const SentRows rows = sent_rows(plan_, 2 * tile + half);
+      if (rows.block >= plan_.blocks) continue;
+      for (int here = 0; here < M::kHere; ++here) {
+        const int g = M::lane(here) / 4, q = M::lane(here) % 4;
+        const float* two = found.value[here] + 2 * half;  // of neighbouring rows of the batch
+        const int unit = rows.unit + g, column = n + 2 * q;
+        if (plan_.tier == Tier::kGrid) {
+          float* to = exchanged(slot, rows.block, rank_) + (part * plan_.units + unit) * plan_.rows + column;
+          M::store8(to, two);
+          continue;
+        }
+        const int source = rank_ * plan_.split.column_warps + part;
+        const int at = source * plan_.sums_of_source() + unit * plan_.sums_row() + column;
+        if (plan_.tier == Tier::kBlock) {
+          M::store8(sums(0) + at, two);
+        } else {
+          const int place = memory_.sums + (slot * plan_.sources() * plan_.sums_of_source() + at) * 4;
+          m_.put8(rows.block, place, two, memory_.barriers + slot * 8);
+        }
+      }
+    }
+  }
+
+  // The gradients of the states before step t, of which `past` is what did not go through the product.
+  SEQKERNELS_FN void finish(int slot, const Element& x, float* past, unsigned bits) const {
+    float sent = 0.0f;
+    const float* part = sums(slot) + x.u * plan_.sums_row() + x.n;
+#pragma unroll 4
+    for (int source = 0; source < plan_.sources(); ++source) sent += part[source * plan_.sums_of_source()];
+    if (job_.recurrent_mask != nullptr) sent *= value(job_.recurrent_mask, x.b * plan_.hidden + x.j);
+    if (!(bits & kHold)) past[0] += sent;
+    if (bits & kReset && job_.sum_reset_state != nullptr) {
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) job_.sum_reset_state[at(s, x.b, x.j)] += past[s];
+    }
+    if (bits & (kReset | kDetach)) {
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) past[s] = 0.0f;
+    }
+  }
+
+  SEQKERNELS_FN void advance(std::int64_t step, int thread) {
+    const int stage = static_cast<int>(step % plan_.stages);
+    m_.await_fetched(plan_.stages - 2);
+    this->each_element(thread, [&](const Element& x) {
+      float to_product[kGates] = {};
+      if (x.there) {
+        float grad[kStates];
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) grad[s] = state(s, x.index, thread);
+        if (step > 0) {
+          finish(static_cast<int>(step % kSlots), x, grad, bits_as<std::uint32_t>(state(2, x.index, thread)));
+        }
+        step_back(step, stage, x, grad, to_product, thread);
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) state(s, x.index, thread) = grad[s];
+      }
+#pragma unroll
+      for (int g = 0; g < kGates; ++g)
+        operand_at(static_cast<int>(step % kSlots), x.n, g * plan_.units + x.u) = narrow<S>(to_product[g]);
+    });
+    fetch_step(step + plan_.stages - 1, thread);
+  }
+
+  // From the gradients of the states after a step to those before it, but for what the product sends, in `grad`.
+  SEQKERNELS_FN void step_back(std::int64_t step, int stage, const Element& x, float* grad, float* to_product,
+                               int thread) const {
+    const std::int64_t t = time_of(step), here = at(t, x.b, x.j);
+    const auto word = [&](int field) { return fetched(stage, field, x.index, thread); };
+    unsigned bits = 0;
+    if (job_.control != nullptr) bits = Base::of_word(word(kBits), control_at(t, x.b));
+    state(2, x.index, thread) = bits_as<float>(bits);
+    if (job_.grad_hidden != nullptr) {
+      grad[0] += fetched_value(stage, kGradHidden, static_cast<const S*>(job_.grad_hidden) + here, x, thread);
+    }
+    if (kStates == 2 && job_.grad_cells != nullptr) {
+      grad[kStates - 1] += fetched_value(stage, kGradCells, static_cast<const S*>(job_.grad_cells) + here, x, thread);
+    }
+    float of_x[kGates] = {}, of_u[kGates] = {};
+    if (!(bits & kHold)) {
+      float saved[4];
+#pragma unroll
+      for (int k = 0; k < kSaved; ++k) saved[k] = bits_as<float>(word(k));
+      float own = fetched_value(stage, kState, state_of(t, x), x, thread);
+      if (kReserved && bits & kReset) own = fresh(kStates - 1, x.j);
+      through_cell(t, x, own, saved, grad, of_x, of_u);
+    }
+    S* to_x = static_cast<S*>(job_.of_x) + at_gates(t, x.b, x.j);
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) to_x[static_cast<std::int64_t>(g) * plan_.hidden] = narrow<S>(of_x[g]);
+    if (job_.of_u != nullptr) {
+      S* to_u = static_cast<S*>(job_.of_u) + at_gates(t, x.b, x.j);
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) to_u[static_cast<std::int64_t>(g) * plan_.hidden] = narrow<S>(of_u[g]);
+    }
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) to_product[g] = of_u[g];
+  }
+
+  // `own` is the state of the cell that its derivatives need, see kState.
+  SEQKERNELS_FN void through_cell(std::int64_t t, const Element& x, float own, const float* saved, float* grad,
+                                  float* of_x, float* of_u) const {
+    float past[kStates] = {};
+    if (job_.zoneout != nullptr) {
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) {
+        const float k = this->kept(s, t, x);
+        past[s] = k * grad[s];
+        grad[s] *= 1.0f - k;
+      }
+    }
+    float of_gates[kGates] = {};
+    if (job_.grad_gates != nullptr) {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        of_gates[g] = value(job_.grad_gates, at_gates(t, x.b, x.j) + static_cast<std::int64_t>(g) * plan_.hidden);
+      }
+    }
+    float prev[kStates] = {}, next[kStates] = {}, direct[kStates];
+    if constexpr (kStates == 2) {
+      prev[1] = own;
+      next[1] = Lstm<float>::cell_state(saved[0], saved[1], saved[2], own);
+      this->with_peephole(x.j, [&](const float* weights) {
+        Lstm<float>::backward(grad, prev, next, saved, direct, of_x, of_u, of_gates, weights);
+      });
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) of_u[g] = of_x[g];
+      if (job_.sum_peephole != nullptr) {
+        job_.sum_peephole[at(0, x.b, x.j)] += of_x[0] * prev[1];
+        job_.sum_peephole[at(1, x.b, x.j)] += of_x[1] * prev[1];
+        job_.sum_peephole[at(2, x.b, x.j)] += of_x[3] * next[1];
+      }
+    } else if constexpr (kGates == 3) {
+      prev[0] = own;
+      Gru<float>::backward(grad, prev, next, saved, direct, of_x, of_u, of_gates);
+    } else {
+      next[0] = job_.zoneout == nullptr ? own : made_again(t, x);
+      if (job_.relu) {
+        RnnRelu<float>::backward(grad, prev, next, saved, direct, of_x, of_u);
+      } else {
+        RnnTanh<float>::backward(grad, prev, next, saved, direct, of_x, of_u);
+      }
+      of_u[0] = of_x[0];
+    }
+#pragma unroll
+    for (int s = 0; s < kStates; ++s) grad[s] = past[s] + direct[s];
+  }
+
+  // What an RNN made before zoneout.
+  SEQKERNELS_FN float made_again(std::int64_t t, const Element& x) const {
+    const float of_x = job_.gates_x[at_gates(t, x.b, x.j)] + bias(0, 0, x.u);
+    const float of_h = job_.product[at_gates(t, x.b, x.j)] + bias(1, 0, x.u);
+    float next;
+    this->cell(&of_x, &of_h, nullptr, &next, nullptr, nullptr);
+    return next;
+  }
+
+  SEQKERNELS_FN void leave(int thread) {
+    this->each_element(thread, [&](const Element& x) {
+      if (!x.there) return;
+      float grad[kStates];
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) grad[s] = state(s, x.index, thread);
+      finish(static_cast<int>(job_.count % kSlots), x, grad, bits_as<std::uint32_t>(state(2, x.index, thread)));
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) job_.carry[at(s, x.b, x.j)] = grad[s];
+    });
+  }
+};
+
+}  // namespace
+}  // namespace seqkernels::persistent
