@@ -23,12 +23,12 @@ PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("recurrence", "cpu"): ("native", "numba", "reference"),
     ("attention", "cpu"): ("native", "numba", "reference"),
     ("rotary", "cpu"): ("native", "reference"),
-    ("recurrence", "cuda"): ("triton", "reference"),
+    ("recurrence", "cuda"): ("cuda", "triton", "reference"),
     ("attention", "cuda"): ("triton", "reference"),
 }
 #: On devices without a row in `PREFERENCE`.
 FALLBACK = ("reference",)
-NAMES = ("native", "numba", "triton", "reference")
+NAMES = ("native", "numba", "cuda", "triton", "reference")
 
 
 class Call(NamedTuple):
@@ -44,6 +44,8 @@ class Call(NamedTuple):
             ``"checkpoint"`` (recomputation in the backward pass), ``"control"``, ``"gates"`` (in the backward pass,
             where the gates have a gradient), ``"norm"``, ``"peephole"``, ``"recurrent_mask"``, ``"reset_state"``,
             ``"zoneout"``.
+        hidden: H of a recurrence, on devices whose kernels hold its weights; else 0.
+        batch: B of a recurrence that `explain` looks at; else 0.
     """
 
     op: str
@@ -51,6 +53,8 @@ class Call(NamedTuple):
     dtype: torch.dtype
     kind: str = ""
     features: tuple[str, ...] = ()
+    hidden: int = 0
+    batch: int = 0
 
 
 class Decision(NamedTuple):
@@ -90,6 +94,13 @@ def why_not(name: str, call: Call) -> str | None:
     return reason if reason is not None else package.unsupported(call)
 
 
+def why_not_by_itself(name: str, call: Call) -> str | None:
+    """`why_not`; and of one that can run `call`, why it does so only when asked for by name, where that is so."""
+    found = why_not(name, call)
+    asked = getattr(backend(name), "not_by_default", None)
+    return asked(call) if found is None and asked is not None else found
+
+
 def order(call: Call) -> tuple[str, ...]:
     """Implementations for `call`, preferred first."""
     return PREFERENCE.get((call.op, call.device), FALLBACK)
@@ -103,7 +114,7 @@ def _decide(forced: str | None, call: Call) -> Decision:
         return Decision(call, forced, {forced: None})
     reasons: dict[str, str | None] = {}
     for name in order(call):
-        reasons[name] = why_not(name, call)
+        reasons[name] = why_not_by_itself(name, call)
         if reasons[name] is None:
             return Decision(call, name, reasons)
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -145,7 +156,9 @@ def select(call: Call) -> Decision:
 def choice(call: Call) -> str | None:
     """Name of the implementation that `select` would choose, ``None`` for none; neither warned of nor recorded."""
     forced = _forced.get()
-    return next((name for name in (order(call) if forced is None else (forced,)) if why_not(name, call) is None), None)
+    if forced is not None:
+        return forced if why_not(forced, call) is None else None
+    return next((name for name in order(call) if why_not_by_itself(name, call) is None), None)
 
 
 def unobserved() -> bool:
@@ -206,7 +219,7 @@ def use_backend(name: str) -> Iterator[None]:
     of it: it uses what its forward pass was made with.
 
     Args:
-        name: ``"native"``, ``"numba"``, ``"triton"`` or ``"reference"``.
+        name: ``"native"``, ``"numba"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
 
     Raises:
         ValueError: no implementation has that name.
@@ -240,9 +253,11 @@ class Explanation(NamedTuple):
             lines.append(f"{describe(entry.call)} -> {entry.chosen}")
             for name in order(entry.call):
                 if name == entry.chosen:
-                    lines.append(f"  {name}: chosen")
-                else:
-                    lines.append(f"  {name}: {why_not(name, entry.call) or 'could run it, comes later in the order'}")
+                    how = getattr(backend(name), "detail", None)
+                    lines.append(f"  {name}: chosen" + (f", {how(entry.call)}" if how is not None else ""))
+                    continue
+                reason = why_not_by_itself(name, entry.call)
+                lines.append(f"  {name}: {reason or 'could run it, comes later in the order'}")
         return "\n".join(lines)
 
 

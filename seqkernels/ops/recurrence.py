@@ -56,6 +56,10 @@ def _plain(weights: Weights) -> bool:
 def _call(
     x: Tensor, weights: Weights, control: Tensor | None, cell: str, every: int, gates: bool = False
 ) -> backends.Call:
+    hidden = batch = 0
+    if x.is_cuda or backends.insisted() == "cuda":
+        hidden = weights.weight_hh.shape[1]
+        batch = x.shape[1] if backends.explained() else 0
     features: tuple[str, ...] = ("checkpoint",) if every else ()
     if control is not None:
         features += ("control",)
@@ -69,7 +73,7 @@ def _call(
             "zoneout": weights.zoneout is not None,
         }
         features += tuple(name for name, used in used.items() if used)
-    return backends.Call("recurrence", x.device.type, x.dtype, cell, features)
+    return backends.Call("recurrence", x.device.type, x.dtype, cell, features, hidden, batch)
 
 
 def _resolved(*tensors: Tensor | None) -> list[Any]:
