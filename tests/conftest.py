@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ hypothesis.settings.load_profile("seqkernels")
 
 def widest(backend: str) -> torch.dtype:
     """The dtype in which errors of an implementation are the least likely to be luck."""
-    return torch.float32 if backend == "triton" else torch.float64
+    return torch.float32 if backend in ("triton", "cuda") else torch.float64
 
 
 class Runner(NamedTuple):
@@ -62,15 +63,28 @@ def _isas(name: str) -> list[str | None]:
 
 
 DEVICE = "cpu"
-BACKENDS = [name for name in backends.NAMES if backends.backend(name).unavailable() is None]
+
+if not torch.cuda.is_available() and importlib.util.find_spec("seqkernels._emulator") is not None:
+    # Kernels of GPUs, on the processor.
+    importlib.import_module("seqkernels.backends.cuda.emulator").use()
+
+
+def _serves(name: str) -> bool:
+    """Whether an implementation can be used here, for a recurrence or for attention."""
+    calls = [backends.Call("recurrence", device, torch.float32, "lstm") for device in ("cpu", "cuda")]
+    calls += [call._replace(op="attention", kind="") for call in calls]
+    return any(backends.why_not(name, call) is None for call in calls)
+
+
+BACKENDS = [name for name in backends.NAMES if _serves(name)]
 # Of an implementation alone, where it can run: `make interpret` and a machine with a GPU.
 _OF_TRITON = [f"backends/test_triton_{name}.py" for name in ("descriptors", "precision", "recurrence", "tune")]
 collect_ignore = [] if "triton" in BACKENDS else _OF_TRITON
 if "triton" in BACKENDS:
     # Whatever somebody measured on this machine.
     importlib.import_module("seqkernels.backends.triton.tiles").ignore()
-# The reference leaves threads to torch, Triton has none; how threads share work is the same for each instruction set.
-_THREADS = {"reference": (1,), "triton": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}
+# The reference leaves threads to torch, GPUs have none; how threads share work is the same for each instruction set.
+_THREADS = {"reference": (1,), "triton": (1,), "cuda": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}
 RUNNERS = [
     Runner(name, isa, threads)
     for name in BACKENDS
@@ -84,6 +98,8 @@ PLAIN = [Runner(name, None, 1) for name in BACKENDS]
 def pytest_configure(config: pytest.Config) -> None:
     if torch.cuda.is_available():
         carry("triton")
+        if backends.backend("cuda").unavailable() is None:
+            carry("cuda")
     if INTERPRETED or torch.cuda.is_available():
         # Neither NumPy nor a GPU has the exponential of the CPU's libraries, and sums are in another order.
         budget.TIMES = 3
@@ -121,14 +137,21 @@ _CHOOSING = ("runner", "plain_runner", "other_backend", "options_backend", "opti
 
 def _declined(item: pytest.Item) -> bool:
     params = getattr(getattr(item, "callspec", None), "params", {})
+    emulated = "cuda" in BACKENDS and not torch.cuda.is_available()
+    if emulated and item.path.parent.name not in ("ops", "backends"):
+        # The emulator is for the contract, not for what is built on it.
+        names = [getattr(param, "backend", param) for param in params.values()]
+        if any(isinstance(name, str) and name == "cuda" for name in names):
+            return True
     used = {getattr(param, "backend", param) for name, param in params.items() if name in _CHOOSING}
-    if "triton" not in used | {params.get("options_runner", ("",))[0]}:
+    named = {"triton", "cuda"} & (used | {params.get("options_runner", ("",))[0]})
+    if not named:
         return False
     stem = item.path.stem
     op = "recurrence" if "recurrence" in stem or "checkpoint" in stem else "rotary" if "rotary" in stem else "attention"
     marked = item.get_closest_marker("dtype")
     dtype = marked.args[0] if marked else params.get("dtype", torch.float32)
-    return backends.why_not("triton", backends.Call(op, DEVICE, dtype)) is not None
+    return any(backends.why_not(name, backends.Call(op, DEVICE, dtype)) is not None for name in named)
 
 
 @pytest.fixture

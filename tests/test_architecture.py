@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import seqkernels
+from seqkernels.backends import Call
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(seqkernels.__file__).parent
@@ -71,7 +73,7 @@ def _imports(path: Path):
 
 def _is_module(name: tuple[str, ...]) -> bool:
     path = PACKAGE.joinpath(*name[1:])
-    return path.is_dir() or path.with_suffix(".py").exists() or name[-1] == "_C"
+    return path.is_dir() or path.with_suffix(".py").exists() or name[-1] in ("_C", "_C_cuda")
 
 
 def _ids(paths):
@@ -82,7 +84,7 @@ def _ids(paths):
 def test_import_rule(path):
     name = _name(path)
     for imported in _imports(path):
-        if imported[0] != "seqkernels" or len(imported) == 1 or imported == ("seqkernels", "_C"):
+        if imported[0] != "seqkernels" or len(imported) == 1 or imported[1] in ("_C", "_C_cuda"):
             continue
         target = imported[1]
         if target == name[0]:
@@ -97,7 +99,7 @@ def test_backends_know_only_the_registry_and_the_cells(path):
     if name[0] != "backends":
         # Others reach an implementation through the registry; the exceptions need that very one.
         reached = {i[2] for i in _imports(path) if i[:2] == ("seqkernels", "backends") and i[2:]}
-        allowed = {"ops": {"reference"}, "testing": {"reference", "native"}, "__main__": {"native", "triton"}}
+        allowed = {"ops": {"reference"}, "testing": {"reference", "native"}, "__main__": {"native", "cuda", "triton"}}
         assert reached <= allowed.get(name[0], set())
         return
     for imported in _imports(path):
@@ -108,8 +110,8 @@ def test_backends_know_only_the_registry_and_the_cells(path):
             assert inside[:1] == ("cells",), f"the registry imports {'.'.join(imported)}"
         elif name[1] in SHARED_BY_BACKENDS:
             assert imported[1] in SHARED_BY_BACKENDS[name[1]], f"imports {'.'.join(imported)}"
-        elif imported == ("seqkernels", "_C"):
-            assert name == ("backends", "native", "extension")
+        elif inside in (("_C",), ("_C_cuda",)):
+            assert name == ("backends", "native" if inside == ("_C",) else "cuda", "extension")
         else:
             known = ((module,) for module in ("_version", "cells", "precision", "scores", "backends"))
             beside = (("backends", module) for module in (name[1], *SHARED_BY_BACKENDS))
@@ -136,8 +138,8 @@ def test_cells_are_a_leaf():
 def test_import_loads_no_optional_library():
     code = (
         "import sys, torch; before = set(sys.modules); import seqkernels;"
-        "print([m for m in ('triton', 'numba', 'matplotlib', 'transformers', 'torch._dynamo', 'seqkernels.testing')"
-        " if m in set(sys.modules) - before], torch.cuda.is_initialized())"
+        "print([m for m in ('triton', 'numba', 'matplotlib', 'transformers', 'torch._dynamo', 'seqkernels.testing',"
+        " 'seqkernels._C_cuda') if m in set(sys.modules) - before], torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "[] False"
@@ -179,9 +181,12 @@ def test_everything_public_has_a_docstring(path):
 def test_backends_have_the_same_shape():
     for folder in sorted(p for p in (PACKAGE / "backends").iterdir() if p.is_dir() and p.name != "__pycache__"):
         assert folder.name in seqkernels.backends.NAMES
-        for stem in ("__init__", "recurrence", "attention"):
-            assert (folder / f"{stem}.py").exists(), f"{folder.name}/{stem}.py"
+        package = seqkernels.backends.backend(folder.name)
         for op in ("recurrence", "attention"):
+            if not (folder / f"{op}.py").exists():
+                calls = [Call(op, device, torch.float32, "lstm") for device in ("cpu", "cuda")]
+                assert all(package.unsupported(call) for call in calls), f"{folder.name}/{op}.py"
+                continue
             defined = {node.name for node in _public(ast.parse((folder / f"{op}.py").read_text()))}
             assert {f"{op}_forward", f"{op}_backward"} <= defined
 
@@ -199,7 +204,7 @@ def _includes(path: Path) -> list[str]:
 def test_includes():
     outside = re.compile(r"^(torch|ATen|c10|caffe2)/")
     python = re.compile(r"^(Python\.h|pybind11/|python/)")
-    cuda = re.compile(r"^(cuda|cublas|cooperative_groups)")
+    cuda = re.compile(r"^(cuda(?!/)|cublas|cooperative_groups|mma\.h)")
     for path in CSRC:
         folder = path.relative_to(ROOT / "csrc").parts[0]
         for include in _includes(path):
@@ -208,6 +213,8 @@ def test_includes():
             assert folder == "python" or not python.search(include), where
             assert folder == "cuda" or not cuda.search(include), where
             assert folder != "core" or not include.startswith(("cpu/", "cuda/")), where
+            assert folder != "cpu" or not include.startswith("cuda/"), where
+            assert folder != "cuda" or not include.startswith("cpu/"), where
 
 
 @needs_sources

@@ -521,7 +521,7 @@ def test_gpu_benchmark_without_a_gpu(monkeypatch, capsys):
     assert "--dry" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", gpu_cases.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", dict.fromkeys(gpu_cases.CASES + gpu_cases.PERSISTENT), ids=lambda case: case.name)
 def test_floors(case):
     for mode in case.modes:
         found = floor.work(case, mode)

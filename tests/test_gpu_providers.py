@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu, gpu_cases, gpu_providers  # noqa: E402
 from benchmarks.cases import Attention, Recurrence  # noqa: E402
+from seqkernels.backends.cuda import emulator  # noqa: E402
 
 ROUNDINGS = 40 * torch.finfo(torch.float32).eps
 """Of the norm of a result of float32 cases this small."""
@@ -67,6 +68,45 @@ def test_a_cell_is_one_graph(cell, monkeypatch):
     assert "compiled cell" in _rows(Recurrence(cell, 5, 2, 4, 6, tags=gpu_cases.CELLS), "forward_backward")
     # One of the first step, whose state needs no gradient, and one of the others.
     assert len(graphs) == 2
+
+
+@MODES
+@pytest.mark.parametrize("cell", gpu_providers.CELLS)
+@pytest.mark.skipif(not emulator.in_use(), reason="the emulator of the CUDA kernels is not built, or there is a GPU")
+def test_the_cuda_kernels(cell, mode, monkeypatch):
+    """Emulated; what they cannot do is left to others."""
+    monkeypatch.setattr(gpu_providers, "CUDA_DEVICE", "cpu")
+    for form in ({}, {"layers": 2, "bidirectional": True}):
+        found = list(_rows(Recurrence(cell, 5, 3, 4, 6, **form), mode))
+        assert found == [gpu.OURS, gpu.CUDA, ROUNDED, "torch"]
+    large = Recurrence(cell, 2, 1, 4, 1 << 14)
+    monkeypatch.setattr(gpu_providers.nn, gpu_providers.LAYERS[cell], _small)
+    monkeypatch.setattr(gpu_providers.seqkernels.nn, gpu_providers.LAYERS[cell], _small)
+    assert gpu.CUDA not in [maker.name for maker in gpu_providers.providers(large, "forward", "cpu")]
+
+
+def _small(*sizes, **options):
+    """In place of a layer whose weights would fill the memory."""
+    options.pop("precision", None)
+    return torch.nn.Identity()
+
+
+def test_cases_of_the_cuda_kernels():
+    names = [case.name for case in gpu_cases.PERSISTENT]
+    assert len(set(names)) == len(names)
+    for hidden in (128, 256, 512, 640, 1024):
+        assert {f"lstm_T512_B{batch}_I{hidden}_H{hidden}_bfloat16" for batch in (1, 8, 16, 32, 64)} <= set(names)
+    assert all(case.modes == ("forward", "forward_backward") for case in gpu_cases.PERSISTENT)
+
+
+def test_a_group_is_chosen(tmp_path, monkeypatch, capsys):
+    timed = []
+    monkeypatch.setattr(gpu, "time_case", lambda case, *_, **__: timed.append(case) or [])
+    assert gpu.main(["--dry", "--only", "persistent", "--json", str(tmp_path / "gpu.json")]) == 0
+    assert set(timed) == {case for case in gpu_cases.DRY_CASES if isinstance(case, Recurrence)}
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "others"])
+    assert "invalid choice: 'others'" in capsys.readouterr().err
 
 
 def test_loops_over_cells_are_affordable():

@@ -122,7 +122,9 @@ def test_a_device_without_kernels(fresh):
 
 def test_unknown_name():
     with (
-        pytest.raises(ValueError, match=r"backend: 'cudnn' is not one of 'native', 'numba', 'triton', 'reference'"),
+        pytest.raises(
+            ValueError, match=r"backend: 'cudnn' is not one of 'native', 'numba', 'cuda', 'triton', 'reference'"
+        ),
         seqkernels.use_backend("cudnn"),
     ):
         pass
@@ -253,3 +255,29 @@ def test_the_backward_pass_is_that_of_its_forward_pass(fresh, monkeypatch):
     with seqkernels.use_backend("numba"):
         out.sum().backward()
     assert [decision.chosen for decision in chosen] == ["reference"]
+
+
+def test_one_that_hesitates_runs_only_when_asked(fresh, monkeypatch):
+    def package(name):
+        why = {"numba": lambda call: "nobody has measured it"}.get(name, lambda call: None)
+        return types.SimpleNamespace(unavailable=lambda: None, unsupported=lambda call: None, not_by_default=why)
+
+    monkeypatch.setattr(backends, "backend", package)
+    monkeypatch.setattr(backends, "order", lambda call: ("numba", "reference"))
+    with pytest.warns(UserWarning, match="numba: nobody has measured it"):
+        decision = backends.select(CALL)
+    assert decision.chosen == backends.choice(CALL) == "reference"
+    assert decision.reasons["numba"] == "nobody has measured it"
+    assert "numba: nobody has measured it" in str(backends.Explanation((decision,)))
+    with seqkernels.use_backend("numba"):
+        assert backends.select(CALL).chosen == backends.choice(CALL) == "numba"
+
+
+def test_how_a_call_is_served_is_explained(fresh, monkeypatch):
+    def package(name):
+        how = lambda call: f"{call.hidden} units"  # noqa: E731
+        return types.SimpleNamespace(unavailable=lambda: None, unsupported=lambda call: None, detail=how)
+
+    monkeypatch.setattr(backends, "backend", package)
+    decision = backends.select(CALL._replace(hidden=3))
+    assert "native: chosen, 3 units" in str(backends.Explanation((decision,)))

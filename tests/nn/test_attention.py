@@ -28,12 +28,13 @@ FLAGS = [
 MASKS = list(itertools.product((None, "bool", "float"), (None, "bool", "float"), (2, 3)))
 
 WITH_WEIGHTS = backends.Call("attention", "cpu", torch.float64, "", ("weights",))
+PLAIN = backends.Call("attention", "cpu", torch.float32)
 #: Whether weights are asked for, and an implementation that can.
 RUNS = [
     (need_weights, name)
     for need_weights in (False, True)
     for name in backends.NAMES
-    if (backends.why_not(name, WITH_WEIGHTS) if need_weights else backends.backend(name).unavailable()) is None
+    if backends.why_not(name, WITH_WEIGHTS if need_weights else PLAIN) is None
 ]
 
 # Some pairs of masks mix types, of which torch warns, and so do we.

@@ -11,14 +11,17 @@ import torch
 import seqkernels
 from seqkernels import backends, testing
 
-_FEATURES = ("control", "gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout")
+_FEATURES = ("control", "gates", "peephole", "recurrent_mask", "reset_state", "zoneout")
 
-#: Implementations that say they have all options of the recurrence; that they should is tested once.
-WITH_OPTIONS = [
-    name
-    for name in backends.NAMES
-    if backends.why_not(name, backends.Call("recurrence", "cpu", torch.float32, "lstm", _FEATURES)) is None
-]
+
+def _has(name: str, *features: str) -> bool:
+    return backends.why_not(name, backends.Call("recurrence", "cpu", torch.float32, "lstm", features)) is None
+
+
+#: Implementations that say they have all options of the recurrence, or all but norms; that they should is tested once.
+WITH_OPTIONS = [name for name in backends.NAMES if _has(name, *_FEATURES)]
+#: Those of them that have norms.
+WITH_NORMS = [name for name in WITH_OPTIONS if _has(name, "norm")]
 
 
 def _isas(name: str) -> list[str | None]:
@@ -29,11 +32,12 @@ def _isas(name: str) -> list[str | None]:
     return [*extension().isas()]
 
 
+_THREADS = {"reference": (1,), "triton": (1,), "cuda": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}
 RUNS = [
     (name, isa, threads)
     for name in WITH_OPTIONS
     for isa in _isas(name)
-    for threads in {"reference": (1,), "triton": (1,), "x86-64-v2": (1,), "x86-64-v3": (2,)}.get(isa or name, (1, 2))
+    for threads in _THREADS.get(isa or name, (1, 2))
 ]
 
 

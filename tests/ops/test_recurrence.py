@@ -65,6 +65,9 @@ def test_shapes(runner, cell, shape):
 @pytest.mark.parametrize("shape", [(1, 2, 7), (3, 5, 35), (20, 9, 130)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_shapes_in_other_dtypes(plain_runner, cell, shape, dtype):
+    if cell == "rnn_relu" and dtype.itemsize == 2:
+        # A factor h rounded to 16 bits moves elements over 0 in the end, whose gradients are then others altogether.
+        shape = (min(shape[0], 8), *shape[1:])
     testing.check_recurrence(*_draws(cell, shape, dtype, control=True), cell=cell)
 
 

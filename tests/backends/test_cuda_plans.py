@@ -1,0 +1,104 @@
+"""Which tier serves a recurrence, and how it is cut, for devices that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from seqkernels.cells import CELLS
+
+if importlib.util.find_spec("seqkernels._emulator") is None:
+    pytest.skip("the emulator was not built (SEQKERNELS_EMULATOR=1)", allow_module_level=True)
+
+from seqkernels import _emulator
+from seqkernels.backends.cuda.plans import Device, choose, cycles, describe
+
+H100 = Device(capability=90, processors=132, shared_memory=227 * 1024, cluster=16)
+A100 = Device(capability=80, processors=108, shared_memory=163 * 1024, cluster=0)
+SMALL = Device(capability=120, processors=30, shared_memory=99 * 1024, cluster=8)
+PRODUCTS = ("float16", "bfloat16", "tf32x3", "exact")
+
+
+def _plan(device, cell, product, backward, hidden, batch):
+    return choose(_emulator, device, cell, product, backward, hidden, batch).plan
+
+
+@pytest.mark.parametrize("device", [H100, A100, SMALL], ids=["H100", "A100", "small"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_chosen_fits_the_device(device, cell):
+    for product in PRODUCTS:
+        for hidden in (1, 15, 16, 17, 72, 128, 129, 192, 256, 300, 512, 640, 739, 1024, 1800, 2112):
+            for batch in (1, 8, 9, 40, 128, 1000):
+                for backward in (False, True):
+                    plan = _plan(device, cell, product, backward, hidden, batch)
+                    if plan is None:
+                        assert hidden > 128
+                        continue
+                    assert plan.shared_memory <= device.shared_memory
+                    assert plan.blocks * plan.units >= hidden > (plan.blocks - 1) * plan.units
+                    assert plan.slices * plan.rows >= batch > (plan.slices - 1) * plan.rows
+                    most = {"block": 1, "cluster": device.cluster, "grid": device.processors}[plan.tier]
+                    assert 1 <= plan.blocks <= most
+                    assert plan.row_warps * plan.column_warps <= 8
+                    assert plan.stages in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("cell", "product", "hidden", "tier"),
+    [
+        ("lstm", "bfloat16", 72, "block"),
+        ("lstm", "bfloat16", 512, "cluster"),
+        ("gru", "float16", 512, "cluster"),
+        ("lstm", "bfloat16", 1024, "grid"),
+        ("lstm", "float16", 1800, "grid"),
+        ("lstm", "exact", 1024, "grid"),
+    ],
+)
+def test_tiers_of_a_hopper_gpu(cell, product, hidden, tier):
+    for backward in (False, True):
+        assert _plan(H100, cell, product, backward, hidden, 16).tier == tier
+
+
+def test_without_clusters_there_are_none():
+    for hidden in (64, 256, 1024):
+        assert _plan(A100, "lstm", "bfloat16", False, hidden, 16).tier in ("block", "grid")
+
+
+def test_weights_that_fit_nowhere_have_a_reason():
+    found = choose(_emulator, SMALL, "lstm", "exact", False, 4096, 8)
+    assert found.plan is None
+    assert str(found).startswith("the weights of 4 x 4096 x 4096 do not fit: the cuts need ")
+
+
+def test_a_plan_in_words():
+    plan = _plan(H100, "lstm", "bfloat16", False, 512, 16)
+    assert describe(plan) == "cluster of 16 blocks with 32 units each, for 2 x 8 rows"
+    assert describe(_plan(H100, "lstm", "bfloat16", False, 64, 3)) == "a block each for 1 x 8 rows"
+
+
+def test_more_turns_take_more_cycles():
+    few, many = (_emulator.plan("cluster", "lstm", "bfloat16", False, 512, batch, 32, 8) for batch in (56, 57))
+    assert cycles(many, "bfloat16", H100) == 2 * cycles(few, "bfloat16", H100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("cloud", "lstm", "exact", False, 8, 8, 16, 8),
+            "tier: expected one of 'block', 'cluster', 'grid', got 'cloud'",
+        ),
+        (
+            ("block", "lstm", "fp8", False, 8, 8, 16, 8),
+            "product: expected one of 'float16', 'bfloat16', 'tf32x3', 'exact'",
+        ),
+        (("block", "lstm", "exact", False, 8, 8, 15, 8), "units: expected a multiple of 8 up to 256, got 15"),
+        (("block", "lstm", "exact", False, 8, 8, 16, 7), "rows: expected a multiple of 8 up to 64, got 7"),
+        (("block", "lstm", "exact", False, 17, 8, 16, 8), "units: expected all 17 where the tier is 'block', got 16"),
+        (("grid", "lstm", "exact", False, 0, 8, 16, 8), "hidden: expected 1 or more, got 0"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _emulator.plan(*arguments)

@@ -1,0 +1,81 @@
+// Persistent recurrences, emulated under ThreadSanitizer: both passes of some plans of each tier. Prints what ran.
+#include <cstdio>
+
+#include "core/emulator.h"
+
+using namespace seqkernels;
+using namespace seqkernels::persistent;
+
+namespace {
+
+constexpr int kBatch = 11;
+
+// All memory of a call; what is read of it is a number.
+struct Memory {
+  Memory(const Plan& plan, int steps, int hidden)
+      : floats(static_cast<std::size_t>(steps + 1) * kBatch * hidden * 5, 0.01f),
+        weights(static_cast<std::size_t>(4 * hidden * hidden), 0.02f),
+        states(floats),
+        reserve(floats),
+        of_x(floats),
+        of_u(floats),
+        carry(static_cast<std::size_t>(2 * kBatch * hidden), 0.5f),
+        control(static_cast<std::size_t>(steps) * kBatch, 0),
+        exchange(static_cast<std::size_t>(plan.exchange_bytes()) / 4 + 4),
+        flags(static_cast<std::size_t>(plan.flags()) + 1) {
+    control[3] = kReset;
+    control[5] = kHold;
+  }
+
+  std::vector<float> floats, weights, states, reserve, of_x, of_u, carry;
+  std::vector<std::uint8_t> control;
+  std::vector<float> exchange;
+  std::vector<std::uint32_t> flags;
+};
+
+void run(Tier tier, CellKind cell, bool backward, int hidden, int units, int rows, int steps) {
+  const Plan plan = layout(tier, cell, Product::kExact, backward, hidden, kBatch, units, rows);
+  Memory memory(plan, steps, hidden);
+  Launch launch{};
+  launch.plan = plan;
+  launch.memory = plan.memory();
+  launch.jobs = 1;
+  launch.slices = plan.slices;
+  Job& job = launch.job[0];
+  job.first = backward ? steps - 1 : 0;
+  job.count = steps;
+  job.gates_x = memory.floats.data();
+  job.weight_hh = memory.weights.data();
+  job.carry = memory.carry.data();
+  job.states = memory.states.data();
+  job.state_plane = std::int64_t{steps + 1} * kBatch * hidden;
+  job.reserve = memory.reserve.data();
+  job.control = memory.control.data();
+  job.grad_hidden = memory.floats.data();
+  job.of_x = memory.of_x.data();
+  job.of_u = cell == CellKind::kGru ? memory.of_u.data() : nullptr;
+  job.exchange = memory.exchange.data();
+  job.flags = memory.flags.data();
+  emulate(launch, [](HostWarp& warp, const Launch& all, const Place& place) {
+    all.plan.cell == CellKind::kLstm ? run_block<Lstm<float>, OfExact>(warp, all, place)
+                                     : run_block<Gru<float>, OfExact>(warp, all, place);
+  });
+  std::printf("%d blocks of %d units, %d slices, %d steps, %s\n", plan.blocks, units, plan.slices, steps,
+              backward ? "backward" : "forward");
+}
+
+}  // namespace
+
+int main() {
+  for (const bool backward : {false, true}) {
+    for (const int steps : {1, 2, 5}) {
+      for (const CellKind cell : {CellKind::kLstm, CellKind::kGru}) {
+        run(Tier::kBlock, cell, backward, 44, 48, 8, steps);
+        run(Tier::kCluster, cell, backward, 44, 16, 8, steps);
+        run(Tier::kGrid, cell, backward, 44, 24, 16, steps);
+      }
+    }
+    // Warps here make parts for other blocks alone, and nobody waits for those but the block itself.
+    run(Tier::kCluster, CellKind::kGru, backward, 130, 32, 8, 4);
+  }
+}
