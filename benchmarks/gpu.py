@@ -1,4 +1,4 @@
-"""``make gpu-bench``: the backends on a GPU beside their peers, ``python -m benchmarks.gpu [--minutes M] [-k WORD]``.
+"""``make gpu-bench``: the backends on a GPU beside their peers, ``python -m benchmarks.gpu [--only GROUP] [-k WORD]``.
 
 Of each case all providers are timed in turns, round by round, with device events around some calls; each call uses the
 next of several sets of inputs, together larger than the last cache. A second figure is that of the same calls in a CUDA
@@ -28,10 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import seqkernels
+from seqkernels import backends
 
 from .cases import Attention, Case, Mode
-from .gpu_cases import CASES, DRY_CASES
-from .gpu_providers import OURS, PACKAGES, Provider, providers
+from .gpu_cases import GROUPS
+from .gpu_providers import CUDA, OURS, PACKAGES, Provider, providers
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_DIFFERENCE = 0.05
@@ -255,12 +256,16 @@ def render(rows: Sequence[Row], about: dict[str, Any]) -> str:
         groups.setdefault((row.case, row.mode), []).append(row)
     for (case, mode), of in groups.items():
         times = {row.provider: row.graph_ms or row.ms for row in of if not row.note}
-        mine = next((row for row in of if row.provider == OURS and not row.note), None)
+        mine = min(
+            (row for row in of if row.provider in (OURS, CUDA) and not row.note),
+            key=lambda row: times[row.provider],
+            default=None,
+        )
         others = [ms for name, ms in times.items() if not name.startswith(OURS)]
         text = f"{case} {mode.replace('_', '+')}".ljust(64)
         if mine is not None:
             text += f" {mine.tflops:6.0f} TF {mine.gbytes:6.0f} GB/s"
-            text += f"  {min(others) / times[OURS]:5.2f}x the best" if others else ""
+            text += f"  {min(others) / times[mine.provider]:5.2f}x the best" if others else ""
         text += "  " + " ".join(f"{name} {ms:.4g}" for name, ms in times.items())
         text += "".join(f"  {row.provider}: {row.note}" for row in of if row.note)
         text += "".join(
@@ -280,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--minutes", type=float, default=7.0, help="cases that do not fit are left out (%(default)s)")
+    parser.add_argument("--only", choices=GROUPS, default="default", help="the group of cases (%(default)s)")
     parser.add_argument("-k", metavar="WORD", default="", help="only the cases with this in their name")
     parser.add_argument("--json", type=Path, default=ROOT / "report" / "gpu.json", help="result (%(default)s)")
     parser.add_argument("--dry", action="store_true", help="small cases on the processor: a check of this program")
@@ -289,6 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry and not torch.cuda.is_available():
         print("gpu: there is no CUDA device; --dry checks the program without one", file=sys.stderr)
         return 1
+    reason = backends.backend("cuda").unavailable()
+    if options.only == "persistent" and not options.dry and reason is not None:
+        print(f"gpu: {reason}", file=sys.stderr)
+        return 1
     if not options.dry and not options.own_tiles:
         from seqkernels.backends.triton import tiles
 
@@ -296,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     start = time.perf_counter()
     about = machine(device) | {"tiles": "own" if options.own_tiles else "shipped"}
-    cases = [(c, m) for c in (DRY_CASES if options.dry else CASES) if options.k in c.name for m in c.modes]
+    cases = [(c, m) for c in GROUPS[options.only][options.dry] if options.k in c.name for m in c.modes]
     rows: list[Row] = []
     left_out = []
     for case, mode in tqdm(cases, unit="case", disable=None):

@@ -1,6 +1,13 @@
-"""The cases of ``make gpu-bench`` in the order in which they are timed: of each kind those that matter most first."""
+"""The cases of ``make gpu-bench`` in the order in which they are timed: of each kind those that matter most first.
+
+Groups of other cases are timed where they are asked for, ``python -m benchmarks.gpu --only persistent``.
+"""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -12,6 +19,9 @@ HALF = torch.bfloat16
 TOKENS, COLUMNS = 16384, 2048
 
 CELLS = frozenset({"cells"})
+
+#: Of the recurrences of `PERSISTENT`.
+STEPS = 512
 
 
 def _sweep() -> list[Case]:
@@ -52,6 +62,31 @@ def _recurrences() -> list[Case]:
     return cases
 
 
+def _persistent() -> list[Case]:
+    """Recurrences around what decides about those in one launch: where they should win, and where cuDNN has its own."""
+
+    def cases(cell: str, dtype: torch.dtype, sizes: Iterable[tuple[int, int]], **form: Any) -> list[Case]:
+        return [Recurrence(cell, STEPS, batch, hidden, hidden, dtype=dtype, **form) for hidden, batch in sizes]
+
+    return _in_turns(
+        cases("lstm", HALF, itertools.product((512, 256, 1024, 128, 640), (8, 32, 1, 64, 16))),
+        cases("gru", HALF, itertools.product((512, 256, 1024), (8, 32, 64))),
+        cases("gru", torch.float16, itertools.product((512, 256, 1024), (8, 32))),
+        # In cuDNN's persistent regime: H % 128 == 0, B % 8 == 0.
+        cases("lstm", torch.float16, itertools.product((512, 256, 1024, 128), (8, 32))),
+        [
+            case
+            for cell in ("lstm", "gru")
+            for form in ({"layers": 2}, {"bidirectional": True}, {"layers": 2, "bidirectional": True})
+            for case in cases(cell, HALF, [(512, 16)], **form)
+        ],
+        # More than 128 units, and many rows: they leave a block's registers, and a small cluster has to do.
+        cases("lstm", HALF, [(192, 64), (160, 40), (192, 128)]) + cases("gru", HALF, [(192, 64), (160, 40)]),
+        cases("lstm", torch.float32, [(256, 16), (512, 16), (128, 32)]) + cases("gru", torch.float32, [(256, 16)]),
+        cases("lstm", HALF, [(64, 32), (32, 1), (72, 8)]) + cases("gru", HALF, [(64, 32), (72, 8)]),
+    )
+
+
 def _in_turns(*kinds: list[Case]) -> list[Case]:
     """One of each, then the next of each: where time runs out, some of all are done."""
     longest = max(map(len, kinds))
@@ -59,6 +94,8 @@ def _in_turns(*kinds: list[Case]) -> list[Case]:
 
 
 CASES: tuple[Case, ...] = tuple(_in_turns(_sweep(), _others(), _recurrences()))
+
+PERSISTENT: tuple[Case, ...] = tuple(_persistent())
 
 #: The same at sizes that a processor can do, to check the code of the benchmark.
 DRY_CASES: tuple[Case, ...] = (
@@ -74,3 +111,9 @@ DRY_CASES: tuple[Case, ...] = (
     Recurrence("rnn_tanh", 7, 3, 8, 8, tags=CELLS),
     Recurrence("rnn_relu", 7, 3, 8, 8, tags=CELLS),
 )
+
+#: By name: the cases on a GPU, and those of a check on a processor.
+GROUPS: dict[str, tuple[tuple[Case, ...], tuple[Case, ...]]] = {
+    "default": (CASES, DRY_CASES),
+    "persistent": (PERSISTENT, tuple(case for case in DRY_CASES if isinstance(case, Recurrence))),
+}

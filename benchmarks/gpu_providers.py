@@ -17,11 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import seqkernels
+from seqkernels import backends
 
 from .cases import GATES, SOFTCAP, WINDOW, Attention, Case, Mode, Recurrence
 from .workloads import LAYERS
 
 OURS = "seqkernels"
+CUDA = f"{OURS} cuda"
+"""The compiled CUDA kernels, which take a recurrence where they are asked to."""
+CUDA_DEVICE = "cuda"
+"""The type of device they run on; tests have them emulated on another one."""
 ROTATED = 160 << 20
 """Bytes of all sets of inputs together, more than three times the last cache of an H100."""
 
@@ -208,15 +213,25 @@ def _recurrence(case: Recurrence, mode: Mode, device: str) -> Iterator[Maker]:
     directions = 2 if case.bidirectional else 1
     grad = _randn(case, device, case.steps, case.batch, case.hidden * directions) if training else None
 
-    def provider(name: str, layer: nn.Module, form: Callable[[Tensor], Tensor], sets: Sequence[Tensor]) -> Provider:
+    def provider(
+        name: str, layer: nn.Module, form: Callable[[Tensor], Tensor], sets: Sequence[Tensor], context: Any
+    ) -> Provider:
         wanted = tuple(layer.parameters())
         calls = [_forward_backward(functools.partial(form, x), (x, *wanted), grad) for x in sets]
-        return Provider(name, calls, nullcontext)
+        return Provider(name, calls, context)
 
-    def of(name: str, layer: nn.Module, form: Callable[[Tensor], Tensor], sets: Sequence[Tensor] = inputs) -> Maker:
-        return Maker(name, functools.partial(provider, name, layer, form, sets))
+    def of(
+        name: str,
+        layer: nn.Module,
+        form: Callable[[Tensor], Tensor],
+        sets: Sequence[Tensor] = inputs,
+        context: Any = nullcontext,
+    ) -> Maker:
+        return Maker(name, functools.partial(provider, name, layer, form, sets, context))
 
     yield of(OURS, mine, lambda x: mine(x)[0])
+    if device == CUDA_DEVICE and backends.why_not("cuda", _call(case, device)) is None:
+        yield of(CUDA, mine, lambda x: mine(x)[0], context=functools.partial(seqkernels.use_backend, "cuda"))
     if case.dtype == torch.float32:
         # As cuDNN does it unless told otherwise.
         rounded = getattr(seqkernels.nn, LAYERS[case.cell])(case.inputs, case.hidden, precision="tf32", **options)
@@ -229,6 +244,10 @@ def _recurrence(case: Recurrence, mode: Mode, device: str) -> Iterator[Maker]:
         yield of("compiled cell", theirs, functools.partial(_by_cells, case, theirs, cell), inputs[:1])
     if case.cell in FLASHRNN and case.layers == directions == 1 and _there("flashrnn"):
         yield of("flashrnn", theirs, functools.partial(_flashrnn, case, theirs))
+
+
+def _call(case: Recurrence, device: str) -> backends.Call:
+    return backends.Call("recurrence", device, case.dtype, case.cell, hidden=case.hidden)
 
 
 def _lstm_cell(x: Tensor, state: State, w_x: Tensor, w_h: Tensor, b_x: Tensor, b_h: Tensor) -> State:
