@@ -27,7 +27,9 @@ namespace seqkernels {
 SEQKERNELS_DECLARE(baseline)
 #else
 SEQKERNELS_DECLARE(v2)
+#if defined(SEQKERNELS_HAS_v3)
 SEQKERNELS_DECLARE(v3)
+#endif
 SEQKERNELS_DECLARE(v4)
 #endif
 
@@ -43,7 +45,9 @@ struct Available {
 #else
     __builtin_cpu_init();
     if (__builtin_cpu_supports("x86-64-v2")) tables[count++] = SEQKERNELS_TABLE(v2, "x86-64-v2");
+#if defined(SEQKERNELS_HAS_v3)
     if (__builtin_cpu_supports("x86-64-v3")) tables[count++] = SEQKERNELS_TABLE(v3, "x86-64-v3");
+#endif
     if (__builtin_cpu_supports("x86-64-v4")) tables[count++] = SEQKERNELS_TABLE(v4, "x86-64-v4");
 #endif
   }
