@@ -1,8 +1,13 @@
 // Persistent recurrences as Python calls them: of the module of CUDA kernels, and of the emulator of the tests.
 #pragma once
 
+#include <pybind11/stl.h>
+
 #include <functional>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "core/persistent_job.h"
 #include "python/cell.h"
@@ -100,9 +105,22 @@ inline void bind_plan(py::module_& m) {
         "The plan of a call with given sizes, on no device yet.");
 }
 
+// Runs launches: (launch, a tensor of theirs, those that have to be beside it).
+using Beside = std::vector<const Tensor*>;
+using Runner = std::function<void(const Launch&, const Tensor&, const Beside&)>;
+
 // The fields of seqkernels.backends._through_time.Parts, and with them those of a loop that both passes share.
 class LoopArguments {
  public:
+  // weight_hh, carry, states, control, parts, cell, reverse, first, count, base, exchange, flags
+  using Given = std::tuple<py::handle, py::handle, py::handle, py::handle, py::tuple, std::string, bool, std::int64_t,
+                           std::int64_t, std::int64_t, py::handle, py::handle>;
+
+  LoopArguments(const Plan& plan, const Given& given, std::int64_t steps)
+      : LoopArguments(plan, std::get<0>(given), std::get<1>(given), std::get<2>(given), std::get<3>(given),
+                      std::get<4>(given), std::get<5>(given), std::get<6>(given), std::get<7>(given),
+                      std::get<8>(given), std::get<9>(given), steps, std::get<10>(given), std::get<11>(given)) {}
+
   LoopArguments(const Plan& plan, py::handle weight_hh, py::handle carry, py::handle states, py::handle control,
                 const py::tuple& parts, const std::string& cell, bool reverse, std::int64_t first, std::int64_t count,
                 std::int64_t base, std::int64_t steps, py::handle exchange, py::handle flags)
@@ -193,6 +211,11 @@ class LoopArguments {
     return static_cast<float*>(tensor.data());
   }
 
+  void add_to(Beside& beside) const {
+    beside.insert(beside.end(), {&weight_hh_, &carry_, &states_, &control_, &bias_ih_, &bias_hh_, &reset_state_,
+                                 &peephole_, &recurrent_mask_, &zoneout_, &seed_, &exchange_, &flags_});
+  }
+
   const Plan& plan_;
   const CellShape shape_;
   const DType storage_;
@@ -212,102 +235,129 @@ class LoopArguments {
   }
 };
 
-inline Launch launch_of(const Plan& plan, const Job& job) {
+// A job of a forward pass.
+class ForwardArguments {
+ public:
+  static constexpr bool kBackward = false;
+  // what loops share, gates_x, reserve
+  using Given = std::tuple<LoopArguments::Given, py::handle, py::handle>;
+
+  ForwardArguments(const Plan& plan, const Given& given)
+      : gates_x_(std::get<1>(given), "gates_x"),
+        reserve_(std::get<2>(given), "reserve", true),
+        loop_(plan, std::get<0>(given), gates_x_.expect({kAny, kAny, kAny}).size(0)) {
+    const bool lstm = loop_.shape_.states == 2;
+    if (reserve_ && lstm && loop_.states_.size(0) != 2) fail_argument("states", "two of them with reserve", "one");
+    loop_.job_.gates_x = loop_.of_steps<const float>(gates_x_, DType::kFloat32, loop_.shape_.gates * plan.hidden);
+    loop_.job_.reserve = loop_.reserve(reserve_);
+  }
+
+  const Job& job() const { return loop_.job_; }
+  const Tensor& first() const { return gates_x_; }
+  void add_to(Beside& beside) const {
+    beside.insert(beside.end(), {&gates_x_, &reserve_});
+    loop_.add_to(beside);
+  }
+
+ private:
+  Tensor gates_x_, reserve_;
+  LoopArguments loop_;
+};
+
+// A job of a backward pass.
+class BackwardArguments {
+ public:
+  static constexpr bool kBackward = true;
+  using Three = std::tuple<py::handle, py::handle, py::handle>;
+  using Two = std::tuple<py::handle, py::handle>;
+  // what loops share; gradients of hidden states, cell states and gates; sums of reset_state and peephole; reserve,
+  // gates_x, product, of_x, of_u
+  using Given =
+      std::tuple<LoopArguments::Given, Three, Two, py::handle, py::handle, py::handle, py::handle, py::handle>;
+
+  BackwardArguments(const Plan& plan, const Given& given)
+      : grad_hidden_(std::get<0>(std::get<1>(given)), "grad_hidden", true),
+        grad_cells_(std::get<1>(std::get<1>(given)), "grad_cells", true),
+        grad_gates_(std::get<2>(std::get<1>(given)), "grad_gates", true),
+        sum_reset_state_(std::get<0>(std::get<2>(given)), "sum_reset_state", true),
+        sum_peephole_(std::get<1>(std::get<2>(given)), "sum_peephole", true),
+        reserve_(std::get<3>(given), "reserve", true),
+        gates_x_(std::get<4>(given), "gates_x", true),
+        product_(std::get<5>(given), "product", true),
+        of_x_(std::get<6>(given), "of_x"),
+        of_u_(std::get<7>(given), "of_u", true),
+        loop_(plan, std::get<0>(given), of_x_.expect({kAny, kAny, kAny}).size(0)) {
+    Job& job = loop_.job_;
+    const std::int64_t H = plan.hidden, gates = loop_.shape_.gates;
+    if (loop_.shape_.reserve > 0 && !reserve_) fail_argument("reserve", "a tensor", "None");
+    if (loop_.shape_.states == 2 && loop_.states_.size(0) != 2) fail_argument("states", "two of them", "one");
+    if ((gates == 3) != static_cast<bool>(of_u_)) fail_argument("of_u", gates == 3 ? "a tensor" : "None", "not that");
+    if (gates == 1 && job.zoneout != nullptr && (!gates_x_ || !product_)) {
+      fail_argument("product", "a tensor, as gates_x, of an RNN with zoneout", "None");
+    }
+    job.grad_hidden = loop_.of_steps<const void>(grad_hidden_, loop_.storage_, H);
+    job.grad_cells = loop_.of_steps<const void>(grad_cells_, loop_.storage_, H);
+    grad_gates_.expect({loop_.steps_, plan.batch, gates, H}).expect(loop_.storage_).expect_contiguous();
+    job.grad_gates = grad_gates_.data();
+    job.gates_x = loop_.of_steps<const float>(gates_x_, DType::kFloat32, gates * H);
+    job.product = loop_.of_steps<const float>(product_, DType::kFloat32, gates * H);
+    job.of_x = loop_.of_steps<void>(of_x_, loop_.storage_, gates * H);
+    job.of_u = loop_.of_steps<void>(of_u_, loop_.storage_, gates * H);
+    job.sum_reset_state = loop_.sums(sum_reset_state_, loop_.shape_.states);
+    job.sum_peephole = loop_.sums(sum_peephole_, 3);
+    if (loop_.shape_.reserve > 0) job.reserve = loop_.reserve(reserve_);
+  }
+
+  const Job& job() const { return loop_.job_; }
+  const Tensor& first() const { return of_x_; }
+  void add_to(Beside& beside) const {
+    beside.insert(beside.end(), {&of_x_, &of_u_, &reserve_, &gates_x_, &product_, &grad_hidden_, &grad_cells_,
+                                 &grad_gates_, &sum_reset_state_, &sum_peephole_});
+    loop_.add_to(beside);
+  }
+
+ private:
+  Tensor grad_hidden_, grad_cells_, grad_gates_, sum_reset_state_, sum_peephole_, reserve_, gates_x_, product_, of_x_,
+      of_u_;
+  LoopArguments loop_;
+};
+
+// One launch of all jobs.
+template <class Arguments>
+void launch(const Runner& run, const Plan& plan, const py::args& jobs) {
+  if (plan.backward != Arguments::kBackward) {
+    const char* const kinds[] = {"one of a forward pass", "one of a backward pass"};
+    fail_argument("plan", kinds[Arguments::kBackward], kinds[plan.backward]);
+  }
+  if (jobs.empty() || jobs.size() > kMostJobs) {
+    fail_argument("jobs", "1 to " + std::to_string(kMostJobs), std::to_string(jobs.size()));
+  }
+  std::vector<std::unique_ptr<Arguments>> all;
   Launch launch{};
   launch.plan = plan;
   launch.memory = plan.memory();
-  launch.jobs = 1;
   launch.slices = plan.slices;
-  launch.job[0] = job;
-  return launch;
-}
-
-// Runs launches: (launch, a tensor of theirs, those that have to be beside it).
-using Runner = std::function<void(const Launch&, const Tensor&, std::initializer_list<const Tensor*>)>;
-
-inline void forward(const Runner& run, const Plan& plan, py::handle gates_x_, py::handle weight_hh, py::handle carry,
-                    py::handle states, py::handle reserve_, py::handle control, const py::tuple& parts,
-                    const std::string& cell, bool reverse, std::int64_t first, std::int64_t count, std::int64_t base,
-                    py::handle exchange, py::handle flags) {
-  if (plan.backward) fail_argument("plan", "one of a forward pass", "one of a backward pass");
-  const Tensor gates_x(gates_x_, "gates_x"), reserve(reserve_, "reserve", true);
-  gates_x.expect({kAny, kAny, kAny});
-  LoopArguments all(plan, weight_hh, carry, states, control, parts, cell, reverse, first, count, base, gates_x.size(0),
-                    exchange, flags);
-  const bool lstm = all.shape_.states == 2;
-  if (reserve && lstm && all.states_.size(0) != 2) fail_argument("states", "two of them with reserve", "one");
-  all.job_.gates_x = all.of_steps<const float>(gates_x, DType::kFloat32, all.shape_.gates * plan.hidden);
-  all.job_.reserve = all.reserve(reserve);
-  run(launch_of(plan, all.job_), gates_x,
-      {&reserve, &all.weight_hh_, &all.carry_, &all.states_, &all.control_, &all.bias_ih_, &all.bias_hh_,
-       &all.reset_state_, &all.peephole_, &all.recurrent_mask_, &all.zoneout_, &all.seed_, &all.exchange_,
-       &all.flags_});
-}
-
-inline void backward(const Runner& run, const Plan& plan, py::handle weight_hh, py::handle carry,
-                     const py::tuple& grads, const py::tuple& sums, py::handle states, py::handle reserve_,
-                     py::handle gates_x_, py::handle product_, py::handle control, const py::tuple& parts,
-                     const std::string& cell, bool reverse, std::int64_t first, std::int64_t count, std::int64_t base,
-                     py::handle of_x_, py::handle of_u_, py::handle exchange, py::handle flags) {
-  if (!plan.backward) fail_argument("plan", "one of a backward pass", "one of a forward pass");
-  if (grads.size() != 3) fail_argument("grads", "3 tensors or None", std::to_string(grads.size()));
-  if (sums.size() != 2) fail_argument("sums", "2 tensors or None", std::to_string(sums.size()));
-  const Tensor of_x(of_x_, "of_x"), of_u(of_u_, "of_u", true), reserve(reserve_, "reserve", true);
-  const Tensor gates_x(gates_x_, "gates_x", true), product(product_, "product", true);
-  const auto item = [](const py::tuple& all, std::size_t i) { return py::handle(PyTuple_GET_ITEM(all.ptr(), i)); };
-  const Tensor grad_hidden(item(grads, 0), "grad_hidden", true), grad_cells(item(grads, 1), "grad_cells", true);
-  const Tensor grad_gates(item(grads, 2), "grad_gates", true);
-  const Tensor sum_reset_state(item(sums, 0), "sum_reset_state", true),
-      sum_peephole(item(sums, 1), "sum_peephole", true);
-  of_x.expect({kAny, kAny, kAny});
-  LoopArguments all(plan, weight_hh, carry, states, control, parts, cell, reverse, first, count, base, of_x.size(0),
-                    exchange, flags);
-  Job& job = all.job_;
-  const std::int64_t H = plan.hidden, gates = all.shape_.gates;
-  if (all.shape_.reserve > 0 && !reserve) fail_argument("reserve", "a tensor", "None");
-  if (all.shape_.states == 2 && all.states_.size(0) != 2) fail_argument("states", "two of them", "one");
-  if ((gates == 3) != static_cast<bool>(of_u)) fail_argument("of_u", gates == 3 ? "a tensor" : "None", "not that");
-  if (gates == 1 && job.zoneout != nullptr && (!gates_x || !product)) {
-    fail_argument("product", "a tensor, as gates_x, of an RNN with zoneout", "None");
+  Beside beside;
+  for (const py::handle job : jobs) {
+    all.push_back(std::make_unique<Arguments>(plan, job.cast<typename Arguments::Given>()));
+    launch.job[launch.jobs++] = all.back()->job();
+    all.back()->add_to(beside);
   }
-  job.grad_hidden = all.of_steps<const void>(grad_hidden, all.storage_, H);
-  job.grad_cells = all.of_steps<const void>(grad_cells, all.storage_, H);
-  grad_gates.expect({all.steps_, plan.batch, gates, H}).expect(all.storage_).expect_contiguous();
-  job.grad_gates = grad_gates.data();
-  job.gates_x = all.of_steps<const float>(gates_x, DType::kFloat32, gates * H);
-  job.product = all.of_steps<const float>(product, DType::kFloat32, gates * H);
-  job.of_x = all.of_steps<void>(of_x, all.storage_, gates * H);
-  job.of_u = all.of_steps<void>(of_u, all.storage_, gates * H);
-  job.sum_reset_state = all.sums(sum_reset_state, all.shape_.states);
-  job.sum_peephole = all.sums(sum_peephole, 3);
-  if (all.shape_.reserve > 0) job.reserve = all.reserve(reserve);
-  run(launch_of(plan, job), of_x,
-      {&of_u,         &reserve,         &gates_x,       &product,          &grad_hidden,   &grad_cells,
-       &grad_gates,   &sum_reset_state, &sum_peephole,  &all.weight_hh_,   &all.carry_,    &all.states_,
-       &all.control_, &all.bias_ih_,    &all.bias_hh_,  &all.reset_state_, &all.peephole_, &all.recurrent_mask_,
-       &all.zoneout_, &all.seed_,       &all.exchange_, &all.flags_});
+  run(launch, all.front()->first(), beside);
 }
 
 inline void bind_passes(py::module_& m, const Runner& run) {
   m.def(
       "recurrence_forward",
-      [run](const Plan& plan, py::handle gates_x, py::handle weight_hh, py::handle carry, py::handle states,
-            py::handle reserve, py::handle control, const py::tuple& parts, const std::string& cell, bool reverse,
-            std::int64_t first, std::int64_t count, std::int64_t base, py::handle exchange, py::handle flags) {
-        forward(run, plan, gates_x, weight_hh, carry, states, reserve, control, parts, cell, reverse, first, count,
-                base, exchange, flags);
-      },
-      "Steps `first` and those that follow it: into states, reserve unless None, and carry.");
+      [run](const Plan& plan, const py::args& jobs) { launch<ForwardArguments>(run, plan, jobs); },
+      "A launch of jobs, of each of which step `first` and those that follow it: into states, reserve unless None, and "
+      "carry.");
   m.def(
       "recurrence_backward",
-      [run](const Plan& plan, py::handle weight_hh, py::handle carry, const py::tuple& grads, const py::tuple& sums,
-            py::handle states, py::handle reserve, py::handle gates_x, py::handle product, py::handle control,
-            const py::tuple& parts, const std::string& cell, bool reverse, std::int64_t first, std::int64_t count,
-            std::int64_t base, py::handle of_x, py::handle of_u, py::handle exchange, py::handle flags) {
-        backward(run, plan, weight_hh, carry, grads, sums, states, reserve, gates_x, product, control, parts, cell,
-                 reverse, first, count, base, of_x, of_u, exchange, flags);
-      },
-      "Back through step `first` and those before it in the loop: into of_x, of_u, sums and carry.");
+      [run](const Plan& plan, const py::args& jobs) { launch<BackwardArguments>(run, plan, jobs); },
+      "A launch of jobs, of each of which back through step `first` and those before it in the loop: into of_x, of_u, "
+      "sums and carry.");
+  m.attr("MOST_JOBS") = kMostJobs;
 }
 
 }  // namespace persistent_python

@@ -63,7 +63,7 @@ std::map<std::string, int> device(int number) {
           {"cluster", found.cluster}};
 }
 
-void run(const persistent::Launch& launch, const Tensor& first, std::initializer_list<const Tensor*> others) {
+void run(const persistent::Launch& launch, const Tensor& first, const persistent_python::Beside& others) {
   const Work work(first, others);
   const py::gil_scoped_release release;
   persistent::run(launch, work.stream());

@@ -10,9 +10,9 @@ PYBIND11_MODULE(_emulator, m) {
   using namespace seqkernels;
   m.doc() = "An emulator of persistent recurrences.";
   persistent_python::bind_plan(m);
-  persistent_python::bind_passes(
-      m, [](const persistent::Launch& launch, const Tensor&, std::initializer_list<const Tensor*>) {
-        const py::gil_scoped_release release;
-        persistent::emulate(launch, persistent::run_product);
-      });
+  persistent_python::bind_passes(m,
+                                 [](const persistent::Launch& launch, const Tensor&, const persistent_python::Beside&) {
+                                   const py::gil_scoped_release release;
+                                   persistent::emulate(launch, persistent::run_product);
+                                 });
 }

@@ -175,7 +175,7 @@ def entering(h: Tensor, control: Tensor | None, parts: Parts, reset: int) -> Ten
 
 
 @contextlib.contextmanager
-def _as_given(x: Tensor, precision: str) -> Iterator[None]:
+def as_given(x: Tensor, precision: str) -> Iterator[None]:
     """No gradients, autocast or flags, since the op has all from its arguments; launches go to their device."""
     device = x.device
     with torch.no_grad(), torch_products(precision, x), contextlib.ExitStack() as stack:
@@ -190,7 +190,7 @@ def _parts(weights: Weights) -> Parts:
     return Parts._make(None if x is None else x.contiguous() for x in (getattr(weights, n) for n in Parts._fields))
 
 
-def _gates_x(input: Tensor, weights: Weights) -> Tensor:
+def gates_x(input: Tensor, weights: Weights) -> Tensor:
     """The input part of the gates (T, B, G*H) without its bias; in held steps anything."""
     if weights.weight_ih is None:
         return input.contiguous()
@@ -207,6 +207,77 @@ def _segments(steps: int, every: int, reverse: bool) -> list[tuple[int, int]]:
     return [(steps - end, steps - first) for first, end in ends] if reverse else ends
 
 
+class ForwardPass:
+    """A recurrence whose loop is run one part after the other.
+
+    Args:
+        gates_x: (T, B, G*H), the input part of the gates without its bias; of steps that are not run yet anything.
+        weights, state0, control, cell, reverse, save, every, precision: as in the contract.
+
+    Attributes:
+        loop: its tensors.
+        carry: (S, B, H), float32, the states after the last step that was run.
+        states, saved: what the forward op returns.
+        reserve: of the steps, or ``None``.
+    """
+
+    def __init__(
+        self,
+        gates_x: Tensor,
+        weights: Weights,
+        state0: Tensor,
+        control: Tensor | None,
+        cell: str,
+        reverse: bool,
+        save: bool,
+        every: int = 0,
+        precision: str = "ieee",
+    ) -> None:
+        steps, batch, _ = gates_x.shape
+        num_states, _, hidden = state0.shape
+        self._every = every = every if save else 0
+        acc = accumulate_dtype(state0.dtype)
+        self.loop = Loop(
+            gates_x,
+            weights.weight_hh.contiguous(),
+            None if control is None else control.contiguous(),
+            _parts(weights),
+            cell,
+            reverse,
+            steps,
+            batch,
+            hidden,
+            precision,
+        )
+        self.states = state0.new_empty((num_states if save and not every else 1, steps + 1, batch, hidden))
+        self.states[:, steps if reverse else 0] = state0[: self.states.shape[0]]
+        # A copy even where nothing changes: the loop writes to it.
+        self.carry = torch.empty(state0.shape, dtype=acc, device=state0.device).copy_(state0)
+        shape = (steps, batch, CELLS[cell].reserve, hidden) if save and not every else (0,)
+        self._segments = _segments(steps, every, reverse)
+        if every:
+            shape = (len(self._segments), num_states, batch, hidden)
+        self.saved = torch.empty(shape, dtype=acc, device=state0.device)
+        self.reserve = self.saved if save and not every and CELLS[cell].reserve else None
+
+    def hidden(self, begin: int, end: int) -> Tensor:
+        """The hidden states after steps [begin, end) (end - begin, B, H), which were run."""
+        first = begin + (0 if self.loop.reverse else 1)
+        return self.states[0, first : first + end - begin]
+
+    def run(self, path: Path) -> None:
+        """All steps, on `path`."""
+        for k, (begin, end) in enumerate(self._segments):
+            if self._every:
+                self.saved[k] = self.carry
+            if self.loop.has_work(begin, end):
+                path.forward(self.loop, self.carry, self.states, self.reserve, begin, end, 0)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the forward op returns."""
+        return self.states, self.carry.to(self.states.dtype), self.saved
+
+
 def recurrence_forward(
     path: Path,
     input: Tensor,
@@ -220,39 +291,10 @@ def recurrence_forward(
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward``, whose loop `path` runs."""
-    with _as_given(input, precision):
-        steps, batch, _ = input.shape
-        num_states, _, hidden = state0.shape
-        every = every if save else 0
-        acc = accumulate_dtype(input.dtype)
-        loop = Loop(
-            _gates_x(input, weights),
-            weights.weight_hh.contiguous(),
-            None if control is None else control.contiguous(),
-            _parts(weights),
-            cell,
-            reverse,
-            steps,
-            batch,
-            hidden,
-            precision,
-        )
-        states = input.new_empty((num_states if save and not every else 1, steps + 1, batch, hidden))
-        states[:, steps if reverse else 0] = state0[: states.shape[0]]
-        # A copy even where nothing changes: the loop writes to it.
-        carry = torch.empty(state0.shape, dtype=acc, device=state0.device).copy_(state0)
-        shape = (steps, batch, CELLS[cell].reserve, hidden) if save and not every else (0,)
-        segments = _segments(steps, every, reverse)
-        if every:
-            shape = (len(segments), num_states, batch, hidden)
-        saved = torch.empty(shape, dtype=acc, device=input.device)
-        reserve = saved if save and not every and CELLS[cell].reserve else None
-        for k, (begin, end) in enumerate(segments):
-            if every:
-                saved[k] = carry
-            if loop.has_work(begin, end):
-                path.forward(loop, carry, states, reserve, begin, end, 0)
-        return states, carry.to(input.dtype), saved
+    with as_given(input, precision):
+        found = ForwardPass(gates_x(input, weights), weights, state0, control, cell, reverse, save, every, precision)
+        found.run(path)
+        return found.results()
 
 
 def _given(grad: Tensor | None) -> Tensor | None:
@@ -270,6 +312,143 @@ def _sums(weights: Weights, needs: dict[str, bool], batch: int, hidden: int) -> 
     return Sums._make(map(zeros, Sums._fields))
 
 
+class BackwardPass:
+    """The gradients of a recurrence, whose loop is run one part after the other.
+
+    Args:
+        grads, input, weights, states, reserve, control, cell, reverse, every, precision: as in the contract.
+        needs: which gradients are wanted, by the name of what they are of.
+
+    Attributes:
+        loop: its tensors.
+        grads: that go into the loop, and that it makes.
+        carry: (S, B, H), float32, the gradients of the states before the last step that was run.
+        states, reserve: as given.
+    """
+
+    def __init__(
+        self,
+        grads: Sequence[Tensor | None],
+        input: Tensor,
+        weights: Weights,
+        states: Tensor,
+        reserve: Tensor,
+        control: Tensor | None,
+        cell: str,
+        reverse: bool,
+        needs: dict[str, bool],
+        every: int = 0,
+        precision: str = "ieee",
+    ) -> None:
+        steps, batch, _ = input.shape
+        hidden = states.shape[3]
+        num_gates, num_states, num_saved = CELLS[cell]
+        dtype, acc = states.dtype, accumulate_dtype(states.dtype)
+        parts = _parts(weights)
+        control = None if control is None else control.contiguous()
+        grad_hidden, grad_cells, grad_state_n, grad_gates = map(_given, grads)
+        if num_saved == 0 and grad_gates is not None:
+            # The one gate is the hidden state itself.
+            own = grad_gates.view(steps, batch, hidden)
+            grad_hidden, grad_gates = own if grad_hidden is None else own.to(acc) + grad_hidden, None
+        made_again = num_saved == 0 and parts.zoneout is not None
+        self.loop = Loop(
+            gates_x(input, weights) if every or made_again else None,
+            weights.weight_hh.contiguous(),
+            control,
+            parts,
+            cell,
+            reverse,
+            steps,
+            batch,
+            hidden,
+            precision,
+        )
+        before = states[0, 1:] if reverse else states[0, :-1]
+        self._entered = entering(before, control, parts, RESET).reshape(steps * batch, hidden)
+        recurrent = None
+        if parts.norm_h is not None or made_again:
+            recurrent = product(self._entered, self.loop.weight_hh.t()).view(steps, batch, num_gates * hidden)
+
+        def gradient() -> Tensor:
+            return torch.empty((steps, batch, num_gates * hidden), dtype=dtype, device=input.device)
+
+        self.grads = Gradients(
+            grad_hidden,
+            grad_cells,
+            grad_gates,
+            recurrent,
+            gradient(),
+            gradient() if cell == "gru" else None,
+            gradient() if parts.norm_h is not None else None,
+            _sums(weights, needs, batch, hidden),
+        )
+        self.carry = torch.zeros((num_states, batch, hidden), dtype=acc, device=input.device)
+        if grad_state_n is not None:
+            self.carry.copy_(grad_state_n)
+        self.states, self.reserve = states, reserve
+        self._input, self._weights, self._needs, self._every = input, weights, needs, every
+        self._made_again = made_again
+
+    @property
+    def backward_loop(self) -> Loop:
+        """The loop of the way back, which reads the input part of the gates only where it makes them again."""
+        return self.loop if self._made_again else self.loop._replace(gates_x=None)
+
+    def run(self, path: Path) -> None:
+        """Back through all steps, on `path`."""
+        loop, num_saved = self.loop, CELLS[self.loop.cell].reserve
+        num_states = self.carry.shape[0]
+        for k, (begin, end) in reversed(list(enumerate(_segments(loop.steps, self._every, loop.reverse)))):
+            states, reserve, base = self.states, self.reserve, 0
+            if self._every:
+                base = begin
+                states = self.states.new_empty((num_states, end - begin + 1, loop.batch, loop.hidden))
+                reserve = self.reserve.new_empty((end - begin, loop.batch, num_saved, loop.hidden))
+                again = self.reserve[k].clone()
+                states[:, end - begin if loop.reverse else 0] = again
+                if loop.has_work(begin, end):
+                    path.forward(loop, again, states, reserve if num_saved else None, begin, end, base)
+            if loop.has_work(begin, end):
+                path.backward(self.backward_loop, self.grads, self.carry, states, reserve, begin, end, base)
+
+    def results(self) -> list[Tensor]:
+        """What the backward op returns, of all steps."""
+        found, like = self._found(), (self._input, self.states, *self._weights)
+        return [
+            self._input.new_empty(0)
+            if x is None or not need or name not in found
+            else found[name].to(x.dtype).contiguous()
+            for (name, need), x in zip(self._needs.items(), like, strict=True)
+        ]
+
+    def _found(self) -> dict[str, Tensor]:
+        input, weights, needs, control = self._input, self._weights, self._needs, self.loop.control
+        found, acc = {"state0": self.carry}, self.carry.dtype
+        of_x = self.grads.of_x.flatten(0, 1)
+        of_u = of_x if self.grads.of_u is None else self.grads.of_u.view_as(of_x)
+        if needs["input"]:
+            of_input = of_x if weights.weight_ih is None else rounded_product(of_x, weights.weight_ih)
+            found["input"] = of_input.view(input.shape)
+        if needs["weight_ih"] and weights.weight_ih is not None:
+            seen = input if control is None else input.masked_fill((control & HOLD).bool().unsqueeze(2), 0)
+            found["weight_ih"] = product(of_x.t(), seen.reshape(of_x.shape[0], seen.shape[2]))
+        if needs["weight_hh"]:
+            found["weight_hh"] = product(self.grads.to_product().view_as(of_x).t(), self._entered)
+        if needs["bias_ih"]:
+            found["bias_ih"] = of_x.sum(0, dtype=acc)
+        if needs["bias_hh"]:
+            found["bias_hh"] = of_u.sum(0, dtype=acc)
+        for name, rows in self.grads.sums._asdict().items():
+            if rows is not None:
+                found[name] = rows.sum(1).view(getattr(weights, name).shape)
+        return found
+
+
+#: What gradients are of, in the order of the backward op's.
+NAMES = ("input", "state0", *Weights._fields)
+
+
 def recurrence_backward(
     path: Path,
     grads: Sequence[Tensor | None],
@@ -285,109 +464,8 @@ def recurrence_backward(
     precision: str = "ieee",
 ) -> list[Tensor]:
     """``seqkernels::recurrence_backward``, whose loop `path` runs."""
-    with _as_given(input, precision):
-        names = ("input", "state0", *Weights._fields)
-        wanted = dict(zip(names, needs, strict=True))
-        found = _gradients(
-            path, grads, input, weights, states, reserve, control, cell, reverse, wanted, every, precision
-        )
-        like = (input, states, *weights)
-        return [
-            input.new_empty(0) if x is None or not need or name not in found else found[name].to(x.dtype).contiguous()
-            for name, x, need in zip(names, like, needs, strict=True)
-        ]
-
-
-def _gradients(
-    path: Path,
-    grads: Sequence[Tensor | None],
-    input: Tensor,
-    weights: Weights,
-    states: Tensor,
-    reserve: Tensor,
-    control: Tensor | None,
-    cell: str,
-    reverse: bool,
-    needs: dict[str, bool],
-    every: int,
-    precision: str,
-) -> dict[str, Tensor]:
-    """The gradients that are wanted, by the name of what they are of."""
-    steps, batch, _ = input.shape
-    hidden = states.shape[3]
-    num_gates, num_states, num_saved = CELLS[cell]
-    dtype, acc = states.dtype, accumulate_dtype(states.dtype)
-    parts = _parts(weights)
-    control = None if control is None else control.contiguous()
-    grad_hidden, grad_cells, grad_state_n, grad_gates = map(_given, grads)
-    if num_saved == 0 and grad_gates is not None:
-        # The one gate is the hidden state itself.
-        own = grad_gates.view(steps, batch, hidden)
-        grad_hidden, grad_gates = own if grad_hidden is None else own.to(acc) + grad_hidden, None
-    made_again = num_saved == 0 and parts.zoneout is not None
-    loop = Loop(
-        _gates_x(input, weights) if every or made_again else None,
-        weights.weight_hh.contiguous(),
-        control,
-        parts,
-        cell,
-        reverse,
-        steps,
-        batch,
-        hidden,
-        precision,
-    )
-    before = states[0, 1:] if reverse else states[0, :-1]
-    entered = entering(before, control, parts, RESET).reshape(steps * batch, hidden)
-    recurrent = None
-    if parts.norm_h is not None or made_again:
-        recurrent = product(entered, loop.weight_hh.t()).view(steps, batch, num_gates * hidden)
-
-    def gradient() -> Tensor:
-        return torch.empty((steps, batch, num_gates * hidden), dtype=dtype, device=input.device)
-
-    pending = Gradients(
-        grad_hidden,
-        grad_cells,
-        grad_gates,
-        recurrent,
-        gradient(),
-        gradient() if cell == "gru" else None,
-        gradient() if parts.norm_h is not None else None,
-        _sums(weights, needs, batch, hidden),
-    )
-    carry = torch.zeros((num_states, batch, hidden), dtype=acc, device=input.device)
-    if grad_state_n is not None:
-        carry.copy_(grad_state_n)
-    for k, (begin, end) in reversed(list(enumerate(_segments(steps, every, reverse)))):
-        part_states, part_reserve, base = states, reserve, 0
-        if every:
-            base = begin
-            part_states = states.new_empty((num_states, end - begin + 1, batch, hidden))
-            part_reserve = reserve.new_empty((end - begin, batch, num_saved, hidden))
-            again = reserve[k].clone()
-            part_states[:, end - begin if reverse else 0] = again
-            if loop.has_work(begin, end):
-                path.forward(loop, again, part_states, part_reserve if num_saved else None, begin, end, base)
-        backward_loop = loop if made_again else loop._replace(gates_x=None)
-        if loop.has_work(begin, end):
-            path.backward(backward_loop, pending, carry, part_states, part_reserve, begin, end, base)
-    found = {"state0": carry}
-    of_x = pending.of_x.view(steps * batch, num_gates * hidden)
-    of_u = of_x if pending.of_u is None else pending.of_u.view_as(of_x)
-    if needs["input"]:
-        of_input = of_x if weights.weight_ih is None else rounded_product(of_x, weights.weight_ih)
-        found["input"] = of_input.view(input.shape)
-    if needs["weight_ih"] and weights.weight_ih is not None:
-        seen = input if control is None else input.masked_fill((control & HOLD).bool().unsqueeze(2), 0)
-        found["weight_ih"] = product(of_x.t(), seen.reshape(steps * batch, seen.shape[2]))
-    if needs["weight_hh"]:
-        found["weight_hh"] = product(pending.to_product().view_as(of_x).t(), entered)
-    if needs["bias_ih"]:
-        found["bias_ih"] = of_x.sum(0, dtype=acc)
-    if needs["bias_hh"]:
-        found["bias_hh"] = of_u.sum(0, dtype=acc)
-    for name, rows in pending.sums._asdict().items():
-        if rows is not None:
-            found[name] = rows.sum(1).view(getattr(weights, name).shape)
-    return found
+    with as_given(input, precision):
+        wanted = dict(zip(NAMES, needs, strict=True))
+        found = BackwardPass(grads, input, weights, states, reserve, control, cell, reverse, wanted, every, precision)
+        found.run(path)
+        return found.results()

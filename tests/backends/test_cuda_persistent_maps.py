@@ -59,7 +59,7 @@ def _forward(plan, cell, gates_x, weight, h, c):
     stored = torch.zeros(states, 2, BATCH, hidden, dtype=weight.dtype)
     reserve = torch.full((1, BATCH, saved, hidden), torch.nan) if saved else None
     emulator.module().recurrence_forward(
-        plan, gates_x, weight, carry, stored, reserve, None, _NO_PARTS, cell, False, 0, 1, 0, *_exchange(plan)
+        plan, ((weight, carry, stored, None, _NO_PARTS, cell, False, 0, 1, 0, *_exchange(plan)), gates_x, reserve)
     )
     return carry, reserve
 
@@ -114,24 +114,16 @@ def test_backward(cell, product):
             of_x, of_u = (torch.full((1, BATCH, gates * hidden), torch.nan, dtype=dtype) for _ in range(2))
             emulator.module().recurrence_backward(
                 plan,
-                weight.to(dtype),
-                carry,
-                (None, None, of_gates),
-                (None, None),
-                stored,
-                reserve,
-                None,
-                None,
-                None,
-                _NO_PARTS,
-                cell,
-                False,
-                0,
-                1,
-                0,
-                of_x,
-                of_u if cell == "gru" else None,
-                *_exchange(plan),
+                (
+                    (weight.to(dtype), carry, stored, None, _NO_PARTS, cell, False, 0, 1, 0, *_exchange(plan)),
+                    (None, None, of_gates),
+                    (None, None),
+                    reserve,
+                    None,
+                    None,
+                    of_x,
+                    of_u if cell == "gru" else None,
+                ),
             )
             given = (of_u if cell == "gru" else of_x)[0].float()
             assert (given != 0).any()

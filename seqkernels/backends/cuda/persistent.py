@@ -5,9 +5,9 @@ The layout is a plan of the compiled module, see ``csrc/core/persistent_plan.h``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,23 @@ def product_of(dtype: torch.dtype, precision: str) -> str:
     return _PRODUCTS.get(dtype) or ("exact" if precision == "ieee" else "tf32x3")
 
 
+class Part(NamedTuple):
+    """The steps [begin, end) of a loop, with the arguments of `seqkernels.backends._through_time.Path`.
+
+    Attributes:
+        grads: of a backward pass.
+    """
+
+    loop: Loop
+    carry: Tensor
+    states: Tensor
+    reserve: Tensor | None
+    begin: int
+    end: int
+    base: int
+    grads: Gradients | None = None
+
+
 class Persistent:
     """A `seqkernels.backends._through_time.Path` of launches.
 
@@ -34,34 +51,11 @@ class Persistent:
         self._kernels = kernels
         self._choose = choose
 
-    def _exchange(self, plan: Any, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        if plan.flags == 0:
-            return None, None
-        exchange = torch.empty(plan.exchange_bytes, dtype=torch.uint8, device=device)
-        return exchange, torch.zeros(plan.flags, dtype=torch.int32, device=device)
-
     def forward(
         self, loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int
     ) -> None:
         """As `Path.forward`."""
-        assert loop.gates_x is not None
-        plan = self._choose(loop, False)
-        self._kernels.recurrence_forward(
-            plan,
-            loop.gates_x.float(),
-            loop.weight_hh,
-            carry,
-            states,
-            reserve,
-            loop.control,
-            tuple(loop.parts),
-            loop.cell,
-            loop.reverse,
-            loop.order(begin, end)[0],
-            end - begin,
-            base,
-            *self._exchange(plan, carry.device),
-        )
+        self.together(self._choose(loop, False), [Part(loop, carry, states, reserve, begin, end, base)])
 
     def backward(
         self,
@@ -75,27 +69,62 @@ class Persistent:
         base: int,
     ) -> None:
         """As `Path.backward`."""
-        plan = self._choose(loop, True)
-        # Two gradients that were added up, of an RNN's gates and of its states, are float32.
-        grad_hidden = None if grads.hidden is None else grads.hidden.to(states.dtype)
-        self._kernels.recurrence_backward(
-            plan,
-            loop.weight_hh,
-            carry,
-            (grad_hidden, grads.cells, grads.gates),
-            (grads.sums.reset_state, grads.sums.peephole),
-            states,
-            reserve if loop.cell in ("lstm", "gru") else None,
-            None if loop.gates_x is None else loop.gates_x.float(),
-            grads.product,
-            loop.control,
-            tuple(loop.parts),
-            loop.cell,
-            loop.reverse,
-            loop.order(begin, end)[-1],
-            end - begin,
-            base,
-            grads.of_x,
-            grads.of_u,
-            *self._exchange(plan, carry.device),
-        )
+        self.together(self._choose(loop, True), [Part(loop, carry, states, reserve, begin, end, base, grads)])
+
+    def together(self, plan: Any, parts: Sequence[Part]) -> None:
+        """One launch of parts that need nothing of each other.
+
+        Args:
+            plan: of all of them; whether it is one back says what is run.
+            parts: up to ``MOST_JOBS`` of the module, none of them empty.
+        """
+        if plan.backward:
+            self._kernels.recurrence_backward(plan, *(_backward_job(plan, part) for part in parts))
+        else:
+            self._kernels.recurrence_forward(plan, *(_forward_job(plan, part) for part in parts))
+
+
+def _shared(plan: Any, part: Part) -> tuple[Any, ...]:
+    """What a job of either pass is given."""
+    loop = part.loop
+    exchange = flags = None
+    if plan.flags:
+        exchange = torch.empty(plan.exchange_bytes, dtype=torch.uint8, device=part.carry.device)
+        flags = torch.zeros(plan.flags, dtype=torch.int32, device=part.carry.device)
+    order = loop.order(part.begin, part.end)
+    return (
+        loop.weight_hh,
+        part.carry,
+        part.states,
+        loop.control,
+        tuple(loop.parts),
+        loop.cell,
+        loop.reverse,
+        order[-1 if plan.backward else 0],
+        len(order),
+        part.base,
+        exchange,
+        flags,
+    )
+
+
+def _forward_job(plan: Any, part: Part) -> tuple[Any, ...]:
+    assert part.loop.gates_x is not None
+    return _shared(plan, part), part.loop.gates_x.float(), part.reserve
+
+
+def _backward_job(plan: Any, part: Part) -> tuple[Any, ...]:
+    loop, grads = part.loop, part.grads
+    assert grads is not None
+    # Two gradients that were added up, of an RNN's gates and of its states, are float32.
+    grad_hidden = None if grads.hidden is None else grads.hidden.to(part.states.dtype)
+    return (
+        _shared(plan, part),
+        (grad_hidden, grads.cells, grads.gates),
+        (grads.sums.reset_state, grads.sums.peephole),
+        part.reserve if loop.cell in ("lstm", "gru") else None,
+        None if loop.gates_x is None else loop.gates_x.float(),
+        grads.product,
+        grads.of_x,
+        grads.of_u,
+    )
