@@ -14,10 +14,11 @@ from torch import Tensor
 
 from . import _sequences
 from ._options import LISTS, Options, Tensors, Trace, zoneout_of
-from .cells import CELLS, NORM_EPS, RESET
+from .cells import CELLS, NORM_EPS, RESET, Weights
 from .ops.layer import layer
 from .ops.recurrence import recurrence
 from .ops.step import step as quick_step
+from .ops.together import recurrences, serves
 
 
 class Parameters(NamedTuple):
@@ -187,18 +188,89 @@ class _Stack(NamedTuple):
         finals, traces = [], []
         hidden = self.weights[0].hh.shape[0] // CELLS[self.cell].gates
         zeros = _zeros(self.cell, x, self.layout.batch, hidden) if self.hx is None else None
-        for first in range(0, len(self.weights), directions):
+        # What runs at once: nothing else, the directions of a layer, or all layers of one direction.
+        size = (directions if self.bidirectional else len(self.weights)) if self._at_once(x) else 1
+        for first in range(0, len(self.weights), max(size, directions)):
             if first and self.dropout:
                 x = self._drop(x)
-            outputs = []
-            for k in range(first, first + directions):
-                state = None if self.hx is None else [s.narrow(0, k, 1) for s in self.hx]
-                output, state_n, trace = self._direction(k, x, state, zeros, k > first)
-                outputs.append(output)
-                finals.append(state_n)
-                traces.append(trace)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            if size > 1:
+                found = self._together(range(first, first + size), x, zeros)
+            else:
+                found = []
+                for k in range(first, first + directions):
+                    found.append(self._direction(k, x, self._state(k), zeros, k > first))
+            outputs = [output for output, _, _ in found]
+            finals += [state_n for _, state_n, _ in found]
+            traces += [trace for _, _, trace in found]
+            x = torch.cat(outputs, -1) if self.bidirectional else outputs[-1]
         return x, self._finals(finals), traces
+
+    def _state(self, k: int) -> Tensors | None:
+        return None if self.hx is None else [s.narrow(0, k, 1) for s in self.hx]
+
+    def _at_once(self, x: Tensor) -> bool:
+        """Whether an implementation runs what is between the recurrences, too: plain products and dropout."""
+        options = self.options or _PLAIN
+        if len(self.weights) == 1 or self.weights[0].hr is not None:
+            return False
+        if options.norm_ih is not None or options.checkpoint_every is not None:
+            return False
+        zoneout = any(zoneout_of(self.cell, options.zoneout, False))
+        # Of what is drawn only whether it is there counts.
+        given = {
+            "reset_state": options.reset_state,
+            "peephole": options.peephole,
+            "norm_h": options.norm_hh,
+            "norm_c": options.norm_c,
+            "recurrent_mask": [x] if self.train and options.recurrent_dropout else None,
+            "zoneout": [x] if zoneout else None,
+        }
+        first = self.weights[0]
+        used = [None if some is None else some[0] for some in map(given.get, Weights._fields[4:])]
+        weights = Weights(first.ih, first.hh, first.bias_ih, first.bias_hh, *used)
+        return serves(x, [weights] * len(self.weights), [self.layout.control] * len(self.weights), self.cell)
+
+    def _together(self, which: range, x: Tensor, zeros: Tensor | None) -> list[tuple[Tensor, Tensor, Trace]]:
+        """`_direction` of both directions of a layer, or of all layers."""
+        options, layout = self.options or _PLAIN, self.layout
+        weights, controls, masks = [], [], []
+        states: list[Any] = []
+        for k in which:
+            own, state = self.weights[k], self._state(k)
+            drops = self.dropout and not self.bidirectional and k > which[0]
+            masks.append(self._mask(x, own.ih.shape[1]) if drops else None)
+            extras = {} if self.options is None else self._extras(k, x, options)
+            weights.append(
+                Weights(own.ih, own.hh, own.bias_ih, own.bias_hh, *(extras.get(name) for name in Weights._fields[4:]))
+            )
+            states.append(zeros if state is None else _join(state))
+            controls.append(layout.control_reverse if self._reverse(k) else layout.control)
+        found = recurrences(
+            x,
+            weights,
+            states,
+            controls,
+            masks,
+            cell=self.cell,
+            reverse=[self._reverse(k) for k in which],
+            chained=not self.bidirectional,
+            gates=options.return_gates,
+            states=self._wants_states(options),
+            precision=options.precision,
+        )
+        return [self._finish(*results, self._reverse(k)) for k, results in zip(which, found, strict=True)]
+
+    def _reverse(self, k: int) -> bool:
+        return self.bidirectional and k % 2 == 1
+
+    def _mask(self, x: Tensor, size: int) -> Tensor:
+        """The factors (T, B, P) of dropout, drawn as `_drop` draws them."""
+        rows = x.shape[:2] if self.layout.rows is None else self.layout.rows.shape
+        mask = F.dropout(x.new_ones((*rows, size)), self.dropout)
+        if x.is_cuda and x.dtype.itemsize == 2:
+            # There dropout multiplies in float32, by a factor that 16 bits would round.
+            mask = (mask != 0).float() * (0.0 if self.dropout == 1 else 1 / (1 - self.dropout))
+        return mask if self.layout.rows is None else self.layout.pad(mask)
 
     def _drop(self, x: Tensor) -> Tensor:
         """Masks of packed data are drawn for its rows, as torch draws them."""
@@ -249,18 +321,24 @@ class _Stack(NamedTuple):
         if self.options is not None:
             named |= self._extras(k, x, self.options)
         hidden, cells, state_n, *gates = recurrence(x, weight_hh, w.bias_hh, state0, control, **named)
+        hidden, state_n, trace = self._finish(hidden, cells, state_n, gates[0] if gates else None, reverse)
+        if w.hr is None:
+            return hidden, state_n, trace
+        hidden = F.linear(hidden, w.hr)
+        return hidden, state_n, trace if trace.hidden is None else trace._replace(hidden=hidden)
+
+    def _finish(
+        self, hidden: Tensor, cells: Tensor | None, state_n: Tensor, gates: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor, Trace]:
+        """The hidden states, the final state (S, B, H) and the trace of what a recurrence returned."""
+        layout = self.layout
         if layout.ends is not None:
             begin, end, there = layout.ends
             parts = [part.flatten(0, 1) for part in (hidden, cells) if part is not None]
             ends = torch.stack([part.index_select(0, begin if reverse else end) for part in parts])
             state_n = ends.masked_fill(there.logical_not().unsqueeze(1), 0)
-        hidden = hidden if w.hr is None else F.linear(hidden, w.hr)
-        states = options.return_states
-        return (
-            hidden,
-            state_n,
-            Trace(hidden if states else None, cells if states else None, gates[0] if gates else None),
-        )
+        states = (self.options or _PLAIN).return_states
+        return hidden, state_n, Trace(hidden if states else None, cells if states else None, gates)
 
     def _enter(
         self, gates: Tensor, entering: Tensor, norm: Tensor | None, control: Tensor | None, reverse: bool
@@ -276,9 +354,13 @@ class _Stack(NamedTuple):
             return gates
         return gates.flatten(0, 1).index_add(0, first, entering).view_as(gates)
 
+    def _wants_states(self, options: Options) -> bool:
+        """Whether the cell states of all steps are asked for."""
+        return options.return_states or (self.layout.ends is not None and self.cell == "lstm")
+
     def _extras(self, k: int, x: Tensor, options: Options) -> dict[str, Any]:
         """Keyword arguments of the recurrence for layer and direction `k`, random ones from torch's generator."""
-        states = options.return_states or (self.layout.ends is not None and self.cell == "lstm")
+        states = self._wants_states(options)
         every = 0 if states or options.checkpoint_every is None else options.checkpoint_every
         extras: dict[str, Any] = {
             "states": states,

@@ -58,7 +58,11 @@ def carry(name: str) -> None:
     for op in ("attention", "recurrence"):
         if asked(backends.Call(op, "cuda", torch.float32, "lstm" if op == "recurrence" else "")) is not None:
             continue
-        module = importlib.import_module(f"{package.__name__}.{op}")
-        for direction in ("forward", "backward"):
-            stem = f"{op}_{direction}"
-            setattr(module, stem, _carried(getattr(module, stem)))
+        modules = {op: op}
+        if op == "recurrence" and backends.has_together(name):
+            modules["together"] = "recurrences"
+        for name_of_module, stem in modules.items():
+            module = importlib.import_module(f"{package.__name__}.{name_of_module}")
+            for direction in ("forward", "backward"):
+                function = f"{stem}_{direction}"
+                setattr(module, function, _carried(getattr(module, function)))

@@ -46,6 +46,7 @@ class Call(NamedTuple):
             ``"zoneout"``.
         hidden: H of a recurrence, on devices whose kernels hold its weights; else 0.
         batch: B of a recurrence that `explain` looks at; else 0.
+        together: how many recurrences like that one op is given.
     """
 
     op: str
@@ -55,6 +56,7 @@ class Call(NamedTuple):
     features: tuple[str, ...] = ()
     hidden: int = 0
     batch: int = 0
+    together: int = 1
 
 
 class Decision(NamedTuple):
@@ -124,6 +126,7 @@ def _decide(forced: str | None, call: Call) -> Decision:
 def describe(call: Call) -> str:
     """A call in words, for messages: ``lstm recurrence of torch.float32 on cpu with control``."""
     words = f"{call.kind} {call.op}".strip() + f" of {call.dtype} on {call.device}"
+    words = f"{call.together} x {words}" if call.together > 1 else words
     return words + (f" with {', '.join(call.features)}" if call.features else "")
 
 
@@ -202,6 +205,11 @@ def module(name: str, stem: str) -> ModuleType:
     if found is None:
         found = _modules[name, stem] = importlib.import_module(f"{__name__}.{name}.{stem}")
     return found
+
+
+def has_together(name: str) -> bool:
+    """Whether an implementation runs several recurrences at the same time: it has a module ``together``."""
+    return bool(getattr(backend(name), "TOGETHER", False))
 
 
 def note(text: str) -> None:

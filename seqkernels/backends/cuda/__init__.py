@@ -6,6 +6,9 @@ import torch
 
 from .. import Call
 
+#: There is a module ``together``.
+TOGETHER = True
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -52,8 +55,14 @@ def not_by_default(call: Call) -> str | None:
 
 def detail(call: Call) -> str:
     """How `call` is served, for `seqkernels.explain`."""
-    from .recurrence import choice, device_of
+    from .recurrence import choice, device_of, kernels
 
     if call.hidden == 0:
         return "nothing to do"
-    return str(choice(device_of(None), call.kind, call.dtype, "ieee", False, call.hidden, max(call.batch, 1)))
+    here = (device_of(None), call.kind, call.dtype, "ieee", False, call.hidden, max(call.batch, 1))
+    alone = str(choice(*here))
+    if call.together == 1:
+        return alone
+    most = kernels().MOST_JOBS
+    width = max(n for n in range(1, min(call.together, most) + 1) if n == 1 or choice(*here, n).plan is not None)
+    return f"{alone}, in turn" if width == 1 else f"{choice(*here, width)}, {width} at once"

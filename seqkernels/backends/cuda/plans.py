@@ -13,7 +13,8 @@ constants are estimates from published latencies; ``python -m benchmarks.cuda_la
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -31,6 +32,9 @@ TILE = {"float16": 8.0, "bfloat16": 8.0, "tf32x3": 40.0, "exact": 40.0}
 SHARED_BYTES = 128
 #: The share of multiprocessors that clusters find a place on, whose groups are no multiples of a cluster.
 IN_CLUSTERS = 0.85
+
+#: Cycles of a launch until its first step: weights are loaded, and what its input is made of is multiplied before.
+LAUNCH = 20000
 
 #: The largest sizes that plans are made for.
 MOST_HIDDEN, MOST_BATCH = 1 << 14, 1 << 24
@@ -57,8 +61,8 @@ class Device(NamedTuple):
     cluster: int
 
 
-def cycles(plan: Any, product: str, device: Device) -> float:
-    """An estimate of the cycles of a step, of all rows of the batch."""
+def cycles(plan: Any, product: str, device: Device, jobs: int = 1) -> float:
+    """An estimate of the cycles of a step, of all rows of the batch and of so many recurrences at once."""
     warps = plan.row_warps * plan.column_warps
     tiles = plan.tile_rows_of_warp * plan.columns
     passes = plan.rows // 8
@@ -67,7 +71,7 @@ def cycles(plan: Any, product: str, device: Device) -> float:
     exchange = EXCHANGE[plan.tier] + EXCHANGE_OF_BLOCK[plan.tier] * plan.blocks
     step = REST * max(plan.rows * plan.units / _THREADS, 1)
     share = IN_CLUSTERS if plan.tier == "cluster" and plan.blocks > 1 else 1.0
-    turns = -(-plan.slices // max(int(device.processors * share) // plan.blocks, 1))
+    turns = -(-jobs * plan.slices // max(int(device.processors * share) // plan.blocks, 1))
     return turns * (step + max(products, moved / SHARED_BYTES) + exchange)
 
 
@@ -81,12 +85,14 @@ def _candidates(hidden: int) -> Iterator[tuple[str, int]]:
             yield "grid", units
 
 
-def _misses(plan: Any, device: Device) -> str | None:
+def _misses(plan: Any, device: Device, jobs: int) -> str | None:
     """Why a device cannot have a plan; ``None`` where it can."""
     if plan.shared_memory > device.shared_memory:
         return f"{plan.shared_memory} bytes of shared memory, of {device.shared_memory}"
+    # All blocks of a cooperative launch have to be there at once, also those that do not meet.
+    blocks = plan.blocks * (jobs if plan.tier == "grid" else 1)
     places = {"block": 1, "cluster": device.cluster, "grid": device.processors}[plan.tier]
-    return None if plan.blocks <= places else f"{plan.blocks} blocks that meet, of {places}"
+    return None if blocks <= places else f"{blocks} blocks that meet, of {places}"
 
 
 def _leading(text: str) -> int:
@@ -94,10 +100,17 @@ def _leading(text: str) -> int:
 
 
 class Choice(NamedTuple):
-    """The plan that a call takes, or why there is none."""
+    """The plan that a call takes, or why there is none.
+
+    Attributes:
+        plan: of the compiled module, or ``None``.
+        reason: how it is, or why there is none.
+        cycles: of a step, as `cycles` estimates them.
+    """
 
     plan: Any | None
     reason: str
+    cycles: float = float("inf")
 
     def __str__(self) -> str:
         return self.reason
@@ -105,7 +118,7 @@ class Choice(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def choose(
-    kernels: ModuleType, device: Device, cell: str, product: str, backward: bool, hidden: int, batch: int
+    kernels: ModuleType, device: Device, cell: str, product: str, backward: bool, hidden: int, batch: int, jobs: int = 1
 ) -> Choice:
     """The plan of a call.
 
@@ -117,6 +130,7 @@ def choose(
         backward: whether it is the backward pass.
         hidden: H, 1 or more.
         batch: B, 1 or more.
+        jobs: how many recurrences like that are to run at once.
     """
     if hidden > MOST_HIDDEN or batch > MOST_BATCH:
         return Choice(None, f"has no plans beyond {MOST_HIDDEN} hidden units or {MOST_BATCH} rows")
@@ -124,11 +138,11 @@ def choose(
     for tier, units in _candidates(hidden):
         for rows in _ROWS:
             plan = kernels.plan(tier, cell, product, backward, hidden, batch, units, rows)
-            missing = _misses(plan, device)
+            missing = _misses(plan, device, jobs)
             if missing is not None:
                 misses.append(missing)
                 break
-            found = cycles(plan, product, device)
+            found = cycles(plan, product, device, jobs)
             if found < least:
                 best, least = plan, found
             if rows >= batch:
@@ -136,7 +150,7 @@ def choose(
     if best is None:
         size = f"the weights of {CELLS[cell].gates} x {hidden} x {hidden}"
         return Choice(None, f"{size} do not fit: the cuts need {min(misses, key=_leading)}, for example")
-    return Choice(best, describe(best))
+    return Choice(best, describe(best), least)
 
 
 def describe(plan: Any) -> str:
@@ -146,3 +160,41 @@ def describe(plan: Any) -> str:
         return f"a block each for {teams}"
     kind = "cluster" if plan.tier == "cluster" else "grid"
     return f"{kind} of {plan.blocks} blocks with {plan.units} units each, for {teams}"
+
+
+class Waves(NamedTuple):
+    """How several recurrences share launches.
+
+    Attributes:
+        width: how many run at once; where there are more, so many follow the ones before them.
+        parts: into how many parts their steps are cut. Where each is fed by the one before it, part k of one runs
+            beside part k - 1 of the next: a wavefront through layers and time.
+    """
+
+    width: int
+    parts: int
+
+
+def waves(count: int, steps: int, fed: bool, cycles_of: Callable[[int], float], most: int) -> Waves:
+    """The waves of the fewest cycles.
+
+    Args:
+        count: recurrences, all alike.
+        steps: of each.
+        fed: whether each has the hidden states of the one before it as its input.
+        cycles_of: of a step of so many at once; infinite where they do not fit.
+        most: that a launch can have.
+    """
+
+    def cost(found: Waves) -> float:
+        launches = found.parts + (found.width - 1 if fed else 0)
+        return -(-count // found.width) * launches * (steps / found.parts * cycles_of(found.width) + LAUNCH)
+
+    def parts(width: int) -> int:
+        if not fed or width == 1:
+            return 1
+        # Where the derivative of the cost is 0.
+        best = math.sqrt(steps * min(cycles_of(width), 1e9) * (width - 1) / LAUNCH)
+        return min(max(round(best), 1), steps)
+
+    return min((Waves(width, parts(width)) for width in range(1, min(count, most) + 1)), key=cost)

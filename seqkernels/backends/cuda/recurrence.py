@@ -37,27 +37,43 @@ def device_of(index: int | None) -> Device:
 
 
 def choice(
-    device: Device, cell: str, dtype: torch.dtype, precision: str, backward: bool, hidden: int, batch: int
+    device: Device,
+    cell: str,
+    dtype: torch.dtype,
+    precision: str,
+    backward: bool,
+    hidden: int,
+    batch: int,
+    jobs: int = 1,
 ) -> Choice:
-    """The plan of a pass, or why there is none; sizes of at least 1."""
+    """The plan of a pass, or of so many at once, or why there is none; sizes of at least 1."""
     forced = emulator.forced_plan(cell, product_of(dtype, precision), backward, hidden, batch)
     if forced is not None:
-        return Choice(forced, "as a test asks")
-    return choose(kernels(), device, cell, product_of(dtype, precision), backward, hidden, batch)
+        return Choice(forced, "as a test asks", 1000.0)
+    return choose(kernels(), device, cell, product_of(dtype, precision), backward, hidden, batch, jobs)
 
 
-def _plan(loop: Loop, backward: bool) -> Any:
+def choice_of(loop: Loop, backward: bool, jobs: int = 1) -> Choice:
+    """The plan of a loop, or of so many like it at once."""
     weight = loop.weight_hh
-    found = choice(
-        device_of(weight.device.index), loop.cell, weight.dtype, loop.precision, backward, loop.hidden, loop.batch
-    )
+    device = device_of(weight.device.index)
+    return choice(device, loop.cell, weight.dtype, loop.precision, backward, loop.hidden, loop.batch, jobs)
+
+
+def plan_of(loop: Loop, backward: bool, jobs: int = 1) -> Any:
+    """The plan of `choice_of`.
+
+    Raises:
+        BackendError: there is none.
+    """
+    found = choice_of(loop, backward, jobs)
     if found.plan is None:
         raise BackendError(f"backend 'cuda' cannot run a {loop.cell} with {loop.hidden} hidden units: {found}")
     return found.plan
 
 
 def _path() -> Persistent:
-    return Persistent(kernels(), _plan)
+    return Persistent(kernels(), plan_of)
 
 
 def recurrence_forward(

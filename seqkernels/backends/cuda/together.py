@@ -1,0 +1,215 @@
+"""Recurrences that share launches: both directions of a layer, or layers as a wavefront.
+
+Layers are cut into parts of steps. Part k of one layer runs beside part k - 1 of the next, whose input is multiplied
+between the launches; on the way back the layers come in the opposite order. `plans.waves` says how many parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cells import CELLS, Weights
+from .._through_time import BackwardPass, ForwardPass, as_given, gates_x, product, rounded_product
+from . import plans
+from .persistent import Part, Persistent
+from .recurrence import choice_of, kernels, plan_of
+
+
+def _waves(passes: Sequence[Any], fed: bool, backward: bool) -> plans.Waves:
+    """How the passes share launches; in turn, if no plan has room for more."""
+    loop = passes[0].loop
+
+    def cycles_of(jobs: int) -> float:
+        return choice_of(loop, backward, jobs).cycles
+
+    return plans.waves(len(passes), loop.steps, fed, cycles_of, kernels().MOST_JOBS)
+
+
+def _launch(parts: Sequence[Part], backward: bool) -> None:
+    Persistent(kernels(), plan_of).together(plan_of(parts[0].loop, backward, len(parts)), parts)
+
+
+def _bounds(steps: int, parts: int, reverse: bool) -> list[tuple[int, int]]:
+    """Begin and end in time of each part, in the order of the loop."""
+    ends = [steps * k // parts for k in range(parts + 1)]
+    bounds = list(itertools.pairwise(ends))
+    return [(steps - end, steps - begin) for begin, end in bounds] if reverse else bounds
+
+
+def _wavefront(width: int, parts: int) -> Iterator[list[tuple[int, int]]]:
+    """For each launch the recurrences that run in it, and which part of them."""
+    for launch in range(parts + width - 1):
+        yield [(k, launch - k) for k in range(width) if 0 <= launch - k < parts]
+
+
+def _run(
+    count: int, waves: plans.Waves, fed: bool, feed: Callable[[int, int], None], start: Callable[..., None]
+) -> None:
+    """Runs recurrences 0 to `count` - 1, of which each may need what the one before it made.
+
+    Args:
+        count: of recurrences.
+        waves: how they share launches.
+        fed: as in `plans.waves`.
+        feed: is called with a recurrence and a part that the one before it has made.
+        start: with all of a launch, pairs of a recurrence and a part.
+    """
+    for first in range(0, count, waves.width):
+        width = min(waves.width, count - first)
+        launches = _wavefront(width, waves.parts) if fed else [[(k, 0) for k in range(width)]]
+        for launch in launches:
+            here = [(first + k, part) for k, part in launch]
+            for k, part in here:
+                if fed and k > 0:
+                    feed(k, part)
+            start(here)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else (x * mask).to(x.dtype)
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = a @ b`` of two matrices, float32."""
+    if a.dtype != torch.float32 and a.is_cuda and a.numel() and b.numel():
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    elif a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(product(a, b))
+
+
+def recurrences_forward(
+    input: Tensor,
+    weights: Sequence[Weights],
+    state0: Sequence[Tensor],
+    controls: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    cell: str,
+    reverse: Sequence[bool],
+    chained: bool,
+    save: bool,
+    precision: str = "ieee",
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """``seqkernels::recurrences_forward``: of each recurrence what `recurrence_forward` returns."""
+    with as_given(input, precision):
+        steps, batch, _ = input.shape
+        passes = []
+        for k, own in enumerate(weights):
+            rows = own.weight_hh.shape[0]
+            known = k == 0 or not chained
+            gates = gates_x(input, own) if known else torch.empty((steps, batch, rows), device=input.device)
+            passes.append(ForwardPass(gates, own, state0[k], controls[k], cell, reverse[k], save, precision=precision))
+        if not passes[0].loop.has_work(0, steps):
+            return [found.results() for found in passes]
+        waves = _waves(passes, chained, False)
+        bounds = [_bounds(steps, waves.parts, way) for way in reverse]
+
+        def feed(k: int, part: int) -> None:
+            begin, end = bounds[k][part]
+            weight_ih, gates = weights[k].weight_ih, passes[k].loop.gates_x
+            assert weight_ih is not None
+            assert gates is not None
+            mask = masks[k]
+            x = _masked(passes[k - 1].hidden(begin, end), None if mask is None else mask[begin:end])
+            _product_into(gates[begin:end].flatten(0, 1), x.flatten(0, 1), weight_ih.t())
+
+        def start(launch: list[tuple[int, int]]) -> None:
+            parts = []
+            for k, part in launch:
+                x, (begin, end) = passes[k], bounds[k][part]
+                parts.append(Part(x.loop, x.carry, x.states, x.reserve, begin, end, 0))
+            _launch(parts, False)
+
+        _run(len(passes), waves, chained, feed, start)
+        return [found.results() for found in passes]
+
+
+def recurrences_backward(
+    grads: Sequence[Sequence[Tensor | None]],
+    input: Tensor,
+    weights: Sequence[Weights],
+    states: Sequence[Tensor],
+    reserves: Sequence[Tensor],
+    controls: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    cell: str,
+    reverse: Sequence[bool],
+    chained: bool,
+    needs: Sequence[dict[str, bool]],
+    precision: str = "ieee",
+) -> list[list[Tensor]]:
+    """``seqkernels::recurrences_backward``: of each recurrence what `recurrence_backward` returns.
+
+    The gradient of the input is with each that reads it; where they are chained, with the first one.
+    """
+    with as_given(input, precision):
+        steps, count = input.shape[0], len(weights)
+        own, passes = [], []
+        for k in range(count):
+            given, wanted, x = list(grads[k]), dict(needs[k]), input
+            if chained:
+                wanted["input"] = wanted["input"] and k == 0
+                if k > 0:
+                    first = 0 if reverse[k] else 1
+                    x = _masked(states[k - 1][0, first : first + steps], masks[k])
+                if k + 1 < count:
+                    # What comes from the next one is written before a part is run.
+                    own.append(_of_hidden(given, cell))
+                    given[0] = states[k].new_empty((steps, *states[k].shape[2:]))
+                    given[3] = given[3] if CELLS[cell].reserve else None
+            passes.append(
+                BackwardPass(
+                    given, x, weights[k], states[k], reserves[k], controls[k], cell, reverse[k], wanted,
+                    precision=precision,
+                )
+            )  # fmt: skip
+        if passes[0].loop.has_work(0, steps):
+            _back(passes, own, weights, masks, chained)
+        return [found.results() for found in passes]
+
+
+def _of_hidden(given: Sequence[Tensor | None], cell: str) -> Tensor | None:
+    """The gradient of the hidden states themselves (T, B, H), of which an RNN's gate is one more name."""
+    of_hidden, of_gates = given[0], given[3]
+    if CELLS[cell].reserve or of_gates is None:
+        return of_hidden
+    return of_gates[:, :, 0] if of_hidden is None else of_gates[:, :, 0] + of_hidden
+
+
+def _back(
+    passes: Sequence[BackwardPass],
+    own: Sequence[Tensor | None],
+    weights: Sequence[Weights],
+    masks: Sequence[Tensor | None],
+    chained: bool,
+) -> None:
+    """The loops of all passes."""
+    last, loop = len(passes) - 1, passes[0].loop
+    waves = _waves(passes, chained, True)
+    bounds = [_bounds(loop.steps, waves.parts, not found.loop.reverse) for found in passes]
+
+    def feed(turn: int, part: int) -> None:
+        k = last - turn
+        begin, end = bounds[k][part]
+        weight_ih, into = weights[k + 1].weight_ih, passes[k].grads.hidden
+        assert weight_ih is not None
+        assert into is not None
+        found = rounded_product(passes[k + 1].grads.of_x[begin:end].flatten(0, 1), weight_ih).view_as(into[begin:end])
+        mask, given = masks[k + 1], own[k]
+        found = _masked(found, None if mask is None else mask[begin:end])
+        into[begin:end] = found if given is None else found + given[begin:end]
+
+    def start(launch: list[tuple[int, int]]) -> None:
+        parts = []
+        for turn, part in launch:
+            x, (begin, end) = passes[last - turn], bounds[last - turn][part]
+            parts.append(Part(x.backward_loop, x.carry, x.states, x.reserve, begin, end, 0, x.grads))
+        _launch(parts, True)
+
+    _run(len(passes), waves, chained, feed, start)

@@ -1,0 +1,386 @@
+"""Several recurrences in one op, for implementations that run them at the same time.
+
+They are all alike but for their tensors: both directions of a layer, which read the same input, or layers of which each
+reads the hidden states of the one before it. What `recurrence` says of one of them holds here too. n is their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..cells import CELLS, Weights, accumulate_dtype
+from ..precision import check_precision, of_products
+from ._eager import apart, as_in_forward, batched, eager, gradients, insisted, records, refuse_tangents, transformed
+from .recurrence import _backward as _one_backward
+from .recurrence import _call, _gates, _own_step_states, _step_states, check
+from .recurrence import _forward as _one_forward
+
+_library = torch.library.Library("seqkernels", "FRAGMENT")
+_library.define(
+    "recurrences_forward(Tensor input, Tensor?[] weights, Tensor[] state0, Tensor?[] controls, Tensor?[] masks,"
+    " str cell, bool[] reverse, bool chained, bool save, str precision='ieee') -> Tensor[]"
+)
+_library.define(
+    "recurrences_backward(Tensor?[] grads, Tensor input, Tensor?[] weights, Tensor[] states, Tensor[] reserves,"
+    " Tensor?[] controls, Tensor?[] masks, str cell, bool[] reverse, bool chained, bool[] needs,"
+    " str precision='ieee') -> Tensor[]"
+)
+_FIELDS = len(Weights._fields)
+_GRADS = 4  # of the hidden states, the cell states, the last state and the gates of each recurrence
+
+Optional = Tensor | None
+
+
+def _each(tensors: Sequence[Optional]) -> list[Weights]:
+    return [Weights._make(tensors[k : k + _FIELDS]) for k in range(0, len(tensors), _FIELDS)]
+
+
+def _choice_of(
+    x: Tensor, weights: Sequence[Weights], controls: Sequence[Optional], cell: str, gates: bool = False
+) -> backends.Call:
+    """What the choice of an implementation depends on: all that one of them uses."""
+    calls = [_call(x, own, control, cell, 0, gates) for own, control in zip(weights, controls, strict=True)]
+    features = tuple(sorted({name for call in calls for name in call.features}))
+    return calls[0]._replace(features=features, together=len(calls))
+
+
+def serves(x: Tensor, weights: Sequence[Weights], controls: Sequence[Optional], cell: str, gates: bool = False) -> bool:
+    """Whether the implementation that gets these recurrences can run them at the same time.
+
+    In a program that is being compiled for a CUDA device the op is taken, and sees to it when it runs.
+    """
+    if transformed():
+        return False
+    if torch.compiler.is_compiling():
+        return x.is_cuda
+    if not x.is_cuda and backends.insisted() != "cuda":
+        return False
+    name = backends.choice(_choice_of(x, weights, controls, cell, gates))
+    return name is not None and backends.has_together(name)
+
+
+def _masked(x: Tensor, mask: Optional) -> Tensor:
+    return x if mask is None else (x * mask).to(x.dtype)
+
+
+def _hidden(states: Tensor, reverse: bool) -> Tensor:
+    return _step_states(states, reverse)[0]
+
+
+def _forward(
+    input: Tensor,
+    weights: Sequence[Optional],
+    state0: Sequence[Tensor],
+    controls: Sequence[Optional],
+    masks: Sequence[Optional],
+    cell: str,
+    reverse: Sequence[bool],
+    chained: bool,
+    save: bool,
+    precision: str = "ieee",
+) -> list[Tensor]:
+    refuse_tangents(input, *state0, *weights)
+    each = _each(weights)
+    name = backends.choice(_choice_of(input, each, controls, cell))
+    if name is not None and backends.has_together(name):
+        backends.select(_choice_of(input, each, controls, cell))
+        run = backends.module(name, "together").recurrences_forward
+        found = run(input, each, state0, controls, masks, cell, reverse, chained, save, precision)
+        return [x for results in found for x in results]
+    flat: list[Tensor] = []
+    for k, own in enumerate(each):
+        x = _masked(_hidden(flat[-3], reverse[k - 1]), masks[k]) if chained and k else input
+        flat += _one_forward(x, own, state0[k], controls[k], cell, reverse[k], save, 0, precision)
+    return flat
+
+
+def _backward(
+    grads: Sequence[Optional],
+    input: Tensor,
+    weights: Sequence[Optional],
+    states: Sequence[Tensor],
+    reserves: Sequence[Tensor],
+    controls: Sequence[Optional],
+    masks: Sequence[Optional],
+    cell: str,
+    reverse: Sequence[bool],
+    chained: bool,
+    needs: Sequence[bool],
+    precision: str = "ieee",
+) -> list[Tensor]:
+    """Gradients of the input, and of the state and the weights of each recurrence; empty ones that nobody needs."""
+    refuse_tangents(*grads, input, *weights)
+    each, count = _each(weights), len(states)
+    given = [list(grads[k * _GRADS : (k + 1) * _GRADS]) for k in range(count)]
+    own = [[False, *needs[1 + k * (1 + _FIELDS) : 1 + (k + 1) * (1 + _FIELDS)]] for k in range(count)]
+    call = _choice_of(input, each, controls, cell, any(of_one[3] is not None for of_one in given))
+    name = backends.choice(call)
+    if name is not None and backends.has_together(name):
+        backends.select(call)
+        wanted = [dict(zip(("input", "state0", *Weights._fields), of_one, strict=True)) for of_one in own]
+        for k, of_one in enumerate(wanted):
+            of_one["input"] = needs[0] and (k == 0 or not chained)
+        run = backends.module(name, "together").recurrences_backward
+        found = run(given, input, each, states, reserves, controls, masks, cell, reverse, chained, wanted, precision)
+    else:
+        found = []
+        for k in reversed(range(count)):
+            behind = chained and k > 0
+            x = _masked(_hidden(states[k - 1], reverse[k - 1]), masks[k]) if behind else input
+            own[k][0] = behind or needs[0]
+            found.append(
+                _one_backward(
+                    given[k], x, each[k], states[k], reserves[k], controls[k], cell, reverse[k], own[k], 0, precision
+                )
+            )
+            if behind:
+                of_x, of_hidden = _masked(found[-1][0], masks[k]), given[k - 1][0]
+                given[k - 1][0] = of_x if of_hidden is None else of_x + of_hidden
+        found.reverse()
+    of_input = [of_one[0] for of_one in found[: 1 if chained else count]]
+    total = of_input[0]
+    for x in of_input[1:]:
+        total = total + x
+    return [total, *(x for of_one in found for x in of_one[1:])]
+
+
+def _forward_fake(
+    input: Tensor,
+    weights: Sequence[Optional],
+    state0: Sequence[Tensor],
+    controls: Sequence[Optional],
+    masks: Sequence[Optional],
+    cell: str,
+    reverse: Sequence[bool],
+    chained: bool,
+    save: bool,
+    precision: str = "ieee",
+) -> list[Tensor]:
+    steps, batch, _ = input.shape
+    found = []
+    for state in state0:
+        count, _, hidden = state.shape
+        saved = (steps, batch, CELLS[cell].reserve, hidden) if save else (0,)
+        found += [
+            input.new_empty((count if save else 1, steps + 1, batch, hidden)),
+            input.new_empty(state.shape),
+            input.new_empty(saved, dtype=accumulate_dtype(input.dtype)),
+        ]
+    return found
+
+
+def _backward_fake(
+    grads: Sequence[Optional],
+    input: Tensor,
+    weights: Sequence[Optional],
+    states: Sequence[Tensor],
+    reserves: Sequence[Tensor],
+    controls: Sequence[Optional],
+    masks: Sequence[Optional],
+    cell: str,
+    reverse: Sequence[bool],
+    chained: bool,
+    needs: Sequence[bool],
+    precision: str = "ieee",
+) -> list[Tensor]:
+    shapes: list[Any] = [input.shape]
+    for k, own in enumerate(_each(weights)):
+        _, _, batch, hidden = states[k].shape
+        shapes += [(CELLS[cell].states, batch, hidden), *(None if x is None else x.shape for x in own)]
+    return [
+        input.new_empty(shape if need and shape is not None else (0,))
+        for shape, need in zip(shapes, needs, strict=True)
+    ]
+
+
+_library.impl("recurrences_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("recurrences_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("seqkernels::recurrences_forward", _forward_fake, lib=_library)
+torch.library.register_fake("seqkernels::recurrences_backward", _backward_fake, lib=_library)
+
+forward_op = torch.ops.seqkernels.recurrences_forward.default
+backward_op = torch.ops.seqkernels.recurrences_backward.default
+
+
+class _Recurrences(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        cell: str,
+        reverse: tuple[bool, ...],
+        chained: bool,
+        gates: bool,
+        precision: str,
+        *tensors: Optional,
+    ) -> tuple[Tensor, ...]:
+        count = len(reverse)
+        state0: Any = tensors[:count]
+        controls, masks, weights = tensors[count : 2 * count], tensors[2 * count : 3 * count], tensors[3 * count :]
+        forward = _forward if eager(input, *tensors) else forward_op
+        found = forward(input, weights, state0, controls, masks, cell, reverse, chained, True, precision)
+        ctx.save_for_backward(input, *tensors, *found[::3], *found[2::3])
+        ctx.settings = cell, reverse, chained, gates, precision
+        ctx.insisted = insisted()
+        ctx.set_materialize_grads(False)
+        outputs: list[Tensor] = []
+        for k in range(count):
+            states, state_n, reserve = found[3 * k : 3 * k + 3]
+            outputs += (*_step_states(states, reverse[k]), state_n)
+            if gates:
+                outputs.append(_gates(reserve, cell, input.dtype))
+        return tuple(outputs)
+
+    @staticmethod
+    @as_in_forward
+    def backward(ctx: Any, *grads: Optional) -> tuple[Optional, ...]:
+        cell, reverse, chained, gates, precision = ctx.settings
+        count, of_steps = len(reverse), CELLS[cell].states
+        input, *saved = ctx.saved_tensors
+        tensors, states, reserves = saved[: -2 * count], saved[-2 * count : -count], saved[-count:]
+        controls, masks, weights = tensors[count : 2 * count], tensors[2 * count : 3 * count], tensors[3 * count :]
+        needs = ctx.needs_input_grad
+        wanted = [needs[0]]
+        for k in range(count):
+            first = 6 + 3 * count + k * _FIELDS
+            wanted += [needs[6 + k], *needs[first : first + _FIELDS]]
+        outputs = of_steps + 1 + gates
+        ordered: list[Optional] = []
+        for k in range(count):
+            own = grads[k * outputs : (k + 1) * outputs]
+            ordered += [own[0], own[1] if of_steps == 2 else None, own[of_steps], own[-1] if gates else None]
+        found: Sequence[Optional]
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or any(map(batched, ordered))):
+            # The second order, or many gradients at once, which tensor operations alone can take.
+            return _by_operations(ctx, grads, input, tensors)
+        backward = _backward if eager(input, *ordered, *tensors) else backward_op
+        op = backward(
+            ordered, input, weights, states, reserves, controls, masks, cell, reverse, chained, wanted, precision
+        )
+        found = [x if need else None for x, need in zip(op, wanted, strict=True)]
+        of_each = [found[1 + k * (1 + _FIELDS) : 1 + (k + 1) * (1 + _FIELDS)] for k in range(count)]
+        of_weights = [x for of_one in of_each for x in of_one[1:]]
+        return (
+            found[0], None, None, None, None, None,
+            *(of_one[0] for of_one in of_each), *(None,) * (2 * count), *of_weights,
+        )  # fmt: skip
+
+
+def _by_operations(
+    ctx: Any, grads: Sequence[Optional], input: Tensor, tensors: Sequence[Optional]
+) -> tuple[Optional, ...]:
+    """What `_Recurrences.backward` returns, as a graph or for many gradients, by the reference's operations."""
+    from ..backends.reference.recurrence import recurrence as reference
+
+    cell, reverse, chained, gates, _ = ctx.settings
+    count = len(reverse)
+    with torch.enable_grad():
+        copies = apart([input, *tensors])
+        x: Any = copies[0]
+        state0, controls, masks = (copies[1 + k * count : 1 + (k + 1) * count] for k in range(3))
+        outs: list[Tensor] = []
+        for k, own in enumerate(_each(copies[1 + 3 * count :])):
+            state: Any = state0[k]
+            states, state_n, reserve = reference(x, own, state, controls[k], cell, reverse[k])
+            of_steps = _step_states(states, reverse[k])
+            if chained and k + 1 < count:
+                x = _masked(of_steps[0], masks[k + 1])
+            outs += (*of_steps, state_n)
+            if gates:
+                outs.append(_gates(reserve, cell, input.dtype))
+    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
+    found = gradients(outs, grads, copies, needs)
+    return found[0], None, None, None, None, None, *found[1:]
+
+
+def recurrences(
+    input: Tensor,
+    weights: Sequence[Weights],
+    state0: Sequence[Tensor],
+    controls: Sequence[Optional],
+    masks: Sequence[Optional],
+    *,
+    cell: str,
+    reverse: Sequence[bool],
+    chained: bool,
+    gates: bool = False,
+    states: bool = False,
+    precision: str = "ieee",
+) -> list[tuple[Tensor, Optional, Tensor, Optional]]:
+    """Run n recurrences of one kind and size.
+
+    Args:
+        input: (T, B, I), of all of them; of the first one, if they are `chained`.
+        weights: n, with a `weight_ih` of each that is not the first.
+        state0: n initial states (S, B, H).
+        controls: n of (T, B) uint8 or ``None``.
+        masks: n of (T, B, H) or ``None``, factors of the hidden states that a `chained` one reads, the first of no
+            meaning: dropout between layers. Constants; in float32 too, where factors are no 16-bit numbers.
+        cell: a key of `seqkernels.cells.CELLS`.
+        reverse: n, whether one runs from the last step to the first; the same of all, if they are `chained`.
+        chained: whether each reads the hidden states of the one before it.
+        gates, states, precision: as of `recurrence`.
+
+    Returns:
+        For each what `recurrence` returns: ``hidden``, ``cells``, ``state_n`` and the gates, or ``None`` for those.
+
+    Raises:
+        ValueError, TypeError: the message names the argument, what it was and what is allowed.
+    """
+    count = len(weights)
+    for name, given in (("state0", state0), ("controls", controls), ("masks", masks), ("reverse", reverse)):
+        if len(given) != count:
+            raise ValueError(f"{name}: expected {count}, one for each of weights, got {len(given)}")
+    if count == 0:
+        raise ValueError("weights: expected one or more, got none")
+    if chained and len(set(reverse)) > 1:
+        raise ValueError(f"reverse: expected the same of all that are chained, got {tuple(reverse)}")
+    x, hidden = input, weights[0].weight_hh.shape[1]
+    for k, own in enumerate(weights):
+        if own.weight_hh.shape[1] != hidden:
+            raise ValueError(f"weights: expected H = {hidden} of all, got {own.weight_hh.shape[1]}")
+        if chained and k and own.weight_ih is None:
+            raise ValueError("weights: expected a weight_ih of each that another one feeds, got None")
+        check(x, own, state0[k], controls[k], cell)
+        mask, shape = masks[k], (*input.shape[:2], hidden)
+        if mask is not None and (mask.shape != shape or mask.requires_grad):
+            raise ValueError(
+                f"masks: expected {shape} or None, got {tuple(mask.shape)}"
+                + (" with requires_grad, though it has no gradient" if mask.requires_grad else "")
+            )
+        if chained:
+            x = input.new_empty(()).expand(*input.shape[:2], hidden)
+    precision = of_products(check_precision(precision), input)
+    stored = gates and CELLS[cell].reserve > 0
+    flat = [t for own in weights for t in own]
+    found: list[tuple[Tensor, Optional, Tensor, Optional]] = []
+    if torch.is_grad_enabled() and records(input, *state0, *flat):
+        tensors: Sequence[Optional] = (*state0, *controls, *masks, *flat)
+        if torch.compiler.is_compiling():
+            # Dynamo takes no tensor twice, and zeros and controls are often those of all.
+            tensors = apart(tensors)
+        outputs = _Recurrences.apply(input, cell, tuple(reverse), chained, stored, precision, *tensors)
+        size = len(outputs) // count
+        for k in range(count):
+            of_one = list(outputs[k * size : (k + 1) * size])
+            of_gates = of_one.pop() if stored else None
+            state_n = of_one.pop()
+            found.append((of_one[0], of_one[1] if len(of_one) == 2 else None, state_n, of_gates))
+    else:
+        direct = eager(input, *state0, *controls, *masks, *flat)
+        forward = _forward if direct else forward_op
+        saves = stored or states
+        made = forward(input, flat, state0, controls, masks, cell, reverse, chained, saves, precision)
+        for k in range(count):
+            saved, state_n, reserve = made[3 * k : 3 * k + 3]
+            of_steps = (_own_step_states if direct else _step_states)(saved, reverse[k])
+            of_gates = _gates(reserve, cell, input.dtype) if stored else None
+            found.append((of_steps[0], of_steps[1] if len(of_steps) == 2 else None, state_n, of_gates))
+    if not gates or stored:
+        return found
+    return [(*of_one[:3], of_one[0].unsqueeze(2)) for of_one in found]
