@@ -1,9 +1,11 @@
 // How a persistent recurrence is launched.
 #include "cuda/persistent.h"
 
+#include <map>
 #include <mutex>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "cuda/launch.h"
@@ -84,6 +86,30 @@ bool has_clusters(int blocks, int bytes) {
   return error == cudaSuccess && clusters > 0;
 }
 
+// The clusters, or blocks of a grid, that the device has room for at once. Asked once: it takes longer than a launch.
+int places_for(const void* kernel, int device, const cudaLaunchConfig_t& config, const Plan& plan, const char* name) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, std::size_t, int>, int> found;
+  const int cluster = plan.tier == Tier::kCluster ? plan.blocks : 0;
+  const std::lock_guard lock(mutex);
+  const auto [place, is_new] = found.try_emplace({kernel, device, config.dynamicSmemBytes, cluster}, 0);
+  if (!is_new) return place->second;
+  try {
+    if (cluster != 0) {
+      check(cudaOccupancyMaxActiveClusters(&place->second, kernel, &config), name);
+    } else {
+      int of_processor = 0;
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, kernel, kThreads, config.dynamicSmemBytes),
+            name);
+      place->second = of_processor * attribute(cudaDevAttrMultiProcessorCount, device);
+    }
+  } catch (...) {
+    found.erase(place);
+    throw;
+  }
+  return place->second;
+}
+
 }  // namespace
 
 Device current_device() {
@@ -115,26 +141,25 @@ void run(const Launch& launch, cudaStream_t stream) {
   cudaLaunchAttribute how{};
   config.attrs = &how;
   int together = launch.slices;  // teams in a launch
-  if (plan.tier == Tier::kCluster) {
-    how.id = cudaLaunchAttributeClusterDimension;
-    how.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+  if (plan.tier != Tier::kBlock) {
     config.numAttrs = 1;
-    config.gridDim = static_cast<unsigned>(plan.blocks);
-    int clusters = 0;
-    check(cudaOccupancyMaxActiveClusters(&clusters, function, &config), name.c_str());
-    if (clusters == 0) throw std::runtime_error(name + ": the device has no place for such a cluster");
-  } else if (plan.tier == Tier::kGrid) {
-    how.id = cudaLaunchAttributeCooperative;
-    how.val.cooperative = 1;
-    config.numAttrs = 1;
-    // Blocks wait for each other: all of a launch have to be on the device at once.
-    int of_processor = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, function, kThreads, config.dynamicSmemBytes),
-          name.c_str());
-    const int places = of_processor * attribute(cudaDevAttrMultiProcessorCount, device);
-    together = least(together, places / (plan.blocks * launch.jobs));
-    if (together == 0) {
-      throw std::runtime_error(name + ": the device has places for " + std::to_string(places) + " blocks at once");
+    if (plan.tier == Tier::kCluster) {
+      how.id = cudaLaunchAttributeClusterDimension;
+      how.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+      config.gridDim = static_cast<unsigned>(plan.blocks);
+    } else {
+      how.id = cudaLaunchAttributeCooperative;
+      how.val.cooperative = 1;
+    }
+    const int places = places_for(function, device, config, plan, name.c_str());
+    if (plan.tier == Tier::kCluster) {
+      if (places == 0) throw std::runtime_error(name + ": the device has no place for such a cluster");
+    } else {
+      // Blocks wait for each other: all of a launch have to be on the device at once.
+      together = least(together, places / (plan.blocks * launch.jobs));
+      if (together == 0) {
+        throw std::runtime_error(name + ": the device has places for " + std::to_string(places) + " blocks at once");
+      }
     }
   }
   Launch part = launch;
