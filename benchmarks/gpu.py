@@ -21,7 +21,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,28 +30,15 @@ from tqdm import tqdm
 import seqkernels
 from seqkernels import backends
 
+from . import report
 from .cases import Attention, Case, Mode
+from .gpu_bars import Row, bars
 from .gpu_cases import GROUPS
 from .gpu_providers import CUDA, OURS, PACKAGES, Provider, providers
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_DIFFERENCE = 0.05
 """Relative, in norm, of the results of 16 bits that two providers have of the same inputs."""
-
-
-class Row(NamedTuple):
-    """One line of the result: median milliseconds of a call, launched one by one and in a CUDA graph."""
-
-    case: str
-    group: str
-    mode: str
-    provider: str
-    ms: float
-    graph_ms: float | None
-    tflops: float
-    gbytes: float
-    difference: float | None
-    note: str
 
 
 class Clock:
@@ -323,6 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = json.dumps(written, indent=1)
     options.json.write_text(re.sub(r": (NaN|Infinity)", ": null", text) + "\n")
     print(render(rows, about))
+    if options.only == "persistent":
+        asked = [case for case in GROUPS[options.only][options.dry] if options.k in case.name]
+        print(report.render(bars(rows, asked, OURS if options.dry else CUDA, "torch"), markdown=False))
     if left_out:
         print(f"left out for time: {len(left_out)} of {len(cases)}")
     wrong = [

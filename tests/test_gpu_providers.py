@@ -15,7 +15,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu, gpu_cases, gpu_providers  # noqa: E402
+from benchmarks import gpu, gpu_bars, gpu_cases, gpu_providers  # noqa: E402
 from benchmarks.cases import Attention, Recurrence  # noqa: E402
 from seqkernels.backends.cuda import emulator  # noqa: E402
 
@@ -97,6 +97,41 @@ def test_cases_of_the_cuda_kernels():
     for hidden in (128, 256, 512, 640, 1024):
         assert {f"lstm_T512_B{batch}_I{hidden}_H{hidden}_bfloat16" for batch in (1, 8, 16, 32, 64)} <= set(names)
     assert all(case.modes == ("forward", "forward_backward") for case in gpu_cases.PERSISTENT)
+
+
+def test_each_bar_has_cases():
+    for bar in gpu_bars.BARS:
+        assert sum(bar.holds(case) for case in gpu_cases.PERSISTENT) >= 2, bar.name
+    assert sum(gpu_bars.BARS[0].holds(case) for case in gpu_cases.PERSISTENT) == 25
+
+
+def _timed(case, provider, ms, mode="forward", note=""):
+    return gpu.Row(case.name, case.group, mode, provider, ms, ms / 2, 0.0, 0.0, None, note)
+
+
+def test_bars_are_judged():
+    first, second = (case for case in gpu_cases.PERSISTENT if case.layers == 2 and not case.bidirectional)
+    rows = [
+        *(_timed(first, "ours", 1.0), _timed(first, "theirs", 8.0)),
+        *(_timed(second, "ours", 2.0), _timed(second, "theirs", 4.0)),
+        *(_timed(first, "ours", 1.0, "forward_backward"), _timed(first, "theirs", 2.0, "forward_backward")),
+        _timed(second, "theirs", float("nan"), "forward_backward", "failed"),
+    ]
+    table = gpu_bars.bars(rows, gpu_cases.PERSISTENT, "ours", "theirs")
+    forward, both = (row for row in table.rows if row[0] == "two layers, one direction")
+    assert forward[1:] == ("forward", "3", "4.00", "2.00", "4.00", "2 of 2", "yes", second.name)
+    assert both[1:] == ("forward+backward", "3", "2.00", "2.00", "2.00", "1 of 2", "no", first.name)
+    others = [row for row in table.rows if row not in (forward, both)]
+    assert {row[7] for row in others} == {"not measured"}
+    # The worst case counts where the bar names one.
+    grid = [case for case in gpu_cases.PERSISTENT if gpu_bars.BARS[0].holds(case)][:2]
+    rows = [
+        _timed(case, name, ms)
+        for case, ms in zip(grid, (10.0, 1.1), strict=True)
+        for name, ms in (("ours", 1.0), ("theirs", ms))
+    ]
+    table = gpu_bars.bars(rows, gpu_cases.PERSISTENT, "ours", "theirs")
+    assert table.rows[0][2:8] == ("3, worst 1.2", "3.32", "1.10", "3.32", "2 of 25", "no")
 
 
 def test_a_group_is_chosen(tmp_path, monkeypatch, capsys):
