@@ -101,9 +101,10 @@ def recurrences_forward(
         steps, batch, _ = input.shape
         passes = []
         for k, own in enumerate(weights):
+            # Those of one that is fed get their memory when it begins.
             rows = own.weight_hh.shape[0]
             known = k == 0 or not chained
-            gates = gates_x(input, own) if known else torch.empty((steps, batch, rows), device=input.device)
+            gates = gates_x(input, own) if known else input.new_empty(()).expand(steps, batch, rows)
             passes.append(ForwardPass(gates, own, state0[k], controls[k], cell, reverse[k], save, precision=precision))
         if not passes[0].loop.has_work(0, steps):
             return [found.results() for found in passes]
@@ -112,12 +113,17 @@ def recurrences_forward(
 
         def feed(k: int, part: int) -> None:
             begin, end = bounds[k][part]
-            weight_ih, gates = weights[k].weight_ih, passes[k].loop.gates_x
+            x, weight_ih = passes[k], weights[k].weight_ih
+            if part == 0:
+                x.loop = x.loop._replace(
+                    gates_x=torch.empty((steps, batch, x.loop.weight_hh.shape[0]), device=input.device)
+                )
+            gates = x.loop.gates_x
             assert weight_ih is not None
             assert gates is not None
             mask = masks[k]
-            x = _masked(passes[k - 1].hidden(begin, end), None if mask is None else mask[begin:end])
-            _product_into(gates[begin:end].flatten(0, 1), x.flatten(0, 1), weight_ih.t())
+            read = _masked(passes[k - 1].hidden(begin, end), None if mask is None else mask[begin:end])
+            _product_into(gates[begin:end].flatten(0, 1), read.flatten(0, 1), weight_ih.t())
 
         def start(launch: list[tuple[int, int]]) -> None:
             parts = []
@@ -125,6 +131,9 @@ def recurrences_forward(
                 x, (begin, end) = passes[k], bounds[k][part]
                 parts.append(Part(x.loop, x.carry, x.states, x.reserve, begin, end, 0))
             _launch(parts, False)
+            for k, part in launch:
+                if part + 1 == waves.parts:
+                    passes[k].loop = passes[k].loop._replace(gates_x=None)
 
         _run(len(passes), waves, chained, feed, start)
         return [found.results() for found in passes]
