@@ -1,27 +1,20 @@
-// A GPU of the host, for tests of persistent recurrences: warps are threads, whose lanes are loops; flags are atomics,
-// a cluster's barriers count as mbarrier does. Copies arrive as late as they may, and what is waited for has a place
+// A GPU of the host, for tests of persistent recurrences: warps take turns, their lanes are loops; flags are atomics, a
+// cluster's barriers count as mbarrier does. Copies arrive as late as they may, and what is waited for has a place
 // where a number that is none lies until then.
 #pragma once
 
 #include <atomic>
-#include <barrier>
-#include <chrono>
-#include <condition_variable>
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
-#include <string>
-#include <thread>
 #include <vector>
 
+#include "core/emulator_turns.h"
 #include "core/persistent_backward.h"
 #include "core/persistent_forward.h"
 
 namespace seqkernels::persistent {
 namespace {
-
-constexpr std::chrono::seconds kPatience{60};
 
 // What a test of the tests leaves out: an order of memory, or synchronisations within a block.
 #ifdef SEQKERNELS_WITHOUT_RELEASE
@@ -34,8 +27,6 @@ constexpr bool kSynchronised = false;
 #else
 constexpr bool kSynchronised = true;
 #endif
-
-[[noreturn]] inline void fail_emulation(const std::string& what) { throw std::logic_error("emulation: " + what); }
 
 // mbarrier with one arrival: a phase ends when the arrival and all bytes that it announced are there.
 class Barrier {
@@ -55,8 +46,7 @@ class Barrier {
   }
   void await(int parity) {
     std::unique_lock lock(mutex_);
-    if (!ended_.wait_for(lock, kPatience, [&] { return phase_ % 2 != parity; }))
-      fail_emulation("a barrier waits for ever");
+    if (!ended_.wait(lock, [&] { return phase_ % 2 != parity; })) fail_emulation("a barrier waits for ever");
   }
 
  private:
@@ -67,8 +57,8 @@ class Barrier {
     ended_.notify_all();
   }
 
-  std::mutex mutex_;
-  std::condition_variable ended_;
+  Mutex mutex_;
+  Condition ended_;
   bool arrived_ = false;
   long pending_ = 0, phase_ = 0;
 };
@@ -96,16 +86,16 @@ struct HostTeam {
   HostTeam(int blocks, int bytes) : all(blocks * kWarps) {
     for (int i = 0; i < blocks; ++i) {
       block.push_back(std::make_unique<HostBlock>(bytes));
-      own.push_back(std::make_unique<std::barrier<>>(kWarps));
+      own.push_back(std::make_unique<Meeting>(kWarps));
     }
   }
 
   std::vector<std::unique_ptr<HostBlock>> block;
-  std::vector<std::unique_ptr<std::barrier<>>> own;
-  std::barrier<> all;
+  std::vector<std::unique_ptr<Meeting>> own;
+  Meeting all;
 };
 
-// A warp, run by a thread of the host.
+// A warp.
 class HostWarp {
  public:
   static constexpr int kHere = 32;
@@ -168,11 +158,9 @@ class HostWarp {
 
   static void publish(std::uint32_t* flag, std::uint32_t epoch) { std::atomic_ref(*flag).store(epoch, kOfFlags); }
   static void poll(const std::uint32_t* flag, std::uint32_t epoch) {
-    const auto end = std::chrono::steady_clock::now() + kPatience;
-    while (std::atomic_ref(*const_cast<std::uint32_t*>(flag)).load(std::memory_order_acquire) < epoch) {
-      if (std::chrono::steady_clock::now() > end) fail_emulation("a flag is waited for for ever");
-      std::this_thread::yield();
-    }
+    const std::atomic_ref of(*const_cast<std::uint32_t*>(flag));
+    if (!wait_until([&] { return of.load(std::memory_order_acquire) >= epoch; }))
+      fail_emulation("a flag is waited for for ever");
   }
 
   static void load16(const void* from, std::uint32_t* to) { std::memcpy(to, from, 16); }
@@ -315,21 +303,17 @@ void emulate(const Launch& launch, const Run& run) {
   for (int first = 0; first < launch.jobs * launch.slices * blocks; first += blocks) {
     HostTeam team(blocks, launch.memory.total);
     std::vector<std::exception_ptr> errors(static_cast<std::size_t>(blocks * kWarps));
-    std::vector<std::thread> threads;
-    for (int i = 0; i < blocks * kWarps; ++i) {
-      threads.emplace_back([&, i] {
-        const int rank = i / kWarps;
-        try {
-          HostWarp warp(team, rank, i % kWarps);
-          run(warp, launch, place_of(launch, first + rank));
-        } catch (...) {
-          errors[static_cast<std::size_t>(i)] = std::current_exception();
-          team.own[static_cast<std::size_t>(rank)]->arrive_and_drop();
-          team.all.arrive_and_drop();
-        }
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
+    take_turns(blocks * kWarps, [&](int i) {
+      const int rank = i / kWarps;
+      try {
+        HostWarp warp(team, rank, i % kWarps);
+        run(warp, launch, place_of(launch, first + rank));
+      } catch (...) {
+        errors[static_cast<std::size_t>(i)] = std::current_exception();
+        team.own[static_cast<std::size_t>(rank)]->leave();
+        team.all.leave();
+      }
+    });
     for (const std::exception_ptr& error : errors) {
       if (error) std::rethrow_exception(error);
     }
