@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 
@@ -87,19 +88,27 @@ def _served(runner, inputs, options):
     return reason is None
 
 
-def _check(runner, draws, options, page, **how):
+def _in_pages(draws, options, page, **how):
+    """Calls with pages, and the inputs of the same calls without."""
+    calls = [in_pages(inputs, options, page, seed=seed, **how) for seed, inputs in enumerate(draws)]
+    return [(paged, more) for _, paged, more in calls], [plain for plain, _, _ in calls]
+
+
+def _judge(calls, by):
     """Results from pages are within the budget of the call without pages."""
-    found, by = [], []
-    for seed, inputs in enumerate(draws):
-        plain, paged, more = in_pages(inputs, options, page, seed=seed, **how)
-        if not _served(runner, paged, more):
-            return
+    found = []
+    for paged, more in calls:
         out, lse = attention(*paged, **more)
-        assert out.dtype == inputs.q.dtype
+        assert out.dtype == paged.q.dtype
         assert out.transpose(1, 2).is_contiguous()
         found.append({"out": out, "lse": lse})
-        by.append(expected(plain, **options))
     judge_draws(found, by)
+
+
+def _check(runner, draws, options, page, **how):
+    calls, plain = _in_pages(draws, options, page, **how)
+    if _served(runner, *calls[0]):
+        _judge(calls, [expected(inputs, **options) for inputs in plain])
 
 
 def _draws(batch, heads, lengths, size, dtype=torch.float32, *, count=2, **more):
@@ -109,16 +118,27 @@ def _draws(batch, heads, lengths, size, dtype=torch.float32, *, count=2, **more)
     ]
 
 
+@functools.cache
+def _entries(dtype, page, queries, how):
+    """Calls with lengths of none, one, an odd number, all, and what their results are judged by."""
+    keys = -(-(100 if INTERPRETED else 300) // page) * page
+    options = {"key_lengths": torch.tensor([0, 1, keys // 2 + 1 - keys // 2 % 2, keys], dtype=INT)}
+    if how == "shared":
+        options |= {"right": 0, "left": 37, "bottom_right": True}
+    draws = _draws(4, 8, (queries, keys), 24, dtype, value_size=40, kv_heads=2)
+    calls, plain = _in_pages(draws, options, page, **{how: True})
+    return calls, [expected(inputs, **options) for inputs in plain]
+
+
 @pytest.mark.parametrize("queries", [1, 40])
 @pytest.mark.parametrize("page", [1, 3, 16, 64, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pages(runner, dtype, page, queries):
-    """Decoding and a prompt, with lengths of none, one, an odd number, all."""
-    keys = -(-(100 if INTERPRETED else 300) // page) * page
-    lengths = {"key_lengths": torch.tensor([0, 1, keys // 2 + 1 - keys // 2 % 2, keys], dtype=INT)}
-    draws = _draws(4, 8, (queries, keys), 24, dtype, value_size=40, kv_heads=2)
-    _check(runner, draws, lengths, page, together=True)
-    _check(runner, draws, lengths | {"right": 0, "left": 37, "bottom_right": True}, page, shared=True)
+    """Decoding and a prompt."""
+    for how in ("together", "shared"):
+        calls, by = _entries(dtype, page, queries, how)
+        if _served(runner, *calls[0]):
+            _judge(calls, by)
 
 
 @hypothesis.given(
