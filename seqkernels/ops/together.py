@@ -17,7 +17,7 @@ from ..cells import CELLS, Weights, accumulate_dtype
 from ..precision import check_precision, of_products
 from ._eager import apart, as_in_forward, batched, eager, gradients, insisted, records, refuse_tangents, transformed
 from .recurrence import _backward as _one_backward
-from .recurrence import _call, _gates, _own_step_states, _step_states, check
+from .recurrence import _call, _gates, _own_step_states, _resolved, _step_states, check
 from .recurrence import _forward as _one_forward
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
@@ -85,10 +85,15 @@ def _forward(
     precision: str = "ieee",
 ) -> list[Tensor]:
     refuse_tangents(input, *state0, *weights)
+    call = _choice_of(input, _each(weights), controls, cell)
+    name = backends.choice(call)
+    if input.shape[2] <= 1 or state0[0].shape[2] <= 1:
+        # As of one recurrence: the kernels see memory, not the bit that negates it.
+        input, *others = _resolved(input, *state0, *weights)
+        state0, weights = others[: len(state0)], others[len(state0) :]
     each = _each(weights)
-    name = backends.choice(_choice_of(input, each, controls, cell))
     if name is not None and backends.has_together(name):
-        backends.select(_choice_of(input, each, controls, cell))
+        backends.select(call)
         run = backends.module(name, "together").recurrences_forward
         found = run(input, each, state0, controls, masks, cell, reverse, chained, save, precision)
         return [x for results in found for x in results]
@@ -115,6 +120,9 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of the input, and of the state and the weights of each recurrence; empty ones that nobody needs."""
     refuse_tangents(*grads, input, *weights)
+    if input.shape[2] <= 1 or states[0].shape[3] <= 1:
+        input, *others = _resolved(input, *grads, *weights)
+        grads, weights = others[: len(grads)], others[len(grads) :]
     each, count = _each(weights), len(states)
     given = [list(grads[k * _GRADS : (k + 1) * _GRADS]) for k in range(count)]
     own = [[False, *needs[1 + k * (1 + _FIELDS) : 1 + (k + 1) * (1 + _FIELDS)]] for k in range(count)]

@@ -219,6 +219,28 @@ def test_second_order(plain_runner, chained):
         assert torch.autograd.gradgradcheck(outputs, tuple(leaves.values()), fast_mode=True)
 
 
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
+def test_negated_by_a_bit(plain_runner, cell):
+    """Parts of complex numbers, whose memory has the other sign."""
+    dtype = widest(plain_runner.backend)
+    settings = {"cell": cell, "reverse": (False, False), "chained": True}
+    given = given_of(cell, 2, (1, 1, 1), dtype, True, control=False, input_size=1).to(dtype)
+    expected, grads = results(call, given, **settings)
+
+    def negated(x):
+        return None if x is None else torch.complex(torch.zeros_like(x), -x.detach()).conj().imag.requires_grad_()
+
+    given = given._replace(
+        input=negated(given.input),
+        weights=[Weights._make(map(negated, own)) for own in given.weights],
+        state0=list(map(negated, given.state0)),
+    )
+    assert given.input.is_neg()
+    found, _ = results(call, given, {name: negated(x).detach() for name, x in grads.items()}, **settings)
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-7, msg=lambda text, name=name: name + text)
+
+
 def test_many_gradients_at_once(plain_runner):
     dtype = widest(plain_runner.backend)
     given = given_of("gru", 2, (3, 2, 4), dtype, True)
