@@ -228,7 +228,8 @@ class _Stack(NamedTuple):
         first = self.weights[0]
         used = [None if some is None else some[0] for some in map(given.get, Weights._fields[4:])]
         weights = Weights(first.ih, first.hh, first.bias_ih, first.bias_hh, *used)
-        return serves(x, [weights] * len(self.weights), [self.layout.control] * len(self.weights), self.cell)
+        together = 2 if self.bidirectional else len(self.weights)
+        return serves(x, weights, self.layout.control, self.cell, together)
 
     def _together(self, which: range, x: Tensor, zeros: Tensor | None) -> list[tuple[Tensor, Tensor, Trace]]:
         """`_direction` of both directions of a layer, or of all layers."""

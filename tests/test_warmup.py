@@ -114,6 +114,7 @@ def test_as_text(monkeypatch):
     monkeypatch.setitem(seqkernels.backends.PREFERENCE, ("recurrence", "cpu"), ("native", "reference"))
     monkeypatch.setattr(seqkernels.backends.backend("native"), "unavailable", lambda: "it was not built")
     monkeypatch.setattr(seqkernels.backends, "_decisions", {})
+    monkeypatch.setattr(seqkernels.backends, "_choices", {})
     text = str(warmup(layer, [(5, 2, 8)]))
     assert text.endswith("-> reference (native: it was not built) (2 times)")
     text = str(warmup(torch.nn.ReLU(), [torch.zeros(3)]))

@@ -74,6 +74,7 @@ class BackendError(RuntimeError):
 _forced: ContextVar[str | None] = ContextVar("seqkernels_backend", default=None)
 _recorder: ContextVar[list[Decision | str] | None] = ContextVar("seqkernels_recorder", default=None)
 _decisions: dict[tuple[str | None, Call], Decision] = {}
+_choices: dict[tuple[str | None, Call], str] = {}
 _modules: dict[tuple[str, str], ModuleType] = {}
 _warned: set[Call] = set()
 
@@ -159,9 +160,16 @@ def select(call: Call) -> Decision:
 def choice(call: Call) -> str | None:
     """Name of the implementation that `select` would choose, ``None`` for none; neither warned of nor recorded."""
     forced = _forced.get()
+    known = _choices.get((forced, call))
+    if known is not None:
+        return known
     if forced is not None:
-        return forced if why_not(forced, call) is None else None
-    return next((name for name in order(call) if why_not_by_itself(name, call) is None), None)
+        found = forced if why_not(forced, call) is None else None
+    else:
+        found = next((name for name in order(call) if why_not_by_itself(name, call) is None), None)
+    if found is not None:
+        _choices[forced, call] = found
+    return found
 
 
 def unobserved() -> bool:

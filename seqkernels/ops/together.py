@@ -49,8 +49,8 @@ def _choice_of(
     return calls[0]._replace(features=features, together=len(calls))
 
 
-def serves(x: Tensor, weights: Sequence[Weights], controls: Sequence[Optional], cell: str, gates: bool = False) -> bool:
-    """Whether the implementation that gets these recurrences can run them at the same time.
+def serves(x: Tensor, weights: Weights, control: Optional, cell: str, count: int) -> bool:
+    """Whether the implementation that gets `count` recurrences like this one can run them at the same time.
 
     In a program that is being compiled for a CUDA device the op is taken, and sees to it when it runs.
     """
@@ -60,7 +60,7 @@ def serves(x: Tensor, weights: Sequence[Weights], controls: Sequence[Optional], 
         return x.is_cuda
     if not x.is_cuda and backends.insisted() != "cuda":
         return False
-    name = backends.choice(_choice_of(x, weights, controls, cell, gates))
+    name = backends.choice(_call(x, weights, control, cell, 0)._replace(together=count))
     return name is not None and backends.has_together(name)
 
 

@@ -23,7 +23,7 @@ CALL = Call("recurrence", "cpu", torch.float32, "lstm")
 @pytest.fixture
 def fresh(monkeypatch):
     """A registry that remembers no decision, loaded module or warning."""
-    for name, kind in (("_decisions", dict), ("_modules", dict), ("_warned", set)):
+    for name, kind in (("_decisions", dict), ("_choices", dict), ("_modules", dict), ("_warned", set)):
         monkeypatch.setattr(backends, name, kind())
 
 
@@ -271,6 +271,23 @@ def test_one_that_hesitates_runs_only_when_asked(fresh, monkeypatch):
     assert "numba: nobody has measured it" in str(backends.Explanation((decision,)))
     with seqkernels.use_backend("numba"):
         assert backends.select(CALL).chosen == backends.choice(CALL) == "numba"
+
+
+def test_a_choice_is_made_once(fresh, monkeypatch):
+    """It is asked for before each call of layers on a GPU; only where nothing can run the call it may change."""
+    asked, reasons = [], {"reference": "not yet"}
+
+    def package(name):
+        return types.SimpleNamespace(unavailable=lambda: reasons.get(name), unsupported=asked.append)
+
+    monkeypatch.setattr(backends, "backend", package)
+    monkeypatch.setattr(backends, "order", lambda call: ("reference",))
+    assert backends.choice(CALL) is None
+    reasons.clear()
+    assert [backends.choice(CALL) for _ in range(3)] == ["reference"] * 3
+    assert asked == [CALL]
+    with seqkernels.use_backend("numba"):
+        assert backends.choice(CALL) == "numba"
 
 
 def test_how_a_call_is_served_is_explained(fresh, monkeypatch):
