@@ -6,6 +6,8 @@ reads the hidden states of the one before it. What `recurrence` says of one of t
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ from .recurrence import _forward as _one_forward
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 _library.define(
     "recurrences_forward(Tensor input, Tensor?[] weights, Tensor[] state0, Tensor?[] controls, Tensor?[] masks,"
-    " str cell, bool[] reverse, bool chained, bool save, str precision='ieee') -> Tensor[]"
+    " str cell, bool[] reverse, bool chained, bool[] save, str precision='ieee') -> Tensor[]"
 )
 _library.define(
     "recurrences_backward(Tensor?[] grads, Tensor input, Tensor?[] weights, Tensor[] states, Tensor[] reserves,"
@@ -31,7 +33,8 @@ _library.define(
     " str precision='ieee') -> Tensor[]"
 )
 _FIELDS = len(Weights._fields)
-_GRADS = 4  # of the hidden states, the cell states, the last state and the gates of each recurrence
+_OUTPUTS = 4  # of each recurrence: the hidden states, the cell states, the last state and the gates
+_SETTINGS = 8  # arguments of `_Recurrences` before the tensors of which each recurrence has its own
 
 Optional = Tensor | None
 
@@ -81,7 +84,7 @@ def _forward(
     cell: str,
     reverse: Sequence[bool],
     chained: bool,
-    save: bool,
+    save: Sequence[bool],
     precision: str = "ieee",
 ) -> list[Tensor]:
     refuse_tangents(input, *state0, *weights)
@@ -100,7 +103,7 @@ def _forward(
     flat: list[Tensor] = []
     for k, own in enumerate(each):
         x = _masked(_hidden(flat[-3], reverse[k - 1]), masks[k]) if chained and k else input
-        flat += _one_forward(x, own, state0[k], controls[k], cell, reverse[k], save, 0, precision)
+        flat += _one_forward(x, own, state0[k], controls[k], cell, reverse[k], save[k], 0, precision)
     return flat
 
 
@@ -124,7 +127,7 @@ def _backward(
         input, *others = _resolved(input, *grads, *weights)
         grads, weights = others[: len(grads)], others[len(grads) :]
     each, count = _each(weights), len(states)
-    given = [list(grads[k * _GRADS : (k + 1) * _GRADS]) for k in range(count)]
+    given = [list(grads[k * _OUTPUTS : (k + 1) * _OUTPUTS]) for k in range(count)]
     own = [[False, *needs[1 + k * (1 + _FIELDS) : 1 + (k + 1) * (1 + _FIELDS)]] for k in range(count)]
     call = _choice_of(input, each, controls, cell, any(of_one[3] is not None for of_one in given))
     name = backends.choice(call)
@@ -166,16 +169,16 @@ def _forward_fake(
     cell: str,
     reverse: Sequence[bool],
     chained: bool,
-    save: bool,
+    save: Sequence[bool],
     precision: str = "ieee",
 ) -> list[Tensor]:
     steps, batch, _ = input.shape
     found = []
-    for state in state0:
+    for state, saves in zip(state0, save, strict=True):
         count, _, hidden = state.shape
-        saved = (steps, batch, CELLS[cell].reserve, hidden) if save else (0,)
+        saved = (steps, batch, CELLS[cell].reserve, hidden) if saves else (0,)
         found += [
-            input.new_empty((count if save else 1, steps + 1, batch, hidden)),
+            input.new_empty((count if saves else 1, steps + 1, batch, hidden)),
             input.new_empty(state.shape),
             input.new_empty(saved, dtype=accumulate_dtype(input.dtype)),
         ]
@@ -216,6 +219,8 @@ backward_op = torch.ops.seqkernels.recurrences_backward.default
 
 
 class _Recurrences(torch.autograd.Function):
+    """All recurrences; `recorded` says of which the backward pass has gradients, of others nothing is kept for it."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -223,6 +228,8 @@ class _Recurrences(torch.autograd.Function):
         cell: str,
         reverse: tuple[bool, ...],
         chained: bool,
+        recorded: tuple[bool, ...],
+        save: tuple[bool, ...],
         gates: bool,
         precision: str,
         *tensors: Optional,
@@ -231,79 +238,122 @@ class _Recurrences(torch.autograd.Function):
         state0: Any = tensors[:count]
         controls, masks, weights = tensors[count : 2 * count], tensors[2 * count : 3 * count], tensors[3 * count :]
         forward = _forward if eager(input, *tensors) else forward_op
-        found = forward(input, weights, state0, controls, masks, cell, reverse, chained, True, precision)
-        ctx.save_for_backward(input, *tensors, *found[::3], *found[2::3])
-        ctx.settings = cell, reverse, chained, gates, precision
+        found = forward(input, weights, state0, controls, masks, cell, reverse, chained, save, precision)
+        which = [k for k in range(count) if recorded[k]]
+        x = input
+        if chained and which[0] > 0:
+            before = which[0] - 1
+            x = _masked(_hidden(found[3 * before], reverse[before]), masks[which[0]])
+        ctx.save_for_backward(x, *_of(which, tensors, count), *(found[3 * k + i] for i in (0, 2) for k in which))
+        ctx.settings = cell, tuple(reverse[k] for k in which), chained, gates, precision
+        ctx.which, ctx.save = which, save
         ctx.insisted = insisted()
         ctx.set_materialize_grads(False)
         outputs: list[Tensor] = []
+        constant: list[Tensor] = []
         for k in range(count):
             states, state_n, reserve = found[3 * k : 3 * k + 3]
-            outputs += (*_step_states(states, reverse[k]), state_n)
+            of_one = [*_step_states(states, reverse[k]), state_n]
             if gates:
-                outputs.append(_gates(reserve, cell, input.dtype))
+                of_one.append(_gates(reserve, cell, input.dtype))
+            outputs += of_one
+            if not recorded[k]:
+                constant += of_one
+        if constant:
+            ctx.mark_non_differentiable(*constant)
         return tuple(outputs)
 
     @staticmethod
     @as_in_forward
     def backward(ctx: Any, *grads: Optional) -> tuple[Optional, ...]:
         cell, reverse, chained, gates, precision = ctx.settings
-        count, of_steps = len(reverse), CELLS[cell].states
-        input, *saved = ctx.saved_tensors
+        which, every = ctx.which, len(ctx.save)
+        count = len(which)
+        x, *saved = ctx.saved_tensors
         tensors, states, reserves = saved[: -2 * count], saved[-2 * count : -count], saved[-count:]
         controls, masks, weights = tensors[count : 2 * count], tensors[2 * count : 3 * count], tensors[3 * count :]
-        needs = ctx.needs_input_grad
-        wanted = [needs[0]]
-        for k in range(count):
-            first = 6 + 3 * count + k * _FIELDS
-            wanted += [needs[6 + k], *needs[first : first + _FIELDS]]
-        outputs = of_steps + 1 + gates
-        ordered: list[Optional] = []
-        for k in range(count):
-            own = grads[k * outputs : (k + 1) * outputs]
-            ordered += [own[0], own[1] if of_steps == 2 else None, own[of_steps], own[-1] if gates else None]
+        needs = [ctx.needs_input_grad[0], *_of(which, ctx.needs_input_grad[_SETTINGS:], every)]
+        each = _outputs(grads, cell, ctx.save, gates)
+        ordered = [grad for k in which for grad in each[k]]
         found: Sequence[Optional]
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or any(map(batched, ordered))):
             # The second order, or many gradients at once, which tensor operations alone can take.
-            return _by_operations(ctx, grads, input, tensors)
-        backward = _backward if eager(input, *ordered, *tensors) else backward_op
-        op = backward(
-            ordered, input, weights, states, reserves, controls, masks, cell, reverse, chained, wanted, precision
-        )
-        found = [x if need else None for x, need in zip(op, wanted, strict=True)]
-        of_each = [found[1 + k * (1 + _FIELDS) : 1 + (k + 1) * (1 + _FIELDS)] for k in range(count)]
-        of_weights = [x for of_one in of_each for x in of_one[1:]]
-        return (
-            found[0], None, None, None, None, None,
-            *(of_one[0] for of_one in of_each), *(None,) * (2 * count), *of_weights,
-        )  # fmt: skip
+            found = _by_operations(ctx.settings, ordered, x, tensors, needs)
+        else:
+            of_weights = needs[1 + 3 * count :]
+            wanted = [needs[0]]
+            for k in range(count):
+                wanted += [needs[1 + k], *of_weights[k * _FIELDS : (k + 1) * _FIELDS]]
+            backward = _backward if eager(x, *ordered, *tensors) else backward_op
+            op = backward(
+                ordered, x, weights, states, reserves, controls, masks, cell, reverse, chained, wanted, precision
+            )
+            made = [x if need else None for x, need in zip(op, wanted, strict=True)]
+            of_each = [made[1 + k * (1 + _FIELDS) : 1 + (k + 1) * (1 + _FIELDS)] for k in range(count)]
+            found = [
+                made[0], *(of_one[0] for of_one in of_each), *(None,) * (2 * count),
+                *(x for of_one in of_each for x in of_one[1:]),
+            ]  # fmt: skip
+        places = _of(which, range(every * (3 + _FIELDS)), every)
+        returned: list[Optional] = [None] * (every * (3 + _FIELDS))
+        for place, grad in zip(places, found[1:], strict=True):
+            returned[place] = grad
+        return found[0], *(None,) * (_SETTINGS - 1), *returned
+
+
+def _outputs(given: Sequence[Any], cell: str, save: Sequence[bool], gates: bool) -> list[tuple[Any, Any, Any, Any]]:
+    """What `_Recurrences` returns, or the gradients of it, by recurrence, ``None`` for what one does not return.
+
+    `_Recurrences` itself does not return ``None``: dynamo counts only tensors, and so finds others without gradient.
+    """
+    there, found = iter(given), []
+    for saves in save:
+        has_cells = saves and CELLS[cell].states == 2
+        found.append((next(there), next(there) if has_cells else None, next(there), next(there) if gates else None))
+    return found
+
+
+def _of(which: Sequence[int], tensors: Sequence[Any], count: int) -> list[Any]:
+    """Of `tensors`, or of what there is one of for each, those of some recurrences of `count`."""
+    firsts = [tensors[i * count + k] for i in range(3) for k in which]
+    return firsts + [tensors[3 * count + k * _FIELDS + i] for k in which for i in range(_FIELDS)]
 
 
 def _by_operations(
-    ctx: Any, grads: Sequence[Optional], input: Tensor, tensors: Sequence[Optional]
-) -> tuple[Optional, ...]:
-    """What `_Recurrences.backward` returns, as a graph or for many gradients, by the reference's operations."""
+    settings: tuple[str, Sequence[bool], bool, bool, str],
+    grads: Sequence[Optional],
+    input: Tensor,
+    tensors: Sequence[Optional],
+    needs: Sequence[bool],
+) -> list[Optional]:
+    """Gradients of `input` and `tensors`, as a graph or of many gradients, by the reference's operations."""
     from ..backends.reference.recurrence import recurrence as reference
 
-    cell, reverse, chained, gates, _ = ctx.settings
+    cell, reverse, chained, gates, _ = settings
     count = len(reverse)
     with torch.enable_grad():
         copies = apart([input, *tensors])
         x: Any = copies[0]
         state0, controls, masks = (copies[1 + k * count : 1 + (k + 1) * count] for k in range(3))
-        outs: list[Tensor] = []
+        outs: list[Any] = []
         for k, own in enumerate(_each(copies[1 + 3 * count :])):
             state: Any = state0[k]
             states, state_n, reserve = reference(x, own, state, controls[k], cell, reverse[k])
-            of_steps = _step_states(states, reverse[k])
+            hidden, *cells = _step_states(states, reverse[k])
             if chained and k + 1 < count:
-                x = _masked(of_steps[0], masks[k + 1])
-            outs += (*of_steps, state_n)
+                x = _masked(hidden, masks[k + 1])
+            outs += [hidden, cells[0] if cells else None, state_n, None]
             if gates:
-                outs.append(_gates(reserve, cell, input.dtype))
-    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
-    found = gradients(outs, grads, copies, needs)
-    return found[0], None, None, None, None, None, *found[1:]
+                outs[-1] = _gates(reserve, cell, input.dtype)
+    return gradients(outs, grads, copies, needs)
+
+
+def _recorded(input: Tensor, weights: Sequence[Weights], state0: Sequence[Tensor], chained: bool) -> tuple[bool, ...]:
+    """Of which recurrences a gradient is wanted, or of what they read."""
+    if not torch.is_grad_enabled():
+        return (False,) * len(weights)
+    found = [records(input, state, *own) for state, own in zip(state0, weights, strict=True)]
+    return tuple(itertools.accumulate(found, operator.or_) if chained else found)
 
 
 def recurrences(
@@ -367,23 +417,20 @@ def recurrences(
     stored = gates and CELLS[cell].reserve > 0
     flat = [t for own in weights for t in own]
     found: list[tuple[Tensor, Optional, Tensor, Optional]] = []
-    if torch.is_grad_enabled() and records(input, *state0, *flat):
+    recorded = _recorded(input, weights, state0, chained)
+    save = [own or stored or states for own in recorded]
+    if any(recorded):
         tensors: Sequence[Optional] = (*state0, *controls, *masks, *flat)
         if torch.compiler.is_compiling():
             # Dynamo takes no tensor twice, and zeros and controls are often those of all.
             tensors = apart(tensors)
-        outputs = _Recurrences.apply(input, cell, tuple(reverse), chained, stored, precision, *tensors)
-        size = len(outputs) // count
-        for k in range(count):
-            of_one = list(outputs[k * size : (k + 1) * size])
-            of_gates = of_one.pop() if stored else None
-            state_n = of_one.pop()
-            found.append((of_one[0], of_one[1] if len(of_one) == 2 else None, state_n, of_gates))
+        settings = (cell, tuple(reverse), chained, recorded, tuple(save), stored, precision)
+        outputs = _Recurrences.apply(input, *settings, *tensors)
+        found = _outputs(outputs, cell, save, stored)
     else:
         direct = eager(input, *state0, *controls, *masks, *flat)
         forward = _forward if direct else forward_op
-        saves = stored or states
-        made = forward(input, flat, state0, controls, masks, cell, reverse, chained, saves, precision)
+        made = forward(input, flat, state0, controls, masks, cell, reverse, chained, save, precision)
         for k in range(count):
             saved, state_n, reserve = made[3 * k : 3 * k + 3]
             of_steps = (_own_step_states if direct else _step_states)(saved, reverse[k])

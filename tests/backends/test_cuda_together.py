@@ -241,6 +241,32 @@ def test_what_is_done_in_turn(launches):
         assert launches == []
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_frozen_layers(launches, bidirectional):
+    """They run in the wave, but have no backward pass; what is returned of them needs no gradient."""
+    torch.manual_seed(0)
+    ours = seqkernels.nn.GRU(6, 12, 3, bidirectional=bidirectional)
+    theirs = torch.nn.GRU(6, 12, 3, bidirectional=bidirectional)
+    theirs.load_state_dict(ours.state_dict())
+    for layer in (ours, theirs):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_("_l2" in name)
+    x = torch.randn(4, 3, 6)
+    output, _, traces = ours(x, return_gates=True)
+    forward = len(launches)
+    assert [trace.gates.requires_grad for trace in traces] == (
+        [False, False, True] if not bidirectional else [False] * 4 + [True] * 2
+    )
+    output.square().sum().backward()
+    assert sum(map(len, launches[forward:])) == (2 if bidirectional else 1)
+    theirs(x)[0].square().sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if b.grad is None:
+            assert a.grad is None, name
+        else:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_explain():
     layer = seqkernels.nn.GRU(6, 12, 2, bidirectional=True)
     found = str(seqkernels.explain(layer, torch.randn(4, 3, 6)))
@@ -255,15 +281,23 @@ def test_explain():
 
 def test_compiled(monkeypatch):
     monkeypatch.setattr("seqkernels._recurrent.serves", lambda *_: True)
-    for settings in ({"num_layers": 3, "dropout": 0.3}, {"bidirectional": True}):
+    for settings, frozen in (
+        ({"num_layers": 3, "dropout": 0.3}, ()),
+        ({"num_layers": 3, "dropout": 0.3}, ("_l0", "_l1")),
+        ({"bidirectional": True}, ()),
+        ({"bidirectional": True}, ("_reverse",)),
+    ):
         torch.manual_seed(0)
         layer = seqkernels.nn.GRU(6, 12, **settings)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(not name.endswith(frozen))
         compiled = torch.compile(lambda x, layer=layer: layer(x)[0], fullgraph=True, backend="aot_eager")
         found = []
         for fn in (compiled, lambda x, layer=layer: layer(x)[0]):
             torch.manual_seed(1)
-            x = torch.ones(4, 3, 6, requires_grad=True)
+            x = torch.ones(4, 3, 6, requires_grad=not frozen)
             output = fn(x)
-            found.append([output.detach(), *torch.autograd.grad(output.sum(), [x, *layer.parameters()])])
+            leaves = [leaf for leaf in (x, *layer.parameters()) if leaf.requires_grad]
+            found.append([output.detach(), *torch.autograd.grad(output.sum(), leaves)])
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

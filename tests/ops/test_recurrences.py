@@ -97,9 +97,10 @@ def results(fn, given, grads=None, **settings):
     outputs = {}
     for k, of_one in enumerate(fn(given, **settings)):
         outputs |= {f"{name}[{k}]": x for name, x in zip(("h", "c", "n", "g"), of_one, strict=True) if x is not None}
-    grads = testing.random_grads(outputs) if grads is None else grads
+    recorded = {name: x for name, x in outputs.items() if x.requires_grad}
+    grads = testing.random_grads(recorded) if grads is None else grads
     leaves = given.leaves()
-    named = [name for name in outputs if name in grads]
+    named = [name for name in recorded if name in grads]
     found = torch.autograd.grad(
         [outputs[name] for name in named], list(leaves.values()),
         [grads[name].to(outputs[name].dtype) for name in named], allow_unused=True,
@@ -197,6 +198,56 @@ def test_only_some_gradients(plain_runner, chained):
 
 
 @pytest.mark.parametrize("chained", [True, False])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrences_without_gradients(plain_runner, cell, chained):
+    """Of those that nothing wants a gradient of no gates are kept, and no backward pass is run."""
+    dtype = widest(plain_runner.backend)
+    settings = {"cell": cell, "reverse": (False,) * 3, "chained": chained}
+    frozen = 2 if chained else 1
+
+    def given():
+        found = given_of(cell, 3, (4, 3, 9), torch.float32, chained, masked=True).to(dtype)
+        found.input.requires_grad_(False)
+        for k in range(frozen):
+            for x in (found.state0[k], *found.weights[k]):
+                if x is not None and x.is_floating_point():
+                    x.requires_grad_(False)
+        return found
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        outputs = call(given(), **settings)
+    reserve = (4, 3, CELLS[cell].reserve, 9)
+    assert kept.count(reserve) == 3 - frozen
+    for k, of_one in enumerate(outputs):
+        assert all(x is None or x.requires_grad == (k >= frozen) for x in of_one)
+        # As of one recurrence: cell states that nothing asked for are not there.
+        assert (of_one[1] is not None) == (cell == "lstm" and k >= frozen)
+    found, grads = results(call, given(), states=True, **settings)
+    expected, _ = results(in_turn, given(), grads, states=True, **settings)
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: name + text)
+    # The second order, and many gradients at once.
+    leaves = given()
+    hidden, _, state_n, _ = call(leaves, **settings)[-1]
+    wanted = [leaves.weights[-1].weight_hh, leaves.weights[-1].weight_ih, leaves.state0[-1]]
+    first = torch.autograd.grad(hidden.square().sum() + state_n.sum(), wanted, create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), wanted, retain_graph=True)
+    twice = torch.stack([2 * hidden.detach(), 4 * hidden.detach()])
+    many = torch.autograd.grad(hidden, wanted, twice, is_grads_batched=True, retain_graph=True)
+    others = given()
+    hidden, _, state_n, _ = in_turn(others, **settings)[-1]
+    wanted = [others.weights[-1].weight_hh, others.weights[-1].weight_ih, others.state0[-1]]
+    first = torch.autograd.grad(hidden.square().sum() + state_n.sum(), wanted, create_graph=True)
+    expected = torch.autograd.grad(sum(x.square().sum() for x in first), wanted, retain_graph=True)
+    of_hidden = torch.autograd.grad(hidden.square().sum(), wanted)
+    for a, b, c, d in zip(second, expected, many, of_hidden, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(c, torch.stack([d, 2 * d]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chained", [True, False])
 def test_second_order(plain_runner, chained):
     given = given_of("lstm", 2, (2, 2, 2), torch.float64, chained, control=False, masked=True, input_size=2)
     settings = {"cell": "lstm", "reverse": (False, False), "chained": chained}
@@ -263,7 +314,7 @@ def _op_calls(cell, chained, gates):
     )
     flat = [x for own in given.weights for x in own]
     reverse = [False, not chained]
-    for save in (False, True):
+    for save in ([False, False], [False, True], [True, True]):
         arguments = (given.input, flat, given.state0, given.controls, given.masks, cell, reverse, chained, save)
         yield together.forward_op, arguments
     made = together.forward_op(*arguments)

@@ -93,7 +93,7 @@ def recurrences_forward(
     cell: str,
     reverse: Sequence[bool],
     chained: bool,
-    save: bool,
+    save: Sequence[bool],
     precision: str = "ieee",
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """``seqkernels::recurrences_forward``: of each recurrence what `recurrence_forward` returns."""
@@ -105,7 +105,9 @@ def recurrences_forward(
             rows = own.weight_hh.shape[0]
             known = k == 0 or not chained
             gates = gates_x(input, own) if known else input.new_empty(()).expand(steps, batch, rows)
-            passes.append(ForwardPass(gates, own, state0[k], controls[k], cell, reverse[k], save, precision=precision))
+            passes.append(
+                ForwardPass(gates, own, state0[k], controls[k], cell, reverse[k], save[k], precision=precision)
+            )
         if not passes[0].loop.has_work(0, steps):
             return [found.results() for found in passes]
         waves = _waves(passes, chained, False)
