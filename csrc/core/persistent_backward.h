@@ -18,7 +18,7 @@ class Backward : Body<M, Cell, E, true, kTall> {
   static constexpr bool kReserved = kGates > 1;
   // Fields of what is fetched: the gates that were kept, then these.
   static constexpr int kSaved = kReserved ? 4 : 0;
-  static constexpr int kState = kSaved;  // c before the step (LSTM), h before it (GRU) or after it (RNN)
+  static constexpr int kState = kSaved;  // as in state_of
   static constexpr int kGradHidden = kState + 1, kGradCells = kState + 2;
   static constexpr int kBits = kStates == 2 ? kState + 3 : kState + 2;
 
@@ -59,13 +59,6 @@ class Backward : Body<M, Cell, E, true, kTall> {
     for (int step = 0; step + 1 < plan_.stages; ++step) fetch_step(step, thread);
   }
 
-  // The state that a step starts from, in the planes of the states.
-  SEQKERNELS_FN const S* state_of(std::int64_t t, const Element& x) const {
-    const S* states = static_cast<const S*>(job_.states);
-    if (kGates == 1) return states + at(this->after(t), x.b, x.j);
-    return states + (kStates == 2 ? job_.state_plane : 0) + at(this->before(t), x.b, x.j);
-  }
-
   SEQKERNELS_FN void fetch_step(std::int64_t step, int thread) {
     if (step < job_.count) {
       const int stage = static_cast<int>(step % plan_.stages);
@@ -74,11 +67,11 @@ class Backward : Body<M, Cell, E, true, kTall> {
         if (!x.there) return;
         const auto to = [&](int field) -> std::uint32_t& { return fetched(stage, field, x.index, thread); };
         if (kReserved) {
-          const float* reserve = job_.reserve + ((t - job_.base) * plan_.batch + x.b) * 4 * plan_.hidden + x.j;
+          const float* reserve = this->reserve_of(t, x.b, x.j);
 #pragma unroll
           for (int k = 0; k < kSaved; ++k) this->fetch(to(k), reserve + static_cast<std::int64_t>(k) * plan_.hidden);
         }
-        this->fetch(to(kState), state_of(t, x));
+        this->fetch(to(kState), this->state_of(t, x.b, x.j));
         const std::int64_t here = at(t, x.b, x.j);
         if (job_.grad_hidden != nullptr) this->fetch(to(kGradHidden), static_cast<const S*>(job_.grad_hidden) + here);
         if (kStates == 2 && job_.grad_cells != nullptr) {
@@ -164,22 +157,17 @@ class Backward : Body<M, Cell, E, true, kTall> {
     }
   }
 
-  // The gradients of the states before step t, of which `past` is what did not go through the product.
-  SEQKERNELS_FN void finish(int slot, const Element& x, float* past, unsigned bits) const {
-    float sent = 0.0f;
+  // What the product of the step after sends to an element.
+  SEQKERNELS_FN float sent(int slot, const Element& x) const {
+    float sum = 0.0f;
     const float* part = sums(slot) + x.u * plan_.sums_row() + x.n;
 #pragma unroll 4
-    for (int source = 0; source < plan_.sources(); ++source) sent += part[source * plan_.sums_of_source()];
-    if (job_.recurrent_mask != nullptr) sent *= value(job_.recurrent_mask, x.b * plan_.hidden + x.j);
-    if (!(bits & kHold)) past[0] += sent;
-    if (bits & kReset && job_.sum_reset_state != nullptr) {
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) job_.sum_reset_state[at(s, x.b, x.j)] += past[s];
-    }
-    if (bits & (kReset | kDetach)) {
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) past[s] = 0.0f;
-    }
+    for (int source = 0; source < plan_.sources(); ++source) sum += part[source * plan_.sums_of_source()];
+    return sum;
+  }
+  SEQKERNELS_FN void finish(std::int64_t step, const Element& x, float* past, int thread) const {
+    const unsigned bits = bits_as<std::uint32_t>(state(2, x.index, thread));
+    Base::finish(sent(static_cast<int>(step % kSlots), x), bits, x.b, x.j, past);
   }
 
   SEQKERNELS_FN void advance(std::int64_t step, int thread) {
@@ -191,9 +179,7 @@ class Backward : Body<M, Cell, E, true, kTall> {
         float grad[kStates];
 #pragma unroll
         for (int s = 0; s < kStates; ++s) grad[s] = state(s, x.index, thread);
-        if (step > 0) {
-          finish(static_cast<int>(step % kSlots), x, grad, bits_as<std::uint32_t>(state(2, x.index, thread)));
-        }
+        if (step > 0) finish(step, x, grad, thread);
         step_back(step, stage, x, grad, to_product, thread);
 #pragma unroll
         for (int s = 0; s < kStates; ++s) state(s, x.index, thread) = grad[s];
@@ -224,9 +210,16 @@ class Backward : Body<M, Cell, E, true, kTall> {
       float saved[4];
 #pragma unroll
       for (int k = 0; k < kSaved; ++k) saved[k] = bits_as<float>(word(k));
-      float own = fetched_value(stage, kState, state_of(t, x), x, thread);
+      float own = fetched_value(stage, kState, this->state_of(t, x.b, x.j), x, thread);
       if (kReserved && bits & kReset) own = fresh(kStates - 1, x.j);
-      through_cell(t, x, own, saved, grad, of_x, of_u);
+      float of_gates[kGates] = {};
+      if (job_.grad_gates != nullptr) {
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          of_gates[g] = value(job_.grad_gates, at_gates(t, x.b, x.j) + static_cast<std::int64_t>(g) * plan_.hidden);
+        }
+      }
+      this->through_cell(t, x.b, x.j, own, saved, of_gates, [&] { return made_again(t, x); }, grad, of_x, of_u);
     }
     S* to_x = static_cast<S*>(job_.of_x) + at_gates(t, x.b, x.j);
 #pragma unroll
@@ -238,55 +231,6 @@ class Backward : Body<M, Cell, E, true, kTall> {
     }
 #pragma unroll
     for (int g = 0; g < kGates; ++g) to_product[g] = of_u[g];
-  }
-
-  // `own` is the state of the cell that its derivatives need, see kState.
-  SEQKERNELS_FN void through_cell(std::int64_t t, const Element& x, float own, const float* saved, float* grad,
-                                  float* of_x, float* of_u) const {
-    float past[kStates] = {};
-    if (job_.zoneout != nullptr) {
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) {
-        const float k = this->kept(s, t, x);
-        past[s] = k * grad[s];
-        grad[s] *= 1.0f - k;
-      }
-    }
-    float of_gates[kGates] = {};
-    if (job_.grad_gates != nullptr) {
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) {
-        of_gates[g] = value(job_.grad_gates, at_gates(t, x.b, x.j) + static_cast<std::int64_t>(g) * plan_.hidden);
-      }
-    }
-    float prev[kStates] = {}, next[kStates] = {}, direct[kStates];
-    if constexpr (kStates == 2) {
-      prev[1] = own;
-      next[1] = Lstm<float>::cell_state(saved[0], saved[1], saved[2], own);
-      this->with_peephole(x.j, [&](const float* weights) {
-        Lstm<float>::backward(grad, prev, next, saved, direct, of_x, of_u, of_gates, weights);
-      });
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) of_u[g] = of_x[g];
-      if (job_.sum_peephole != nullptr) {
-        job_.sum_peephole[at(0, x.b, x.j)] += of_x[0] * prev[1];
-        job_.sum_peephole[at(1, x.b, x.j)] += of_x[1] * prev[1];
-        job_.sum_peephole[at(2, x.b, x.j)] += of_x[3] * next[1];
-      }
-    } else if constexpr (kGates == 3) {
-      prev[0] = own;
-      Gru<float>::backward(grad, prev, next, saved, direct, of_x, of_u, of_gates);
-    } else {
-      next[0] = job_.zoneout == nullptr ? own : made_again(t, x);
-      if (job_.relu) {
-        RnnRelu<float>::backward(grad, prev, next, saved, direct, of_x, of_u);
-      } else {
-        RnnTanh<float>::backward(grad, prev, next, saved, direct, of_x, of_u);
-      }
-      of_u[0] = of_x[0];
-    }
-#pragma unroll
-    for (int s = 0; s < kStates; ++s) grad[s] = past[s] + direct[s];
   }
 
   // What an RNN made before zoneout.
@@ -304,7 +248,7 @@ class Backward : Body<M, Cell, E, true, kTall> {
       float grad[kStates];
 #pragma unroll
       for (int s = 0; s < kStates; ++s) grad[s] = state(s, x.index, thread);
-      finish(static_cast<int>(job_.count % kSlots), x, grad, bits_as<std::uint32_t>(state(2, x.index, thread)));
+      finish(job_.count, x, grad, thread);
 #pragma unroll
       for (int s = 0; s < kStates; ++s) job_.carry[at(s, x.b, x.j)] = grad[s];
     });

@@ -2,6 +2,7 @@
 // and of their emulation: phases of threads and of warps, between which the machine M synchronises.
 #pragma once
 
+#include "core/persistent_element.h"
 #include "core/persistent_product.h"
 
 namespace seqkernels::persistent {
@@ -16,23 +17,27 @@ struct Element {
 };
 
 template <class M, class Cell, class E, bool kBackward, bool kTall>
-class Body {
+class Body : protected Elements<Cell, typename E::Storage, kBackward> {
+  using Base = Elements<Cell, typename E::Storage, kBackward>;
+
  public:
-  using S = typename E::Storage;
-  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+  using Base::kGates, Base::kStates;
+  using typename Base::S;
   static constexpr CellKind kCell = kGates == 4 ? CellKind::kLstm : kGates == 3 ? CellKind::kGru : CellKind::kRnnTanh;
   static constexpr Held kHeld = held(kCell, kBackward, kTall);
   using Registers = Weights<M, kHeld.rows, kHeld.columns>;
 
   SEQKERNELS_FN Body(M& m, const Launch& launch, const Place& place)
-      : m_(m),
+      : Base(launch.job[place.job], launch.plan.hidden, launch.plan.batch),
+        m_(m),
         plan_(launch.plan),
         memory_(launch.memory),
-        job_(launch.job[place.job]),
         slice_(place.slice),
         rank_(place.rank) {}
 
  protected:
+  using Base::job_, Base::value;
+
   SEQKERNELS_FN float* sums(int slot) const {
     const int each = plan_.sources() * plan_.sums_of_source();
     return reinterpret_cast<float*>(m_.shared(memory_.sums)) + (plan_.sums_slots() == 1 ? 0 : slot * each);
@@ -55,19 +60,6 @@ class Body {
     return reinterpret_cast<float*>(m_.shared(memory_.bias))[(which * kGates + gate) * plan_.units + unit];
   }
 
-  SEQKERNELS_FN std::int64_t time_of(std::int64_t step) const {
-    return job_.first + (job_.reverse != kBackward ? -step : step);
-  }
-  // Rows of the states before and after step t.
-  SEQKERNELS_FN std::int64_t before(std::int64_t t) const { return t - job_.base + job_.reverse; }
-  SEQKERNELS_FN std::int64_t after(std::int64_t t) const { return t - job_.base + 1 - job_.reverse; }
-  SEQKERNELS_FN std::int64_t at(std::int64_t row, std::int64_t b, int j) const {
-    return (row * plan_.batch + b) * plan_.hidden + j;
-  }
-  SEQKERNELS_FN std::int64_t at_gates(std::int64_t t, std::int64_t b, int j) const {
-    return (t * plan_.batch + b) * kGates * plan_.hidden + j;
-  }
-
   // Calls f(element) for the elements of a thread, those of padding too.
   template <class F>
   SEQKERNELS_FN void each_element(int thread, const F& f) const {
@@ -81,8 +73,6 @@ class Body {
       f(Element{u, n, index, j, b, j < plan_.hidden && b < plan_.batch});
     }
   }
-
-  SEQKERNELS_FN static float value(const void* data, std::int64_t at) { return widen(static_cast<const S*>(data)[at]); }
 
   // A value fetched ahead: the word that holds it goes to shared memory, as copies have at least four bytes.
   template <class T>
@@ -103,48 +93,6 @@ class Body {
       return bits_as<T>(static_cast<std::uint16_t>(word >> 8 * (reinterpret_cast<std::uintptr_t>(from) & 2)));
     } else {
       return static_cast<T>(word >> 8 * (reinterpret_cast<std::uintptr_t>(from) & 3));
-    }
-  }
-
-  SEQKERNELS_FN const std::uint8_t* control_at(std::int64_t t, std::int64_t b) const {
-    return job_.control + t * plan_.batch + b;
-  }
-
-  SEQKERNELS_FN float fresh(int s, int j) const {
-    return job_.reset_state == nullptr ? 0.0f
-                                       : value(job_.reset_state, static_cast<std::int64_t>(s) * plan_.hidden + j);
-  }
-
-  // Calls f with the weights of c in i, f and o, or null. Two calls: a pointer that may be null would be one to memory.
-  template <class F>
-  SEQKERNELS_FN void with_peephole(int j, const F& f) const {
-    if (kStates == 2 && job_.peephole != nullptr) {
-      float weights[3];
-#pragma unroll
-      for (int k = 0; k < 3; ++k) weights[k] = value(job_.peephole, static_cast<std::int64_t>(k) * plan_.hidden + j);
-      f(weights);
-    } else {
-      f(static_cast<const float*>(nullptr));
-    }
-  }
-
-  // How much of state s stays what it was.
-  SEQKERNELS_FN float kept(int s, std::int64_t t, const Element& x) const {
-    const float probability = job_.zoneout[s];
-    if (job_.seed == nullptr) return probability;
-    const std::int64_t n = ((t * plan_.batch + x.b) * kStates + s) * plan_.hidden + x.j;
-    return uniform(static_cast<std::uint64_t>(n), static_cast<std::uint64_t>(*job_.seed)) < probability ? 1.0f : 0.0f;
-  }
-  SEQKERNELS_FN static float mixed(float old, float made, float k) {
-    return k == 0.0f ? made : k == 1.0f ? old : k * old + (1.0f - k) * made;
-  }
-
-  SEQKERNELS_FN void cell(const float* x, const float* h, const float* prev, float* next, float* saved,
-                          const float* peep) const {
-    if constexpr (kGates == 1) {
-      job_.relu ? RnnRelu<float>::forward(x, h, prev, next, saved) : RnnTanh<float>::forward(x, h, prev, next, saved);
-    } else {
-      Cell::forward(x, h, prev, next, saved, peep);
     }
   }
 
@@ -201,7 +149,6 @@ class Body {
   M& m_;
   const Plan& plan_;
   const Plan::Memory& memory_;
-  const Job& job_;
   const int slice_, rank_;
 };
 

@@ -10,9 +10,9 @@ namespace {
 template <class M, class Cell, class E>
 class Forward : Body<M, Cell, E, false, false> {
   using Base = Body<M, Cell, E, false, false>;
-  using Base::at, Base::at_gates, Base::bias, Base::control_at, Base::fetched, Base::fresh, Base::job_, Base::kGates,
-      Base::kHeld, Base::kStates, Base::m_, Base::memory_, Base::operand, Base::operand_at, Base::plan_, Base::rank_,
-      Base::slice_, Base::state, Base::sums, Base::time_of, Base::value;
+  using Base::at, Base::at_gates, Base::bias, Base::control_at, Base::fetched, Base::job_, Base::kGates, Base::kHeld,
+      Base::kStates, Base::m_, Base::memory_, Base::operand, Base::operand_at, Base::plan_, Base::rank_, Base::slice_,
+      Base::state, Base::sums, Base::time_of;
   using typename Base::Registers;
   using typename Base::S;
 
@@ -49,14 +49,6 @@ class Forward : Body<M, Cell, E, false, false> {
   }
 
  private:
-  // What enters the product of a step from the state before it.
-  SEQKERNELS_FN S entering(float h, unsigned bits, std::int64_t b, int j) const {
-    if (bits & kReset) h = fresh(0, j);
-    const S stored = narrow<S>(h);
-    if (job_.recurrent_mask == nullptr) return stored;
-    return narrow<S>(widen(stored) * value(job_.recurrent_mask, b * plan_.hidden + j));
-  }
-
   // The states before the loop, of all units into the operand; and the first of what is fetched.
   SEQKERNELS_FN void enter(int thread) {
     const unsigned none = 0;
@@ -65,7 +57,7 @@ class Forward : Body<M, Cell, E, false, false> {
       const std::int64_t b = static_cast<std::int64_t>(slice_) * plan_.rows + n;
       if (b >= plan_.batch) continue;
       const unsigned bits = job_.control == nullptr ? none : *control_at(job_.first, b);
-      operand_at(0, n, j) = entering(job_.carry[b * plan_.hidden + j], bits, b, j);
+      operand_at(0, n, j) = this->entering(job_.carry[b * plan_.hidden + j], bits, b, j);
     }
     this->each_element(thread, [&](const Element& x) {
       for (int s = 0; s < kStates; ++s) state(s, x.index, thread) = x.there ? job_.carry[at(s, x.b, x.j)] : 0.0f;
@@ -176,14 +168,16 @@ class Forward : Body<M, Cell, E, false, false> {
           of_h[g] = sum;
         }
         const unsigned bits = bits_as<std::uint32_t>(state(2, x.index, thread));
-        step_of(t, bits, x, of_x, of_h, prev, next, saved, thread);
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) prev[s] = state(s, x.index, thread);
+        this->step_of(t, bits, x.b, x.j, of_x, of_h, prev, next, saved);
         keep(t, x, next, saved, thread);
         if (more) {
           const std::uint8_t* control = job_.control == nullptr ? nullptr : control_at(time_of(step + 1), x.b);
           unsigned coming = 0;
           if (control != nullptr) coming = Base::of_word(fetched(stage, kGates, x.index, thread), control);
           state(2, x.index, thread) = bits_as<float>(coming);
-          enters = entering(next[0], coming, x.b, x.j);
+          enters = this->entering(next[0], coming, x.b, x.j);
         }
       }
       if (more) staged(step + 1, x) = enters;
@@ -191,29 +185,12 @@ class Forward : Body<M, Cell, E, false, false> {
     fetch_step(step + plan_.stages - 1, thread);
   }
 
-  SEQKERNELS_FN void step_of(std::int64_t t, unsigned bits, const Element& x, const float* of_x, const float* of_h,
-                             float* prev, float* next, float* saved, int thread) const {
-#pragma unroll
-    for (int s = 0; s < kStates; ++s) prev[s] = bits & kReset ? fresh(s, x.j) : state(s, x.index, thread);
-    this->with_peephole(x.j, [&](const float* weights) { this->cell(of_x, of_h, prev, next, saved, weights); });
-    if (job_.zoneout != nullptr) {
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) next[s] = Base::mixed(prev[s], next[s], this->kept(s, t, x));
-    }
-    if (bits & kHold) {
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) next[s] = prev[s];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) saved[k] = 0.0f;
-    }
-  }
-
   SEQKERNELS_FN void keep(std::int64_t t, const Element& x, const float* next, const float* saved, int thread) const {
     S* states = static_cast<S*>(job_.states) + at(this->after(t), x.b, x.j);
     states[0] = narrow<S>(next[0]);
     if (kStates == 2 && job_.state_plane != 0) states[job_.state_plane] = narrow<S>(next[kStates - 1]);
     if (kGates > 1 && job_.reserve != nullptr) {
-      float* reserve = job_.reserve + ((t - job_.base) * plan_.batch + x.b) * 4 * plan_.hidden + x.j;
+      float* reserve = this->reserve_of(t, x.b, x.j);
 #pragma unroll
       for (int k = 0; k < 4; ++k) reserve[static_cast<std::int64_t>(k) * plan_.hidden] = saved[k];
     }
