@@ -84,6 +84,8 @@ def _persistent() -> list[Case]:
         cases("lstm", HALF, [(192, 64), (160, 40), (192, 128)]) + cases("gru", HALF, [(192, 64), (160, 40)]),
         cases("lstm", torch.float32, [(256, 16), (512, 16), (128, 32)]) + cases("gru", torch.float32, [(256, 16)]),
         cases("lstm", HALF, [(64, 32), (32, 1), (72, 8)]) + cases("gru", HALF, [(64, 32), (72, 8)]),
+        # A product a step: many rows, or weights that fit nowhere.
+        cases("lstm", HALF, [(1024, 256), (2048, 128), (1024, 1024)]) + cases("gru", HALF, [(1024, 512), (3072, 64)]),
     )
 
 

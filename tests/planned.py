@@ -10,7 +10,8 @@ from torch import Tensor
 from seqkernels import testing
 from seqkernels.backends import _through_time
 from seqkernels.backends.cuda import recurrence as of_cuda
-from seqkernels.backends.cuda.persistent import Persistent, product_of
+from seqkernels.backends.cuda.persistent import product_of
+from seqkernels.backends.cuda.plans import STEPS
 from seqkernels.backends.reference import recurrence as reference
 from seqkernels.cells import CELLS, CONSTANTS, Weights, accumulate_dtype
 
@@ -62,7 +63,9 @@ class Case(NamedTuple):
 
 
 def plan_of(tier: str, cell: str, product: str, backward: bool, hidden: int, batch: int, units: int, rows: int) -> Any:
-    """The plan with these units and rows, whether or not a table would choose it."""
+    """The plan with these units and rows, whether or not a table would choose it; tier "steps" has neither."""
+    if tier == "steps":
+        return STEPS
     return of_cuda.kernels().plan(tier, cell, product, backward, hidden, batch, units, rows)
 
 
@@ -134,8 +137,7 @@ def run(case: Case, call: Call, path: Any = None) -> Results:
     Args:
         path: what runs the loop, by default launches with the plan of the case.
     """
-    kernels = of_cuda.kernels()
-    path = path or Persistent(kernels, lambda loop, backward: case.plan(backward))
+    path = path or of_cuda.Planned(lambda loop, backward: case.plan(backward))
     precision = PRODUCTS[case.product][1]
     with testing.poisoned_empty():
         forward = _through_time.recurrence_forward(
@@ -203,10 +205,10 @@ class Judge:
     def __init__(self) -> None:
         self._seen: dict[str, list[tuple[Case, Tensor, Tensor, Tensor, Tensor]]] = {}
 
-    def run(self, case: Case, device: str = "cpu") -> Results:
-        """Runs a case and takes down what came out; returns that."""
+    def run(self, case: Case, device: str = "cpu", path: Any = None) -> Results:
+        """Runs a case, on `path` as in `run`, and takes down what came out; returns that."""
         call = call_of(case, device)
-        found = run(case, call)
+        found = run(case, call, path)
         exact = expected(case, call, found, torch.float64)
         own = expected(case, call, found, case.dtype)
         rounded = expected(case, _rounded(case, call), found, torch.float64) if case.dtype.itemsize == 2 else own

@@ -79,16 +79,8 @@ def test_the_cuda_kernels(cell, mode, monkeypatch):
     for form in ({}, {"layers": 2, "bidirectional": True}):
         found = list(_rows(Recurrence(cell, 5, 3, 4, 6, **form), mode))
         assert found == [gpu.OURS, gpu.CUDA, ROUNDED, "torch"]
-    large = Recurrence(cell, 2, 1, 4, 1 << 14)
-    monkeypatch.setattr(gpu_providers.nn, gpu_providers.LAYERS[cell], _small)
-    monkeypatch.setattr(gpu_providers.seqkernels.nn, gpu_providers.LAYERS[cell], _small)
-    assert gpu.CUDA not in [maker.name for maker in gpu_providers.providers(large, "forward", "cpu")]
-
-
-def _small(*sizes, **options):
-    """In place of a layer whose weights would fill the memory."""
-    options.pop("precision", None)
-    return torch.nn.Identity()
+    double = Recurrence(cell, 2, 1, 4, 6, dtype=torch.float64)
+    assert gpu.CUDA not in [maker.name for maker in gpu_providers.providers(double, "forward", "cpu")]
 
 
 def test_cases_of_the_cuda_kernels():

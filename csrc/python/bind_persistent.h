@@ -324,7 +324,7 @@ class BackwardArguments {
 
 // One launch of all jobs.
 template <class Arguments>
-void launch(const Runner& run, const Plan& plan, const py::args& jobs) {
+void launch(const Runner& run, const Plan& plan, const py::tuple& jobs) {
   if (plan.backward != Arguments::kBackward) {
     const char* const kinds[] = {"one of a forward pass", "one of a backward pass"};
     fail_argument("plan", kinds[Arguments::kBackward], kinds[plan.backward]);

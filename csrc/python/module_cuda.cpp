@@ -7,7 +7,9 @@
 
 #include "cuda/launch.h"
 #include "cuda/persistent.h"
+#include "cuda/stepwise.h"
 #include "python/bind_persistent.h"
+#include "python/bind_stepwise.h"
 #include "python/tensor.h"
 #include "python/work.h"
 
@@ -69,6 +71,33 @@ void run(const persistent::Launch& launch, const Tensor& first, const persistent
   persistent::run(launch, work.stream());
 }
 
+stepwise_python::Runner run_steps() {
+  stepwise_python::Runner run;
+  run.prepare = [](CellKind cell, stepwise::Product product, bool backward, const Tensor& space) {
+    const Work work(space);
+    stepwise::prepare(cell, product, backward);
+  };
+  run.begin = [](stepwise::Product product, const stepwise::Begin& given, const Tensor& first,
+                 const persistent_python::Beside& others) {
+    const Work work(first, others);
+    stepwise::begin(product, given, work.stream());
+  };
+  run.step = [](CellKind cell, stepwise::Product product, bool backward, const stepwise::Step& given,
+                const Tensor& space) {
+    const Work work(space);
+    stepwise::step(cell, product, backward, given, work.stream());
+  };
+  return run;
+}
+
+// A stream of the current device, for good: torch hands out its own to anybody.
+std::uintptr_t make_stream(int device) {
+  const cuda::DeviceGuard guard(device);
+  cudaStream_t stream = nullptr;
+  cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  return reinterpret_cast<std::uintptr_t>(stream);
+}
+
 std::pair<int, std::uintptr_t> work(py::handle first_, py::handle second_) {
   const Tensor first(first_, "first"), second(second_, "second", true);
   const Work work(first, {&second});
@@ -87,6 +116,9 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("device", &device, py::arg("number"), "What plans depend on, of a device.");
   persistent_python::bind_plan(m);
   persistent_python::bind_passes(m, &run);
+  stepwise_python::bind_steps(m, run_steps());
+  m.def("make_stream", &make_stream, py::arg("device"),
+        "A new stream of a device, which lives as long as the process.");
   m.def("work", &work, py::arg("first"), py::arg("second") = py::none(),
         "The number of the device and the stream that kernels of a call with these tensors are launched on.");
 }

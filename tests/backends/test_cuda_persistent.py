@@ -1,4 +1,4 @@
-"""The persistent recurrences of the CUDA module with plans that the test chooses, run by their emulation."""
+"""The recurrences of the CUDA module with plans that the test chooses, run by their emulation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not emulator.in_use(), reason="the emulator was 
 
 #: Around the sizes of tiles and of what blocks have.
 EDGES = (1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 130)
-UNITS = {"block": (0,), "cluster": (16, 32, 48), "grid": (16, 32, 48)}
+UNITS = {"block": (0,), "cluster": (16, 32, 48), "grid": (16, 32, 48), "steps": (0,)}
 CHOICES = [(), OPTIONS, ("reset_state", "zoneout"), ("recurrent_mask",), ("zoneout", "seed"), ("peephole",)]
 
 

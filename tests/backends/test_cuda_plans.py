@@ -12,7 +12,7 @@ if importlib.util.find_spec("seqkernels._emulator") is None:
     pytest.skip("the emulator was not built (SEQKERNELS_EMULATOR=1)", allow_module_level=True)
 
 from seqkernels import _emulator
-from seqkernels.backends.cuda.plans import Device, choose, cycles, describe
+from seqkernels.backends.cuda.plans import LAUNCHES, STEPS, Device, choose, cycles, cycles_of_steps, describe
 
 H100 = Device(capability=90, processors=132, shared_memory=227 * 1024, cluster=16)
 A100 = Device(capability=80, processors=108, shared_memory=163 * 1024, cluster=0)
@@ -32,8 +32,8 @@ def test_what_is_chosen_fits_the_device(device, cell):
             for batch in (1, 8, 9, 40, 128, 1000):
                 for backward in (False, True):
                     plan = _plan(device, cell, product, backward, hidden, batch)
-                    if plan is None:
-                        assert hidden > 128
+                    if plan.tier == "steps":
+                        assert hidden > 64
                         continue
                     assert plan.shared_memory <= device.shared_memory
                     assert plan.blocks * plan.units >= hidden > (plan.blocks - 1) * plan.units
@@ -65,16 +65,39 @@ def test_without_clusters_there_are_none():
         assert _plan(A100, "lstm", "bfloat16", False, hidden, 16).tier in ("block", "grid")
 
 
-def test_weights_that_fit_nowhere_have_a_reason():
-    found = choose(_emulator, SMALL, "lstm", "exact", False, 4096, 8)
-    assert found.plan is None
-    assert str(found).startswith("the weights of 4 x 4096 x 4096 do not fit: the cuts need ")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("device", "product", "hidden", "batch"),
+    [
+        (SMALL, "exact", 4096, 8),
+        (A100, "bfloat16", 2048, 1),
+        (H100, "bfloat16", 3000, 16),
+        (H100, "float16", 1 << 15, 1),
+        (H100, "bfloat16", 1024, 512),
+        (H100, "bfloat16", 2048, 256),
+        (A100, "bfloat16", 1024, 256),
+    ],
+)
+def test_weights_that_fit_nowhere_and_many_rows_go_by_steps(device, product, hidden, batch, backward):
+    assert _plan(device, "lstm", product, backward, hidden, batch) is STEPS
+
+
+def test_an_estimate_of_steps_grows_with_what_they_do():
+    found = [
+        cycles_of_steps("lstm", "bfloat16", hidden, batch, H100) for hidden, batch in ((64, 1), (64, 512), (512, 512))
+    ]
+    assert LAUNCHES < found[0] < found[1] < found[2]
+    half, whole = (cycles_of_steps("lstm", product, 512, 512, H100) for product in ("bfloat16", "exact"))
+    assert whole > 2 * half
+    old, new = (cycles_of_steps("lstm", "bfloat16", 512, 512, device) for device in (A100, H100))
+    assert old > new
 
 
 def test_a_plan_in_words():
     plan = _plan(H100, "lstm", "bfloat16", False, 512, 16)
     assert describe(plan) == "cluster of 16 blocks with 32 units each, for 2 x 8 rows"
     assert describe(_plan(H100, "lstm", "bfloat16", False, 64, 3)) == "a block each for 1 x 8 rows"
+    assert describe(STEPS) == "a product and a fused cell a step, in a CUDA graph"
 
 
 def test_more_turns_take_more_cycles():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 
 from .. import Call
@@ -33,18 +35,6 @@ def unsupported(call: Call) -> str | None:
         return f"has no {call.dtype}"
     if "norm" in call.features:
         return "layer norms need the sums of all units in the middle of a step"
-    return _too_large(call)
-
-
-def _too_large(call: Call) -> str | None:
-    from .recurrence import choice, device_of
-
-    if call.hidden == 0:
-        return None
-    for backward in (False, True):
-        found = choice(device_of(None), call.kind, call.dtype, "ieee", backward, call.hidden, 1)
-        if found.plan is None:
-            return str(found)
     return None
 
 
@@ -64,5 +54,5 @@ def detail(call: Call) -> str:
     if call.together == 1:
         return alone
     most = kernels().MOST_JOBS
-    width = max(n for n in range(1, min(call.together, most) + 1) if n == 1 or choice(*here, n).plan is not None)
+    width = max(n for n in range(1, min(call.together, most) + 1) if n == 1 or isfinite(choice(*here, n).cycles))
     return f"{alone}, in turn" if width == 1 else f"{choice(*here, width)}, {width} at once"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...cells import CELLS
 from .._through_time import Gradients, Loop
 
 _PRODUCTS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -78,21 +79,28 @@ class Persistent:
             plan: of all of them; whether it is one back says what is run.
             parts: up to ``MOST_JOBS`` of the module, none of them empty.
         """
-        if plan.backward:
-            self._kernels.recurrence_backward(plan, *(_backward_job(plan, part) for part in parts))
-        else:
-            self._kernels.recurrence_forward(plan, *(_forward_job(plan, part) for part in parts))
+        run = self._kernels.recurrence_backward if plan.backward else self._kernels.recurrence_forward
+        run(plan, *(job_of(part, *_exchange(plan, part.carry.device)) for part in parts))
 
 
-def _shared(plan: Any, part: Part) -> tuple[Any, ...]:
-    """What a job of either pass is given."""
-    loop = part.loop
-    exchange = flags = None
-    if plan.flags:
-        exchange = torch.empty(plan.exchange_bytes, dtype=torch.uint8, device=part.carry.device)
-        flags = torch.zeros(plan.flags, dtype=torch.int32, device=part.carry.device)
+def _exchange(plan: Any, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    if plan.flags == 0:
+        return None, None
+    exchange = torch.empty(plan.exchange_bytes, dtype=torch.uint8, device=device)
+    return exchange, torch.zeros(plan.flags, dtype=torch.int32, device=device)
+
+
+def job_of(part: Part, exchange: Tensor | None = None, flags: Tensor | None = None) -> tuple[Any, ...]:
+    """A job as the compiled module is given it.
+
+    Args:
+        part: one back where it has gradients.
+        exchange: memory that blocks exchange through, where they do.
+        flags: zeros, likewise.
+    """
+    loop, grads = part.loop, part.grads
     order = loop.order(part.begin, part.end)
-    return (
+    shared = (
         loop.weight_hh,
         part.carry,
         part.states,
@@ -100,30 +108,23 @@ def _shared(plan: Any, part: Part) -> tuple[Any, ...]:
         tuple(loop.parts),
         loop.cell,
         loop.reverse,
-        order[-1 if plan.backward else 0],
+        order[0 if grads is None else -1],
         len(order),
         part.base,
         exchange,
         flags,
     )
-
-
-def _forward_job(plan: Any, part: Part) -> tuple[Any, ...]:
-    assert part.loop.gates_x is not None
-    return _shared(plan, part), part.loop.gates_x.float(), part.reserve
-
-
-def _backward_job(plan: Any, part: Part) -> tuple[Any, ...]:
-    loop, grads = part.loop, part.grads
-    assert grads is not None
+    gates_x = None if loop.gates_x is None else loop.gates_x.float()
+    if grads is None:
+        return shared, gates_x, part.reserve
     # Two gradients that were added up, of an RNN's gates and of its states, are float32.
     grad_hidden = None if grads.hidden is None else grads.hidden.to(part.states.dtype)
     return (
-        _shared(plan, part),
+        shared,
         (grad_hidden, grads.cells, grads.gates),
         (grads.sums.reset_state, grads.sums.peephole),
-        part.reserve if loop.cell in ("lstm", "gru") else None,
-        None if loop.gates_x is None else loop.gates_x.float(),
+        part.reserve if CELLS[loop.cell].reserve else None,
+        gates_x,
         grads.product,
         grads.of_x,
         grads.of_u,

@@ -1,9 +1,11 @@
-"""The recurrence on a GPU: products over all steps by torch, the loop over time by one launch of a compiled kernel."""
+"""The recurrence on a GPU: products over all steps by torch, the loop over time by one launch of a compiled kernel, or
+by a product and a launch for each step.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ...cells import Weights
-from .. import BackendError, _through_time
-from .._through_time import Loop
+from .. import _through_time
+from .._through_time import Gradients, Loop
 from . import emulator
 from .extension import extension
 from .persistent import Persistent, product_of
 from .plans import Choice, Device, choose
+from .stepwise import Stepwise, graphs_of
 
 
 @functools.cache
@@ -46,7 +49,7 @@ def choice(
     batch: int,
     jobs: int = 1,
 ) -> Choice:
-    """The plan of a pass, or of so many at once, or why there is none; sizes of at least 1."""
+    """The plan of a pass, or of so many at once; sizes of at least 1."""
     forced = emulator.forced_plan(cell, product_of(dtype, precision), backward, hidden, batch)
     if forced is not None:
         return Choice(forced, "as a test asks", 1000.0)
@@ -61,19 +64,45 @@ def choice_of(loop: Loop, backward: bool, jobs: int = 1) -> Choice:
 
 
 def plan_of(loop: Loop, backward: bool, jobs: int = 1) -> Any:
-    """The plan of `choice_of`.
+    """The plan of `choice_of`."""
+    return choice_of(loop, backward, jobs).plan
 
-    Raises:
-        BackendError: there is none.
+
+class Planned:
+    """A `seqkernels.backends._through_time.Path` that runs each loop as its plan says.
+
+    Args:
+        choose: gives the plan of a loop, and whether it is one back.
     """
-    found = choice_of(loop, backward, jobs)
-    if found.plan is None:
-        raise BackendError(f"backend 'cuda' cannot run a {loop.cell} with {loop.hidden} hidden units: {found}")
-    return found.plan
 
+    def __init__(self, choose: Callable[[Loop, bool], Any] = plan_of) -> None:
+        self._choose = choose
 
-def _path() -> Persistent:
-    return Persistent(kernels(), plan_of)
+    def _path(self, loop: Loop, backward: bool) -> Persistent | Stepwise:
+        plan = self._choose(loop, backward)
+        if plan.tier == "steps":
+            return Stepwise(kernels(), graphs_of(kernels(), loop.weight_hh.device))
+        return Persistent(kernels(), lambda loop, backward: plan)
+
+    def forward(
+        self, loop: Loop, carry: Tensor, states: Tensor, reserve: Tensor | None, begin: int, end: int, base: int
+    ) -> None:
+        """As `Path.forward`."""
+        self._path(loop, False).forward(loop, carry, states, reserve, begin, end, base)
+
+    def backward(
+        self,
+        loop: Loop,
+        grads: Gradients,
+        carry: Tensor,
+        states: Tensor,
+        reserve: Tensor,
+        begin: int,
+        end: int,
+        base: int,
+    ) -> None:
+        """As `Path.backward`."""
+        self._path(loop, True).backward(loop, grads, carry, states, reserve, begin, end, base)
 
 
 def recurrence_forward(
@@ -89,7 +118,7 @@ def recurrence_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``seqkernels::recurrence_forward``."""
     return _through_time.recurrence_forward(
-        _path(), input, weights, state0, control, cell, reverse, save, every, precision
+        Planned(), input, weights, state0, control, cell, reverse, save, every, precision
     )
 
 
@@ -108,5 +137,5 @@ def recurrence_backward(
 ) -> list[Tensor]:
     """``seqkernels::recurrence_backward``."""
     return _through_time.recurrence_backward(
-        _path(), grads, input, weights, states, reserve, control, cell, reverse, needs, every, precision
+        Planned(), grads, input, weights, states, reserve, control, cell, reverse, needs, every, precision
     )

@@ -17,7 +17,7 @@ from ...cells import CELLS, Weights
 from .._through_time import BackwardPass, ForwardPass, as_given, gates_x, product, rounded_product
 from . import plans
 from .persistent import Part, Persistent
-from .recurrence import choice_of, kernels, plan_of
+from .recurrence import Planned, choice_of, kernels, plan_of
 
 
 def _waves(passes: Sequence[Any], fed: bool, backward: bool) -> plans.Waves:
@@ -31,7 +31,17 @@ def _waves(passes: Sequence[Any], fed: bool, backward: bool) -> plans.Waves:
 
 
 def _launch(parts: Sequence[Part], backward: bool) -> None:
-    Persistent(kernels(), plan_of).together(plan_of(parts[0].loop, backward, len(parts)), parts)
+    plan = plan_of(parts[0].loop, backward, len(parts))
+    if plan.tier != "steps":
+        return Persistent(kernels(), plan_of).together(plan, parts)
+    path = Planned()
+    for loop, carry, states, reserve, begin, end, base, grads in parts:
+        if grads is None:
+            path.forward(loop, carry, states, reserve, begin, end, base)
+        else:
+            assert reserve is not None
+            path.backward(loop, grads, carry, states, reserve, begin, end, base)
+    return None
 
 
 def _bounds(steps: int, parts: int, reverse: bool) -> list[tuple[int, int]]:
