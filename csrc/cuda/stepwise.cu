@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(const __grid_constant__
 
 // The space is two arguments: nobody writes the first part of it, which may be read as what does not change.
 template <class Cell, class S, bool kBackward>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     step_kernel(const __grid_constant__ Step given, const Space* __restrict__ space, std::int64_t* steps,
                 int log_threads) {
   const Mine mine(log_threads);

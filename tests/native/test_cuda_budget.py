@@ -12,6 +12,8 @@ from seqkernels.backends.cuda.extension import extension, load_error
 
 THREAD_REGISTERS = 255
 """That a thread of a block of 256 can have."""
+STEP_REGISTERS = 128
+"""That leave a multiprocessor two blocks of a step's pass: what it waits for is memory."""
 STACK = {"exact": 32, "tall tf32x3": 8}
 """Bytes, of a thread, that kernels of float32 may spill."""
 
@@ -27,6 +29,9 @@ NAMES = {
     for product in ("float16", "bfloat16", "tf32x3", "exact")
     if (kind, product) != ("backward tall", "exact")
 }
+STORAGES = ("float16", "bfloat16", "float32")
+NAMES |= {f"{cell} {kind} step {storage}" for cell in CELLS for kind in ("forward", "backward") for storage in STORAGES}
+NAMES |= {f"begin {storage}" for storage in STORAGES}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def test_the_budget_itself() -> None:
     for rows in allowed.values():
         assert set(rows) == NAMES
         for name, (registers, stack) in rows.items():
-            assert registers <= THREAD_REGISTERS
+            assert registers <= (STEP_REGISTERS if "step" in name or "begin" in name else THREAD_REGISTERS)
             assert stack <= max((most for end, most in STACK.items() if name.endswith(end)), default=0), name
 
 
@@ -88,17 +93,20 @@ OF_90 = (
         (("sm_80", "gru forward exact"), _needs(200, 0, "FFMA", "LDGSTS.E"), []),
         (("sm_80", "gru forward exact"), _needs(200, 0, "FFMA", *OF_80), ["HMMA, where products are exact"]),
         (("sm_80", "gru forward exact"), _needs(200, 0, "LDGSTS.E"), ["no FFMA"]),
+        (("sm_80", "gru forward step float16"), _needs(90, 0, "LDG.E.128.CONSTANT"), []),
+        (("sm_80", "gru forward step float16"), _needs(90, 0, "LDG.E.64"), ["no LDG.E.128"]),
         (("sm_80", "lstm forward float16"), _needs(), ["has no budget"]),
         (("sm_100a", "gru forward float16"), _needs(), ["has no budget"]),
     ],
 )
 def test_breaches_are_named(key: tuple[str, str], needs: resources.Resources, said: list[str]) -> None:
     row = {f"gru forward {product}": [200, 0] for product in ("float16", "bfloat16", "tf32x3", "exact")}
+    row["gru forward step float16"] = [100, 0]
     limits = {"sm_80": row, "sm_90a": row}
     found = {key: needs}
     assert budget.breaches(found, limits)[: len(said) or None] == [f"{' '.join(key)}: {word}" for word in said]
     unused = budget.unused(found, limits)
-    assert len(unused) == (8 if "has no budget" in said else 7)
+    assert len(unused) == (10 if "has no budget" in said else 9)
     assert "sm_80 gru forward tf32x3: has a budget and no kernel" in unused or key == ("sm_80", "gru forward tf32x3")
 
 
@@ -116,6 +124,13 @@ def test_short_names() -> None:
     kernel = f"void {there}::backward_kernel<{here}::Rnn<float, true>, {there}::OfBFloat16, true>({here}::Launch)"
     assert budget.short_name(kernel) == "rnn backward tall bfloat16"
     assert budget.short_name(kernel.replace("6, true>", "6, false>")) == "rnn backward bfloat16"
+    of_step = "void seqkernels::stepwise::(anonymous namespace)::"
+    kernel = f"{of_step}step_kernel<{here}::Rnn<float, true>, seqkernels::BFloat16, false>(seqkernels::stepwise::Step)"
+    assert budget.short_name(kernel) == "rnn forward step bfloat16"
+    kernel = f"{of_step}step_kernel<{here}::Lstm<float>, float, true>(seqkernels::stepwise::Step)"
+    assert budget.short_name(kernel) == "lstm backward step float32"
+    kernel = f"{of_step}begin_kernel<seqkernels::Float16>(seqkernels::stepwise::Begin, int)"
+    assert budget.short_name(kernel) == "begin float16"
     with pytest.raises(ValueError, match="kernel: expected one of a recurrence, got 'fill'"):
         budget.short_name("fill")
 
@@ -133,7 +148,7 @@ def test_the_command(found: budget.Found, monkeypatch, capsys) -> None:
         cli.main(["compile", "--cuda", "--arch", "sm_90a", "--only", "lstm forward", "--json"])
     said = json.loads(capsys.readouterr().out)
     assert asked == [(["sm_90a"], "lstm forward")]
-    assert set(said["sm_90a"]) == {f"lstm forward {product}" for product in ("float16", "bfloat16", "tf32x3", "exact")}
+    assert set(said["sm_90a"]) == {name for name in NAMES if "lstm forward" in name}
     assert left.value.code == 0
     with pytest.raises(SystemExit) as left:
         cli.main(["compile", "--cuda", "--arch", "sm_90a", "--only", "no such"])

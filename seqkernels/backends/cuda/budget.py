@@ -19,7 +19,8 @@ CUDA = "13.0"
 _NAME = re.compile(
     r"::(forward|backward)_kernel<.*?::(Lstm|Gru|Rnn)<.*::Of(Float16|BFloat16|Tf32x3|Exact)(?:, (true|false))?>"
 )
-_HALVES = ("float16", "bfloat16")
+_STEP_NAME = re.compile(r"::(begin|step)_kernel<(?:.*?::(Lstm|Gru|Rnn)<.*?>, )?(?:.*?::)?(\w+)(?:, (true|false))?>\(")
+_STORAGES = {"Float16": "float16", "BFloat16": "bfloat16", "float": "float32"}
 _PRODUCTS = {
     "float16": "HMMA.16816.F32",
     "bfloat16": "HMMA.16816.F32.BF16",
@@ -41,11 +42,16 @@ Found = dict[tuple[str, str], Resources]
 
 
 def short_name(kernel: str) -> str:
-    """``"lstm backward tall float16"`` for the name of a kernel in the source.
+    """``"lstm backward tall float16"`` for the name of a kernel in the source; ``"lstm forward step float16"`` and
+    ``"begin float16"`` for those of a recurrence of a launch for each step.
 
     Raises:
         ValueError: it is no kernel of a recurrence.
     """
+    step = _STEP_NAME.search(kernel)
+    if step is not None:
+        way = {"true": ["backward"], "false": ["forward"], None: []}[step[4]]
+        return " ".join((*([step[2].lower()] if step[2] else []), *way, step[1], _STORAGES[step[3]]))
     found = _NAME.search(kernel)
     if found is None:
         raise ValueError(f"kernel: expected one of a recurrence, got {kernel!r}")
@@ -102,16 +108,26 @@ def render(found: Found) -> str:
     """A table of what kernels need."""
     lines = [f"{'':9}{'kernel':32}{'registers':>10}{'stack':>7}  instructions"]
     for (architecture, name), needs in found.items():
-        product = _PRODUCTS[name.split()[-1]]
-        has = ", ".join(x for x in (product, *_others(architecture, name)) if needs.uses(x))
+        has = ", ".join(x for x in _required(architecture, name) if needs.uses(x))
         lines.append(f"{architecture:9}{name:32}{needs.registers:>10}{needs.stack:>7}  {has}")
     return "\n".join(lines)
 
 
-def _others(architecture: str, name: str) -> list[str]:
-    """Instructions that a kernel has beside its product: cp.async, ldmatrix, and those of the exchange in a cluster."""
+def _of_step(name: str) -> bool:
+    return "step" in name.split() or name.startswith("begin")
+
+
+def _required(architecture: str, name: str) -> list[str]:
+    """Instructions that a kernel has to have.
+
+    Of a step: reads of four numbers at once. Else those of its product, cp.async, ldmatrix, and those of the exchange
+    in a cluster.
+    """
+    if _of_step(name):
+        return ["LDG.E.128"]
     ldmatrix = [] if name.endswith("exact") else ["LDSM"]
-    return ["LDGSTS", *ldmatrix, *(_EXCHANGE if _number(architecture) >= 90 else ())]
+    exchange = _EXCHANGE if _number(architecture) >= 90 else ()
+    return [_PRODUCTS[name.split()[-1]], "LDGSTS", *ldmatrix, *exchange]
 
 
 def breaches(found: Found, limits: Mapping[str, Mapping[str, list[int]]]) -> list[str]:
@@ -123,7 +139,7 @@ def breaches(found: Found, limits: Mapping[str, Mapping[str, list[int]]]) -> lis
     """
     said = []
     for (architecture, name), needs in found.items():
-        where, kind = f"{architecture} {name}", name.split()[-1]
+        where = f"{architecture} {name}"
         limit = limits.get(architecture, {}).get(name)
         if limit is None:
             said.append(f"{where}: has no budget")
@@ -131,8 +147,8 @@ def breaches(found: Found, limits: Mapping[str, Mapping[str, list[int]]]) -> lis
         for what, need, most in zip(("registers", "stack"), (needs.registers, needs.stack), limit, strict=True):
             if need > most:
                 said.append(f"{where}: {what} {need}, allowed {most}")
-        said += [f"{where}: no {x}" for x in (_PRODUCTS[kind], *_others(architecture, name)) if not needs.uses(x)]
-        if kind == "exact" and needs.uses("HMMA"):
+        said += [f"{where}: no {x}" for x in _required(architecture, name) if not needs.uses(x)]
+        if name.endswith("exact") and needs.uses("HMMA"):
             said.append(f"{where}: HMMA, where products are exact")
         if limit[1] == 0:
             said += [f"{where}: {x}, where nothing spills" for x in ("LDL", "STL") if needs.uses(x)]
