@@ -42,7 +42,7 @@ class Counted(Tape):
         type(self).made.append(self)
 
     def record(self, operations, product):
-        product()  # as a capture does
+        product()  # as a capture does before
         replay = super().record(operations, product)
 
         def counted():
@@ -221,6 +221,23 @@ def _forward(case, call, graphs):
     _through_time.recurrence_forward(Stepwise(emulator.module(), graphs), *call[:4], case.cell, False, False)
 
 
+def test_a_graph_made_in_inference_mode_serves_others():
+    torch.manual_seed(0)
+    layer, x = seqkernels.nn.GRU(6, 11), torch.randn(33, 2, 6)
+    form = Form("gru", torch.float32, False, 2, 11, False)
+    assert form not in graphs_of(emulator.module(), torch.device("cpu"))
+    with seqkernels.use_backend("cuda"), emulator.planned(lambda *call: STEPS):
+        with torch.inference_mode():
+            first = layer(x)[0]
+        second = layer(x)[0]
+        second.sum().backward()
+        with torch.inference_mode():
+            third = layer(x)[0]
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    assert form in graphs_of(emulator.module(), torch.device("cpu"))
+
+
 def test_a_layer_by_steps():
     layer = seqkernels.nn.LSTM(6, 10, num_layers=2, bidirectional=True)
     x = torch.randn(40, 3, 6, requires_grad=True)
@@ -245,6 +262,8 @@ class Log:
         monkeypatch.setattr(cuda, "current_stream", lambda device: self.stream(self.current))
         monkeypatch.setattr(cuda, "ExternalStream", lambda pointer, device: self.stream(f"own {pointer}"))
         monkeypatch.setattr(cuda, "stream", self.inside)
+        monkeypatch.setattr(cuda, "device", lambda index: contextlib.nullcontext())
+        monkeypatch.setattr(cuda, "current_blas_handle", lambda: self.note("handle"))
         monkeypatch.setattr(cuda, "Event", lambda: self.thing("event", "synchronize", record="name"))
         graph = lambda: self.thing("graph", "capture_begin", "capture_end", "replay", "reset")  # noqa: E731
         monkeypatch.setattr(cuda, "CUDAGraph", graph)
@@ -278,6 +297,8 @@ def test_what_a_capture_asks_of_torch(monkeypatch):
     log = Log(monkeypatch)
     capture = Capture(types.SimpleNamespace(make_stream=log.make_stream), torch.device("cuda", 0))
     product, own = (functools.partial(log.note, name) for name in ("product", "pass"))
+    caller = threading.get_ident()
+    assert capture.allocate(lambda: log.note("memory") or threading.get_ident()) != caller
     replay = capture.record([product, own], product)
     capture.enter()
     replay()
@@ -288,13 +309,13 @@ def test_what_a_capture_asks_of_torch(monkeypatch):
     capture.leave()
     capture.drain()
     assert log.said == [
-        "caller: own 1 wait_stream caller",
-        "own 1: product",
+        "own 1: memory",
+        "caller: product",
+        "caller: handle",
         "own 1: graph capture_begin",
         "own 1: product",
         "own 1: pass",
         "own 1: graph capture_end",
-        "caller: caller wait_stream own 1",
         "caller: graph replay",
         "caller: event record caller",
         "another: another wait_event event",

@@ -14,8 +14,9 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from .persistent import Part, job_of
 LENGTH = 16
 #: How many graphs a device keeps, and bytes of their memory.
 MOST_GRAPHS, MOST_BYTES = 8, 1 << 29
+
+T = TypeVar("T")
 
 #: Something to do whose arguments are all known: a launch.
 Operation = Callable[[], Any]
@@ -108,6 +111,9 @@ def _product_into(a: Tensor, b: Tensor, out: Tensor) -> None:
 class Recorder(Protocol):
     """Records launches, and knows when they are done."""
 
+    def allocate(self, make: Callable[[], T]) -> T:
+        """What `make` returns, whose memory lives as long as what is recorded."""
+
     def record(self, operations: Sequence[Operation], product: Operation) -> Operation:
         """What does all `operations`, as often as it is called; `product` is one of them."""
 
@@ -123,6 +129,10 @@ class Recorder(Protocol):
 
 class Tape:
     """A `Recorder` of the emulator: the operations themselves."""
+
+    def allocate(self, make: Callable[[], T]) -> T:
+        """As `Recorder.allocate`."""
+        return _elsewhere(make)
 
     def record(self, operations: Sequence[Operation], product: Operation) -> Operation:
         """As `Recorder.record`."""
@@ -149,7 +159,11 @@ class Capture:
 
     torch gives a product a workspace that belongs to the stream. Graphs of one stream would share it, work on it at
     once, and lose it with the first of them that goes (pytorch/pytorch#193402); so would users of one of torch's own
-    streams, which it deals out in turns.
+    streams, which it deals out in turns. The first product on the stream is in the capture, which has its workspace in
+    the graph's memory: nobody else gets that when torch is told to forget all workspaces.
+
+    A thread of its own allocates and captures: that of the caller may be one whose memory goes to a pool that is used
+    again behind our back (``torch.compile`` with its own graphs, `torch.cuda.use_mem_pool`).
     """
 
     _free: ClassVar[dict[int, list[torch.cuda.ExternalStream]]] = {}
@@ -163,20 +177,30 @@ class Capture:
         self._graph = torch.cuda.CUDAGraph()
         self._done: torch.cuda.Event | None = None
 
+    def allocate(self, make: Callable[[], T]) -> T:
+        """As `Recorder.allocate`, from memory of the graph's stream, which earlier users have left."""
+
+        def on_stream() -> T:
+            with torch.cuda.stream(self._stream):
+                return make()
+
+        return _elsewhere(on_stream)
+
     def record(self, operations: Sequence[Operation], product: Operation) -> Operation:
         """As `Recorder.record`."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            product()  # the first one of a thread and of a stream sets up what must not be set up in a capture
-            self._graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                for operation in operations:
-                    operation()
-            finally:
-                self._graph.capture_end()
-        current.wait_stream(self._stream)
+        product()  # loads what must not be loaded in a capture
+        _elsewhere(functools.partial(self._capture, operations))
         return self._graph.replay
+
+    def _capture(self, operations: Sequence[Operation]) -> None:
+        with torch.cuda.device(self._device):
+            torch.cuda.current_blas_handle()  # a thread's first one is not to be made in a capture either
+            with torch.cuda.stream(self._stream):
+                self._graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    _do(operations)
+                finally:
+                    self._graph.capture_end()
 
     def enter(self) -> None:
         """As `Recorder.enter`."""
@@ -202,8 +226,12 @@ class Graph:
     """`length` steps of a form, ready to be replayed; their memory belongs to them."""
 
     def __init__(self, kernels: ModuleType, recorder: Recorder, form: Form, like: Tensor, length: int) -> None:
-        self.memory = Memory(kernels, form, like.device)
-        self.weight_hh = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self.memory, self.weight_hh = recorder.allocate(
+            lambda: (
+                Memory(kernels, form, like.device),
+                torch.empty(like.shape, dtype=like.dtype, device=like.device),
+            )
+        )
         self.recorder = recorder
         self.bytes = sum(x.nbytes for x in (self.memory.operand, self.memory.product, self.weight_hh))
         operations = self.memory.operations(self.weight_hh, 0, length)
@@ -318,6 +346,12 @@ class Stepwise:
         """As `Path.backward`."""
         job = job_of(Part(loop, carry, states, reserve, begin, end, base, grads))
         self._run(loop, True, end - begin, lambda steps: steps.begin_backward(job))
+
+
+def _elsewhere(make: Callable[[], T]) -> T:
+    """What `make` returns, called in a thread that has none of this one's modes: inference, pools of memory."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(make).result()
 
 
 def _do(operations: Sequence[Operation]) -> None:
