@@ -27,9 +27,10 @@ demo: build
 	$(RUN) -m seqkernels info
 	$(RUN) examples/translate.py
 
-# In a process for each core, up to four, whose threads do not spin while they wait for each other.
+# In a process for each core, up to four, whose threads do not spin while they wait for each other; each begins with a
+# stretch of its own, so that neighbours find what was compiled, and what they are judged by.
 test: build
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 bench: build
 	$(RUN) benchmarks/run.py
@@ -71,7 +72,7 @@ sanitize: $(VENV)/.installed
 # minutes on two cores; CI runs a part of each test function's.
 EVERY ?= 1
 interpret: build
-	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 \
+	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 		-m "not many and not slow" -k triton --every $(EVERY) \
 		$(addprefix tests/ops/test_,attention.py attention_options.py attention_pages.py recurrence.py \
 		recurrence_options.py checkpoint.py) $(addprefix tests/backends/test_triton_,descriptors.py precision.py recurrence.py tune.py)
