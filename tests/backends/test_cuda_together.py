@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -90,6 +91,32 @@ def test_more_than_a_launch_has(monkeypatch, launches):
         assert first == sorted([(0, 1), (1, 2), (2, 3)] * 2 * (most + 2))
     with pytest.raises(ValueError, match=rf"jobs: expected 1 to {most}, got 0"):
         together.kernels().recurrence_forward(plan_of("block", "gru", "exact", False, 8, 1, 8, 8))
+
+
+def test_memory_of_the_way_back(monkeypatch):
+    """A layer's gradients of gates are there while it runs, and until the one below has read them."""
+    _cheap_launches(monkeypatch)
+    most, alive, passes = together.kernels().MOST_JOBS, [], weakref.WeakSet()
+    launch, made = together._launch, together.BackwardPass
+
+    class Pass(made):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            passes.add(self)
+
+    def counted(parts, backward):
+        alive.append(len(passes))
+        launch(parts, backward)
+
+    monkeypatch.setattr(together, "BackwardPass", Pass)
+    monkeypatch.setattr(together, "_launch", counted)
+    for chained in (True, False):
+        alive.clear()
+        given = given_of("gru", 3 * most, (6, 2, 8), torch.float32, chained)
+        check(given, torch.float32, cell="gru", reverse=(False,) * (3 * most), chained=chained)
+        # One more is the last of the wave before.
+        assert max(alive) == most + chained
+    assert not passes
 
 
 def test_one_part_where_launches_are_dear(launches):

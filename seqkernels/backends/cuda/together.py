@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...cells import CELLS, Weights
-from .._through_time import BackwardPass, ForwardPass, as_given, gates_x, product, rounded_product
+from .._through_time import BackwardPass, ForwardPass, Loop, as_given, gates_x, product, rounded_product
 from . import plans
 from .persistent import Part, Persistent
 from .recurrence import Planned, choice_of, kernels, plan_of
 
 
-def _waves(passes: Sequence[Any], fed: bool, backward: bool) -> plans.Waves:
-    """How the passes share launches; in turn, if no plan has room for more."""
-    loop = passes[0].loop
+def _waves(count: int, loop: Loop, fed: bool, backward: bool) -> plans.Waves:
+    """How `count` recurrences like `loop` share launches; in turn, if no plan has room for more."""
 
     def cycles_of(jobs: int) -> float:
         return choice_of(loop, backward, jobs).cycles
 
-    return plans.waves(len(passes), loop.steps, fed, cycles_of, kernels().MOST_JOBS)
+    return plans.waves(count, loop.steps, fed, cycles_of, kernels().MOST_JOBS)
 
 
 def _launch(parts: Sequence[Part], backward: bool) -> None:
@@ -120,7 +118,7 @@ def recurrences_forward(
             )
         if not passes[0].loop.has_work(0, steps):
             return [found.results() for found in passes]
-        waves = _waves(passes, chained, False)
+        waves = _waves(len(passes), passes[0].loop, chained, False)
         bounds = [_bounds(steps, waves.parts, way) for way in reverse]
 
         def feed(k: int, part: int) -> None:
@@ -169,30 +167,28 @@ def recurrences_backward(
 
     The gradient of the input is with each that reads it; where they are chained, with the first one.
     """
+    count, steps = len(weights), input.shape[0]
+
+    def made(k: int) -> BackwardPass:
+        given, wanted, x = list(grads[k]), dict(needs[k]), input
+        if chained:
+            wanted["input"] = wanted["input"] and k == 0
+            if k > 0:
+                first = 0 if reverse[k] else 1
+                x = _masked(states[k - 1][0, first : first + steps], masks[k])
+            if k + 1 < count:
+                # What comes from the next one is written before a part is run.
+                given[0] = states[k].new_empty((steps, *states[k].shape[2:]))
+                given[3] = given[3] if CELLS[cell].reserve else None
+        return BackwardPass(
+            given, x, weights[k], states[k], reserves[k], controls[k], cell, reverse[k], wanted, precision=precision
+        )
+
     with as_given(input, precision):
-        steps, count = input.shape[0], len(weights)
-        own, passes = [], []
-        for k in range(count):
-            given, wanted, x = list(grads[k]), dict(needs[k]), input
-            if chained:
-                wanted["input"] = wanted["input"] and k == 0
-                if k > 0:
-                    first = 0 if reverse[k] else 1
-                    x = _masked(states[k - 1][0, first : first + steps], masks[k])
-                if k + 1 < count:
-                    # What comes from the next one is written before a part is run.
-                    own.append(_of_hidden(given, cell))
-                    given[0] = states[k].new_empty((steps, *states[k].shape[2:]))
-                    given[3] = given[3] if CELLS[cell].reserve else None
-            passes.append(
-                BackwardPass(
-                    given, x, weights[k], states[k], reserves[k], controls[k], cell, reverse[k], wanted,
-                    precision=precision,
-                )
-            )  # fmt: skip
-        if passes[0].loop.has_work(0, steps):
-            _back(passes, own, weights, masks, chained)
-        return [found.results() for found in passes]
+        if 0 in (steps, *states[0].shape[2:]):
+            return [made(k).results() for k in range(count)]
+        own = [_of_hidden(of_one, cell) for of_one in grads]
+        return _back(made, own, weights, masks, reverse, chained)
 
 
 def _of_hidden(given: Sequence[Tensor | None], cell: str) -> Tensor | None:
@@ -204,19 +200,30 @@ def _of_hidden(given: Sequence[Tensor | None], cell: str) -> Tensor | None:
 
 
 def _back(
-    passes: Sequence[BackwardPass],
+    made: Callable[[int], BackwardPass],
     own: Sequence[Tensor | None],
     weights: Sequence[Weights],
     masks: Sequence[Tensor | None],
+    reverse: Sequence[bool],
     chained: bool,
-) -> None:
-    """The loops of all passes."""
-    last, loop = len(passes) - 1, passes[0].loop
-    waves = _waves(passes, chained, True)
-    bounds = [_bounds(loop.steps, waves.parts, not found.loop.reverse) for found in passes]
+) -> list[list[Tensor]]:
+    """The results of all passes, each of which has memory from its first launch until nothing reads it any more.
+
+    Args:
+        made: makes the pass of a recurrence.
+        own: gradients of hidden states, without those of what reads them.
+        weights, masks, reverse, chained: of all.
+    """
+    last = len(weights) - 1
+    passes = {last: made(last)}
+    waves = _waves(len(weights), passes[last].loop, chained, True)
+    bounds = [_bounds(passes[last].loop.steps, waves.parts, not way) for way in reverse]
+    results: dict[int, list[Tensor]] = {}
 
     def feed(turn: int, part: int) -> None:
         k = last - turn
+        if k not in passes:
+            passes[k] = made(k)
         begin, end = bounds[k][part]
         weight_ih, into = weights[k + 1].weight_ih, passes[k].grads.hidden
         assert weight_ih is not None
@@ -225,12 +232,21 @@ def _back(
         mask, given = masks[k + 1], own[k]
         found = _masked(found, None if mask is None else mask[begin:end])
         into[begin:end] = found if given is None else found + given[begin:end]
+        if part + 1 == waves.parts:
+            results[k + 1] = passes.pop(k + 1).results()
 
     def start(launch: list[tuple[int, int]]) -> None:
         parts = []
         for turn, part in launch:
-            x, (begin, end) = passes[last - turn], bounds[last - turn][part]
+            k = last - turn
+            if k not in passes:
+                passes[k] = made(k)
+            x, (begin, end) = passes[k], bounds[k][part]
             parts.append(Part(x.backward_loop, x.carry, x.states, x.reserve, begin, end, 0, x.grads))
         _launch(parts, True)
+        if not chained:
+            results.update({last - turn: passes.pop(last - turn).results() for turn, _ in launch})
 
-    _run(len(passes), waves, chained, feed, start)
+    _run(len(weights), waves, chained, feed, start)
+    results.update({k: found.results() for k, found in passes.items()})
+    return [results[k] for k in range(len(weights))]
