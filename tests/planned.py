@@ -23,7 +23,7 @@ PRODUCTS = {
     "exact": (torch.float32, "ieee"),
 }
 #: Options that the kernels have, but for those of the input, which torch multiplies.
-OPTIONS = ("reset_state", "recurrent_mask", "zoneout", "seed", "peephole")
+OPTIONS = ("reset_state", "recurrent_mask", "norm_h", "norm_c", "zoneout", "seed", "peephole")
 
 Results = dict[str, Tensor]
 
@@ -58,15 +58,33 @@ class Case(NamedTuple):
     def plan(self, backward: bool) -> Any:
         """Of a pass, in the compiled module that is in use."""
         return plan_of(
-            self.tier, self.cell, self.product, backward, self.shape[2], self.shape[1], self.units, self.rows
+            self.tier,
+            self.cell,
+            self.product,
+            backward,
+            self.shape[2],
+            self.shape[1],
+            self.units,
+            self.rows,
+            ("norm_h" in self.options, "norm_c" in self.options and self.cell == "lstm"),
         )
 
 
-def plan_of(tier: str, cell: str, product: str, backward: bool, hidden: int, batch: int, units: int, rows: int) -> Any:
+def plan_of(
+    tier: str,
+    cell: str,
+    product: str,
+    backward: bool,
+    hidden: int,
+    batch: int,
+    units: int,
+    rows: int,
+    norms: tuple[bool, bool] = (False, False),
+) -> Any:
     """The plan with these units and rows, whether or not a table would choose it; tier "steps" has neither."""
     if tier == "steps":
         return STEPS
-    return of_cuda.kernels().plan(tier, cell, product, backward, hidden, batch, units, rows)
+    return of_cuda.kernels().plan(tier, cell, product, backward, hidden, batch, units, rows, *norms)
 
 
 class Call(NamedTuple):
@@ -90,7 +108,7 @@ def call_of(case: Case, device: str = "cpu") -> Call:
     inputs = testing.recurrence_inputs(
         case.cell, *case.shape, case.dtype, control=case.control, detach=True, requires_grad=False, seed=case.seed
     )
-    names = [name for name in case.options if name != "peephole" or case.cell == "lstm"]
+    names = [name for name in case.options if name not in ("peephole", "norm_c") or case.cell == "lstm"]
     options = testing.recurrence_options(
         case.cell, batch, hidden, case.dtype, names=names, requires_grad=False, seed=case.seed
     )

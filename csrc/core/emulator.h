@@ -78,7 +78,7 @@ class HostBlock {
 
  private:
   std::vector<char> memory_;
-  Barrier barriers_[kSlots];
+  Barrier barriers_[kSlots + kNorms];
 };
 
 // The blocks of a team, and where warps meet: those of a block, or all of them.
@@ -166,6 +166,7 @@ class HostWarp {
   static void load16(const void* from, std::uint32_t* to) { std::memcpy(to, from, 16); }
   static void load_fresh16(const void* from, std::uint32_t* to) { std::memcpy(to, from, 16); }
   static float load_fresh(const float* from) { return *from; }
+  static void load_fresh8(const void* from, float* to) { std::memcpy(to, from, 8); }
   static void store16(void* to, const std::uint32_t* from) { std::memcpy(to, from, 16); }
   static void store8(void* to, const void* from) { std::memcpy(to, from, 8); }
 
@@ -205,6 +206,14 @@ class HostWarp {
         sum.value[lane][i] = found;
       }
     }
+  }
+
+  // What all lanes have together, in each of them.
+  static void add(float (&x)[kHere]) {
+    for (int apart = kHere / 2; apart > 0; apart /= 2) {
+      for (int lane = 0; lane < apart; ++lane) x[lane] += x[lane + apart];
+    }
+    for (float& of_lane : x) of_lane = x[0];
   }
 
   // The lanes that share rows add up, and keep what tensor cores would have left them.

@@ -129,20 +129,27 @@ class Body : protected Elements<Cell, typename E::Storage, kBackward> {
         if (thread == 0 && more) expect(slot);
       });
     } else if (plan_.tier == Tier::kGrid) {
-      m_.each_thread([&](int thread) {
-        const std::uint32_t* flags = job_.flags + slice_ * plan_.blocks;
-        for (int block = thread; block < plan_.blocks; block += kThreads) {
-          m_.poll(flags + block, static_cast<std::uint32_t>(step));
-        }
-      });
-      m_.sync();
+      poll(epoch(step));
     }
   }
   // Lets the others of a grid know that what this block made for step `step` is there.
-  SEQKERNELS_FN void publish(std::int64_t step) {
+  SEQKERNELS_FN void publish(std::int64_t step) { publish_epoch(epoch(step)); }
+
+  // Flags count exchanges: the one at the end of a step, and those of the norms within it.
+  SEQKERNELS_FN std::uint32_t epoch(std::int64_t step) const {
+    return static_cast<std::uint32_t>(step * (1 + plan_.norms()));
+  }
+  SEQKERNELS_FN void poll(std::uint32_t epoch) {
+    m_.each_thread([&](int thread) {
+      const std::uint32_t* flags = job_.flags + slice_ * plan_.blocks;
+      for (int block = thread; block < plan_.blocks; block += kThreads) m_.poll(flags + block, epoch);
+    });
+    m_.sync();
+  }
+  SEQKERNELS_FN void publish_epoch(std::uint32_t epoch) {
     m_.sync();
     m_.each_thread([&](int thread) {
-      if (thread == 0) m_.publish(job_.flags + slice_ * plan_.blocks + rank_, static_cast<std::uint32_t>(step));
+      if (thread == 0) m_.publish(job_.flags + slice_ * plan_.blocks + rank_, epoch);
     });
   }
 

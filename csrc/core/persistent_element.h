@@ -95,14 +95,13 @@ class Elements {
     }
   }
 
-  // A step from `prev`, in whose place there is something else after a reset.
-  SEQKERNELS_FN void step_of(std::int64_t t, unsigned bits, std::int64_t b, int j, const float* of_x, const float* of_h,
-                             float* prev, float* next, float* saved) const {
-    if (bits & kReset) {
+  SEQKERNELS_FN void restart(unsigned bits, int j, float* prev) const {
+    if (!(bits & kReset)) return;
 #pragma unroll
-      for (int s = 0; s < kStates; ++s) prev[s] = fresh(s, j);
-    }
-    with_peephole(j, [&](const float* weights) { cell(of_x, of_h, prev, next, saved, weights); });
+    for (int s = 0; s < kStates; ++s) prev[s] = fresh(s, j);
+  }
+  // What zoneout and a hold leave of the states.
+  SEQKERNELS_FN void mix(std::int64_t t, unsigned bits, std::int64_t b, int j, const float* prev, float* next) const {
     if (job_.zoneout != nullptr) {
 #pragma unroll
       for (int s = 0; s < kStates; ++s) next[s] = mixed(prev[s], next[s], kept(s, t, b, j));
@@ -110,6 +109,16 @@ class Elements {
     if (bits & kHold) {
 #pragma unroll
       for (int s = 0; s < kStates; ++s) next[s] = prev[s];
+    }
+  }
+
+  // A step from `prev`, in whose place there is something else after a reset.
+  SEQKERNELS_FN void step_of(std::int64_t t, unsigned bits, std::int64_t b, int j, const float* of_x, const float* of_h,
+                             float* prev, float* next, float* saved) const {
+    restart(bits, j, prev);
+    with_peephole(j, [&](const float* weights) { cell(of_x, of_h, prev, next, saved, weights); });
+    mix(t, bits, b, j, prev, next);
+    if (bits & kHold) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) saved[k] = 0.0f;
     }
@@ -130,11 +139,19 @@ class Elements {
     }
   }
 
+  // From the gradient of an LSTM's h to that of c, which is added to; what o is multiplied by.
+  SEQKERNELS_FN static float through_output(float c, float o, float* grad) {
+    const float seen = seqkernels::tanh<float>(c);
+    grad[kStates - 1] += grad[0] * o * (1.0f - seen * seen);
+    return seen;
+  }
+
   // From the gradients of the states after step t to those before it, but for what the product sends, in `grad`; `own`
-  // as in state_of. made() is what an RNN made before zoneout.
-  template <class F>
+  // as in state_of. made() is what an RNN made before zoneout; output() is through_output, or what is in its place.
+  template <class Made, class Output>
   SEQKERNELS_FN void through_cell(std::int64_t t, std::int64_t b, int j, float own, const float* saved,
-                                  const float* of_gates, const F& made, float* grad, float* of_x, float* of_u) const {
+                                  const float* of_gates, const Made& made, const Output& output, float* grad,
+                                  float* of_x, float* of_u) const {
     float past[kStates] = {};
     if (job_.zoneout != nullptr) {
 #pragma unroll
@@ -148,8 +165,9 @@ class Elements {
     if constexpr (kStates == 2) {
       prev[1] = own;
       next[1] = Lstm<float>::cell_state(saved[0], saved[1], saved[2], own);
+      const float seen = output(next[1], grad);
       with_peephole(j, [&](const float* weights) {
-        Lstm<float>::backward(grad, prev, next, saved, direct, of_x, of_u, of_gates, weights);
+        Lstm<float>::backward_of_state(grad[0] * seen, grad[1], prev, saved, direct, of_x, of_gates, weights);
       });
 #pragma unroll
       for (int g = 0; g < kGates; ++g) of_u[g] = of_x[g];

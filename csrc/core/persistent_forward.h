@@ -2,13 +2,14 @@
 // units, and sends their h to the others.
 #pragma once
 
-#include "core/persistent_body.h"
+#include "core/persistent_norm.h"
 
 namespace seqkernels::persistent {
 namespace {
 
 template <class M, class Cell, class E>
-class Forward : Body<M, Cell, E, false, false> {
+class Forward : Normed<M, Cell, E, false, false> {
+  using Norms = Normed<M, Cell, E, false, false>;
   using Base = Body<M, Cell, E, false, false>;
   using Base::at, Base::at_gates, Base::bias, Base::control_at, Base::fetched, Base::job_, Base::kGates, Base::kHeld,
       Base::kStates, Base::m_, Base::memory_, Base::operand, Base::operand_at, Base::plan_, Base::rank_, Base::slice_,
@@ -17,7 +18,7 @@ class Forward : Body<M, Cell, E, false, false> {
   using typename Base::S;
 
  public:
-  using Base::Base;
+  using Norms::Norms;
 
   SEQKERNELS_FN void run() {
     typename M::template OfWarp<Registers> weights;
@@ -25,6 +26,7 @@ class Forward : Body<M, Cell, E, false, false> {
       load_weights<E, false, kHeld.rows, kHeld.columns, M>(plan_, job_, rank_, warp, weights[warp], this->tail(warp));
     });
     this->begin();
+    this->begin_norms();
     m_.sync();
     m_.each_thread([&](int thread) { enter(thread); });
     m_.team_sync(plan_.tier);
@@ -33,7 +35,14 @@ class Forward : Body<M, Cell, E, false, false> {
       if (step > 0) receive(step);
       m_.each_warp([&](int warp) { multiply_warp(slot, warp, weights[warp]); });
       m_.sync();
-      m_.each_thread([&](int thread) { advance(step, thread); });
+      // With a norm of c the cell takes two passes: up to c, and what becomes of it.
+      const int last = kStates == 2 && plan_.norm_c ? 1 : 0;
+#pragma unroll 1
+      for (int pass = 0; pass <= last; ++pass) {
+        if (pass > 0 || plan_.norm_h) normalise(step, pass > 0);
+        m_.each_thread([&](int thread) { advance(step, pass, last, thread); });
+        if (pass < last) m_.sync();
+      }
       if (step + 1 < job_.count) {
         m_.sync();
         send(step + 1);
@@ -67,6 +76,7 @@ class Forward : Body<M, Cell, E, false, false> {
     if (thread == 0 && plan_.tier == Tier::kCluster) {
       if (job_.count > 1) this->expect(1);
       if (job_.count > 2) this->expect(0);
+      this->expect_first_pairs();
     }
     for (int step = 0; step + 1 < plan_.stages; ++step) fetch_step(step, thread);
   }
@@ -135,6 +145,18 @@ class Forward : Body<M, Cell, E, false, false> {
     return sums(0)[source * plan_.sums_of_source() + (gate * plan_.rows + n) * plan_.sums_row() + unit];
   }
 
+  SEQKERNELS_FN void normalise(std::int64_t step, bool cells) {
+    this->find_moments(cells ? kOfCell : kOfProduct, step, cells ? 1 : kGates,
+                       [&](int n, int gate, int u) { return cells ? sum_at(0, kMade, n, u) : summed(gate, n, u); });
+  }
+
+  SEQKERNELS_FN float summed(int gate, int n, int unit) const {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int source = 0; source < plan_.split.column_warps; ++source) sum += sum_at(source, gate, n, unit);
+    return sum;
+  }
+
   SEQKERNELS_FN void put_sums(int source, int tile, int n, const Sum<M, E>& found) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -151,7 +173,7 @@ class Forward : Body<M, Cell, E, false, false> {
   }
 
   // The cell, of the elements of a thread.
-  SEQKERNELS_FN void advance(std::int64_t step, int thread) {
+  SEQKERNELS_FN void advance(std::int64_t step, int pass, int last, int thread) {
     const int stage = static_cast<int>(step % plan_.stages);
     const std::int64_t t = time_of(step);
     const bool more = step + 1 < job_.count;
@@ -159,19 +181,24 @@ class Forward : Body<M, Cell, E, false, false> {
     this->each_element(thread, [&](const Element& x) {
       S enters{};
       if (x.there) {
-        float of_x[kGates], of_h[kGates], prev[kStates], next[kStates], saved[4];
-#pragma unroll
-        for (int g = 0; g < kGates; ++g) {
-          of_x[g] = bits_as<float>(fetched(stage, g, x.index, thread)) + bias(0, g, x.u);
-          float sum = bias(1, g, x.u);
-          for (int source = 0; source < plan_.split.column_warps; ++source) sum += sum_at(source, g, x.n, x.u);
-          of_h[g] = sum;
-        }
+        float prev[kStates], next[kStates], saved[4] = {};
         const unsigned bits = bits_as<std::uint32_t>(state(2, x.index, thread));
 #pragma unroll
         for (int s = 0; s < kStates; ++s) prev[s] = state(s, x.index, thread);
-        this->step_of(t, bits, x.b, x.j, of_x, of_h, prev, next, saved);
-        keep(t, x, next, saved, thread);
+        this->restart(bits, x.j, prev);
+        if (pass == 0) {
+          cell_of(stage, x, prev, next, saved, thread);
+          reserve(t, bits, x, saved);
+          if (pass < last) {
+            sum_at(0, kMade, x.n, x.u) = next[kStates - 1];
+            sum_at(0, kOutput, x.n, x.u) = saved[3];
+            return;
+          }
+        } else {
+          hidden_of(x, next);
+        }
+        this->mix(t, bits, x.b, x.j, prev, next);
+        keep(t, x, next, thread);
         if (more) {
           const std::uint8_t* control = job_.control == nullptr ? nullptr : control_at(time_of(step + 1), x.b);
           unsigned coming = 0;
@@ -182,18 +209,49 @@ class Forward : Body<M, Cell, E, false, false> {
       }
       if (more) staged(step + 1, x) = enters;
     });
-    fetch_step(step + plan_.stages - 1, thread);
+    if (pass == last) fetch_step(step + plan_.stages - 1, thread);
   }
 
-  SEQKERNELS_FN void keep(std::int64_t t, const Element& x, const float* next, const float* saved, int thread) const {
+  SEQKERNELS_FN void cell_of(int stage, const Element& x, const float* prev, float* next, float* saved,
+                             int thread) const {
+    float of_x[kGates], of_h[kGates];
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      of_x[g] = bits_as<float>(fetched(stage, g, x.index, thread)) + bias(0, g, x.u);
+      if (plan_.norm_h) {
+        const float* moments = this->moments(x.n);
+        of_h[g] = (summed(g, x.n, x.u) - moments[0]) * moments[1] * this->gain_h(g, x.u) + bias(1, g, x.u);
+      } else {
+        float sum = bias(1, g, x.u);
+        for (int source = 0; source < plan_.split.column_warps; ++source) sum += sum_at(source, g, x.n, x.u);
+        of_h[g] = sum;
+      }
+    }
+    this->with_peephole(x.j, [&](const float* weights) { this->cell(of_x, of_h, prev, next, saved, weights); });
+  }
+
+  // Where c and o of an element are, in the place of its sums, until c is normalised.
+  static constexpr int kMade = 0, kOutput = kGates - 1;
+
+  SEQKERNELS_FN void hidden_of(const Element& x, float* next) const {
+    const float c = sum_at(0, kMade, x.n, x.u);
+    const float* moments = this->moments(x.n);
+    const float seen = (c - moments[0]) * moments[1] * this->gain_c(0, x.u) + this->gain_c(1, x.u);
+    next[0] = sum_at(0, kOutput, x.n, x.u) * tanh<float>(seen);
+    next[kStates - 1] = c;
+  }
+
+  SEQKERNELS_FN void reserve(std::int64_t t, unsigned bits, const Element& x, const float* saved) const {
+    if (kGates == 1 || job_.reserve == nullptr) return;
+    float* reserve = this->reserve_of(t, x.b, x.j);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) reserve[static_cast<std::int64_t>(k) * plan_.hidden] = bits & kHold ? 0.0f : saved[k];
+  }
+
+  SEQKERNELS_FN void keep(std::int64_t t, const Element& x, const float* next, int thread) const {
     S* states = static_cast<S*>(job_.states) + at(this->after(t), x.b, x.j);
     states[0] = narrow<S>(next[0]);
     if (kStates == 2 && job_.state_plane != 0) states[job_.state_plane] = narrow<S>(next[kStates - 1]);
-    if (kGates > 1 && job_.reserve != nullptr) {
-      float* reserve = this->reserve_of(t, x.b, x.j);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) reserve[static_cast<std::int64_t>(k) * plan_.hidden] = saved[k];
-    }
 #pragma unroll
     for (int s = 0; s < kStates; ++s) state(s, x.index, thread) = next[s];
   }

@@ -24,16 +24,23 @@ struct Job {
   const void* reset_state;        // (S, H)
   const void* peephole;           // (3, H)
   const void* recurrent_mask;     // (B, H)
+  const void* norm_h;             // (G*H)
+  const void* norm_c;             // (2, H)
   const float* zoneout;           // (S)
   const std::int64_t* seed;       // ()
 
   // Of a backward pass.
-  const void *grad_hidden, *grad_cells;  // (T, B, H) storage, or null
-  const void* grad_gates;                // (T, B, G, H) storage, or null
-  const float* product;                  // (T, B, G*H): the recurrent product of an RNN with zoneout
-  void *of_x, *of_u;                     // (T, B, G*H) storage; of_u of a GRU alone
-  float* sum_reset_state;                // (S, B, H), or null
-  float* sum_peephole;                   // (3, B, H), or null
+  const void *grad_hidden, *grad_cells;   // (T, B, H) storage, or null
+  const void* grad_gates;                 // (T, B, G, H) storage, or null
+  const float* product;                   // (n, B, G*H): the recurrent product, normalised, with norm_h; of an RNN
+                                          // with zoneout, too
+  const float* product_scale;             // (n, B), with norm_h: 1 over its deviation
+  const float *cell_normal, *cell_scale;  // (n, B, H), (n, B), with norm_c: c normalised, 1 over its deviation
+  void *of_x, *of_u;                      // (T, B, G*H) storage; of_u of a GRU alone
+  void* of_product;                       // (T, B, G*H) storage, with norm_h
+  float* sum_reset_state;                 // (S, B, H), or null
+  float* sum_peephole;                    // (3, B, H), or null
+  float *sum_norm_h, *sum_norm_c;         // (G, B, H), (2, B, H), or null
 
   // Of a grid: Plan::exchange_bytes() and Plan::flags(), the flags 0.
   void* exchange;

@@ -21,6 +21,7 @@ constexpr int kTileRows = 16, kTileBytes = 32, kFragmentBytes = kTileRows * kTil
 constexpr int kUnits = 8;       // rows of a tile that belong to one gate: units of a block come in so many
 constexpr int kStateWords = 3;  // what a thread carries of an element: two states and the control of the step
 constexpr int kSlots = 2;       // what is exchanged alternates between two places: nobody is ever two steps ahead
+constexpr int kNorms = 2;       // layer norms that a step may have: of the product, of the cell state
 
 // How the blocks of a team exchange what they make.
 enum class Tier : int {
@@ -66,6 +67,7 @@ struct Plan {
   int blocks, units, rows;  // P, U, N
   int slices;               // teams, for all rows of the batch
   int stages;               // steps whose operands are on their way or in use
+  bool norm_h, norm_c;      // layer norms in the middle of a step
   Split split;
 
   SEQKERNELS_BOTH int gates() const { return gates_of(cell); }
@@ -73,6 +75,7 @@ struct Plan {
   SEQKERNELS_BOTH int tile_columns() const { return kTileBytes / bytes(); }
   SEQKERNELS_BOTH Held held_tiles() const { return held(cell, backward, tall); }
   SEQKERNELS_BOTH int padded() const { return blocks * units; }  // hidden units, with those that are not there
+  SEQKERNELS_BOTH int norms() const { return int{norm_h} + int{norm_c}; }
 
   // Of the matrix of a block.
   SEQKERNELS_BOTH int matrix_rows() const { return backward ? padded() : gates() * units; }
@@ -112,14 +115,20 @@ struct Plan {
   // Words of an element that a step reads from memory, fetched ahead.
   SEQKERNELS_BOTH int fetched() const {
     if (!backward) return gates() + 1;
-    return cell == CellKind::kLstm ? 8 : cell == CellKind::kGru ? 7 : 3;
+    // With a norm, what it normalised and 1 over the deviation.
+    const int of_norms = (norm_h ? gates() + 1 : 0) + (norm_c ? 2 : 0);
+    return of_norms + (cell == CellKind::kLstm ? 8 : cell == CellKind::kGru ? 7 : 3);
+  }
+  // Words that a thread carries of an element from step to step: with norms of a backward pass, sums over the steps.
+  SEQKERNELS_BOTH int state_words() const {
+    return kStateWords + (backward ? (norm_h ? gates() : 0) + (norm_c ? 2 : 0) : 0);
   }
   SEQKERNELS_BOTH int row_threads() const { return kThreads / units; }            // rows that are worked on at once
   SEQKERNELS_BOTH int elements() const { return parts_of(rows, row_threads()); }  // of a thread
 
   // Where things are in shared memory, in bytes.
   struct Memory {
-    int tail, operand, sums, fetched, state, bias, staging, barriers, total;
+    int tail, operand, sums, fetched, state, bias, staging, barriers, gain, moments, parts, pairs, total;
   };
   SEQKERNELS_BOTH Memory memory() const {
     Memory m{};
@@ -129,24 +138,33 @@ struct Plan {
       at += round_up(bytes, 128);
       return here;
     };
-    m.barriers = place(kSlots * 8);
+    m.barriers = place((kSlots + kNorms) * 8);
     m.operand = place(kSlots * operand_bytes());
     m.sums = place(sums_slots() * sources() * sums_of_source() * 4);
     m.fetched = place(stages * fetched() * elements() * kThreads * 4);
-    m.state = place(kStateWords * elements() * kThreads * 4);
+    m.state = place(state_words() * elements() * kThreads * 4);
     m.bias = place(2 * gates() * units * 4);
     m.staging = place(backward || tier == Tier::kBlock ? 0 : rows * units * bytes());
+    m.gain = place(((norm_h ? gates() : 0) + (norm_c ? 2 : 0)) * units * 4);
+    m.moments = place(norms() > 0 ? 2 * rows * 4 : 0);
+    m.parts = place(norms() > 0 && backward ? 2 * rows * units * 4 : 0);
+    m.pairs = place(tier == Tier::kCluster ? pairs() * 8 : 0);
     m.tail = place(warps() * tail_tiles() * kFragmentBytes);
     m.total = at;
     return m;
   }
 
-  // Of one job, in memory: forward h of all units, backward the parts of the sums; and the flags of the blocks.
-  SEQKERNELS_BOTH std::int64_t exchange_bytes() const {
-    if (tier != Tier::kGrid) return 0;
+  // Pairs of numbers that the blocks of a team give each other for norms.
+  SEQKERNELS_BOTH int pairs() const { return norms() == 0 ? 0 : kNorms * rows * blocks; }
+
+  // Of one job, in memory: forward h of all units, backward the parts of the sums; the pairs behind them; and the flags
+  // of the blocks.
+  SEQKERNELS_BOTH std::int64_t exchange_bytes() const { return tier == Tier::kGrid ? sums_bytes() + pairs_bytes() : 0; }
+  SEQKERNELS_BOTH std::int64_t sums_bytes() const {
     const std::int64_t parts = std::int64_t{blocks} * blocks * split.column_warps * units * rows * 4;
     return slices * kSlots * (backward ? parts : std::int64_t{rows} * padded() * bytes());
   }
+  SEQKERNELS_BOTH std::int64_t pairs_bytes() const { return std::int64_t{slices} * pairs() * 8; }
   SEQKERNELS_BOTH int flags() const { return tier == Tier::kGrid ? slices * blocks : 0; }
 };
 
@@ -170,8 +188,8 @@ inline Split split_of(const Plan& plan) {
 }
 
 // The plan of a call with so many units to a block and rows to a team; `fits` says whether a device can have it.
-inline Plan layout(Tier tier, CellKind cell, Product product, bool backward, int hidden, int batch, int units,
-                   int rows) {
+inline Plan layout(Tier tier, CellKind cell, Product product, bool backward, int hidden, int batch, int units, int rows,
+                   bool norm_h = false, bool norm_c = false) {
   Plan plan{};
   plan.tier = tier;
   plan.cell = cell;
@@ -181,6 +199,8 @@ inline Plan layout(Tier tier, CellKind cell, Product product, bool backward, int
   plan.batch = batch;
   plan.units = units;
   plan.rows = rows;
+  plan.norm_h = norm_h;
+  plan.norm_c = norm_c;
   plan.blocks = parts_of(hidden, units);
   plan.slices = parts_of(batch, rows);
   plan.stages = 3;

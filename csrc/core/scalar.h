@@ -33,6 +33,15 @@ SEQKERNELS_FN float widen(Float16 x) {
 #endif
 }
 
+// 1 over the square root.
+SEQKERNELS_FN float inverse_root(float x) {
+#if defined(__CUDA_ARCH__)
+  return rsqrtf(x);
+#else
+  return 1.0f / std::sqrt(x);
+#endif
+}
+
 // Rounded to the nearest, ties to even.
 template <class S>
 SEQKERNELS_FN S narrow(float x);

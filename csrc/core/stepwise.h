@@ -221,7 +221,8 @@ class Backward : public Pass<Cell, S, true> {
         for (int g = 0; g < kGates; ++g) to_gates[g] = of_gates[g][i];
         const float from = kReserved && bits & kReset ? this->fresh(kStates - 1, j + i) : own[i];
         this->through_cell(
-            t, b, j + i, from, kept, to_gates, [&] { return made_again(t, b, j + i); }, grad, of_x, of_u);
+            t, b, j + i, from, kept, to_gates, [&] { return made_again(t, b, j + i); },
+            [&](float c, float* of_states) { return this->through_output(c, kept[3], of_states); }, grad, of_x, of_u);
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
           all_x[g][i] = of_x[g];
@@ -254,7 +255,7 @@ class Backward : public Pass<Cell, S, true> {
 
   // What an RNN made before zoneout.
   SEQKERNELS_FN float made_again(std::int64_t t, std::int64_t b, int j) const {
-    float of_x = job_.gates_x[at_gates(t, b, j)], of_h = job_.product[at_gates(t, b, j)], next;
+    float of_x = job_.gates_x[at_gates(t, b, j)], of_h = job_.product[at_gates(t - job_.base, b, j)], next;
     if (job_.bias_ih != nullptr) of_x += this->value(job_.bias_ih, j);
     if (job_.bias_hh != nullptr) of_h += this->value(job_.bias_hh, j);
     this->cell(&of_x, &of_h, nullptr, &next, nullptr, nullptr);

@@ -76,7 +76,7 @@ class DeviceBlock {
   // Barriers of a cluster: one arrival, that of the thread which announces the bytes.
   SEQKERNELS_FN void begin_barriers(int offset) const {
 #if __CUDA_ARCH__ >= 900
-    for (int slot = 0; slot < kSlots; ++slot) {
+    for (int slot = 0; slot < kSlots + kNorms; ++slot) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(shared(offset + slot * 8))) : "memory");
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -164,6 +164,10 @@ class DeviceBlock {
     return x;
   }
 
+  SEQKERNELS_FN static void load_fresh8(const void* from, float (&to)[2]) {
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "l"(from) : "memory");
+  }
+
   SEQKERNELS_FN static void load_rows(const char* rows, int row, Operand<DeviceBlock>& to) {
     const int l = lane(0);
     std::uint32_t (&x)[4] = to.word[0];
@@ -199,6 +203,12 @@ class DeviceBlock {
       mma_tf32(c, a_high, b_low);
       mma_tf32(c, a_high, b_high);
     }
+  }
+
+  // What all lanes have together, in each of them.
+  SEQKERNELS_FN static void add(float (&x)[kHere]) {
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2) x[0] += __shfl_xor_sync(~0u, x[0], apart);
   }
 
   // The lanes that share rows add up, and keep the columns that tensor cores would have left them.

@@ -56,7 +56,8 @@ inline std::int64_t positive(const char* name, std::int64_t value) {
 
 // A plan of given sizes, on no device in particular.
 inline Plan make_plan(const std::string& tier, const std::string& cell, const std::string& product, bool backward,
-                      std::int64_t hidden, std::int64_t batch, std::int64_t units, std::int64_t rows) {
+                      std::int64_t hidden, std::int64_t batch, std::int64_t units, std::int64_t rows, bool norm_h,
+                      bool norm_c) {
   if (units % kUnits != 0 || positive("units", units) > kThreads) {
     fail_argument("units", "a multiple of 8 up to 256", std::to_string(units));
   }
@@ -65,9 +66,10 @@ inline Plan make_plan(const std::string& tier, const std::string& cell, const st
   }
   if (positive("hidden", hidden) > 1 << 14) fail_argument("hidden", "a size up to 2^14", std::to_string(hidden));
   if (positive("batch", batch) > 1 << 24) fail_argument("batch", "a size up to 2^24", std::to_string(batch));
-  const Plan plan =
-      layout(tier_of(tier), cell_shape(cell).kind, product_of(product), backward, static_cast<int>(hidden),
-             static_cast<int>(batch), static_cast<int>(units), static_cast<int>(rows));
+  const CellKind kind = cell_shape(cell).kind;
+  if (norm_c && kind != CellKind::kLstm) fail_argument("norm_c", "False but for an LSTM", "True");
+  const Plan plan = layout(tier_of(tier), kind, product_of(product), backward, static_cast<int>(hidden),
+                           static_cast<int>(batch), static_cast<int>(units), static_cast<int>(rows), norm_h, norm_c);
   if (plan.tier == Tier::kBlock && plan.blocks != 1) {
     fail_argument("units", "all " + std::to_string(hidden) + " where the tier is 'block'", std::to_string(units));
   }
@@ -87,6 +89,7 @@ inline void bind_plan(py::module_& m) {
       .def_readonly("units", &Plan::units, "Hidden units of a block.")
       .def_readonly("rows", &Plan::rows, "Rows of the batch of a team.")
       .def_readonly("slices", &Plan::slices, "Teams.")
+      .def_property_readonly("norms", &Plan::norms, "Layer norms in a step.")
       .def_readonly("stages", &Plan::stages, "Steps whose operands are on their way or in use.")
       .def_property_readonly("row_warps", [](const Plan& p) { return p.split.row_warps; })
       .def_property_readonly("column_warps", [](const Plan& p) { return p.split.column_warps; })
@@ -101,8 +104,8 @@ inline void bind_plan(py::module_& m) {
       .def_property_readonly("exchange_bytes", &Plan::exchange_bytes, "Bytes of memory that blocks exchange through.")
       .def_property_readonly("flags", &Plan::flags, "Their number.");
   m.def("plan", &make_plan, py::arg("tier"), py::arg("cell"), py::arg("product"), py::arg("backward"),
-        py::arg("hidden"), py::arg("batch"), py::arg("units"), py::arg("rows"),
-        "The plan of a call with given sizes, on no device yet.");
+        py::arg("hidden"), py::arg("batch"), py::arg("units"), py::arg("rows"), py::arg("norm_h") = false,
+        py::arg("norm_c") = false, "The plan of a call with given sizes, on no device yet.");
 }
 
 // Runs launches: (launch, a tensor of theirs, those that have to be beside it).
@@ -137,24 +140,35 @@ class LoopArguments {
         reset_state_(part(parts, 2), "reset_state", true),
         peephole_(part(parts, 3), "peephole", true),
         recurrent_mask_(part(parts, 4), "recurrent_mask", true),
+        norm_h_(part(parts, 5), "norm_h", true),
+        norm_c_(part(parts, 6), "norm_c", true),
         zoneout_(part(parts, 7), "zoneout", true),
         seed_(part(parts, 8), "seed", true),
         exchange_(exchange, "exchange", true),
         flags_(flags, "flags", true) {
-    if (!part(parts, 5).is_none()) fail_argument("norm_h", "None", "a tensor");
-    if (!part(parts, 6).is_none()) fail_argument("norm_c", "None", "a tensor");
+    for (const auto& [tensor, planned, name] :
+         {std::tuple(&norm_h_, plan.norm_h, "norm_h"), std::tuple(&norm_c_, plan.norm_c, "norm_c")}) {
+      const bool given{*tensor};
+      if (given != planned)
+        fail_argument(name, planned ? "a tensor, as the plan has" : "None, as the plan has",
+                      given ? "a tensor" : "None");
+    }
     const std::int64_t H = plan.hidden, B = plan.batch, rows = shape_.gates * H, S = shape_.states;
     const bool same = gates_of(plan.cell) == shape_.gates;
     if (!same) fail_argument("cell", "that of the plan", "'" + cell + "'");
     weight_hh_.expect({rows, H}).expect(storage_).expect_contiguous();
     carry_.expect({S, B, H}).expect(DType::kFloat32).expect_contiguous();
-    states_.expect({kAny, kAny, B, H}).expect(storage_).expect_contiguous();
+    states_.expect({kAny, kAny, B, H}).expect(storage_).expect_last_contiguous();
+    if (states_.stride(1) != B * H || states_.stride(2) != H)
+      fail_argument("states", "steps behind one another", "others");
     control_.expect({steps, B}).expect_code(dlpack::kUInt, 8, "uint8").expect_contiguous();
     bias_ih_.expect({rows}).expect(storage_).expect_contiguous();
     bias_hh_.expect({rows}).expect(storage_).expect_contiguous();
     reset_state_.expect({S, H}).expect(storage_).expect_contiguous();
     peephole_.expect({3, H}).expect(storage_).expect_contiguous();
     recurrent_mask_.expect({B, H}).expect(storage_).expect_contiguous();
+    norm_h_.expect({rows}).expect(storage_).expect_contiguous();
+    norm_c_.expect({2, H}).expect(storage_).expect_contiguous();
     zoneout_.expect({S}).expect(DType::kFloat32).expect_contiguous();
     seed_.expect({}).expect_code(dlpack::kInt, 64, "int64");
     exchange_.expect({kAny}).expect_code(dlpack::kUInt, 8, "uint8").expect_contiguous();
@@ -188,6 +202,8 @@ class LoopArguments {
     job_.reset_state = reset_state_.data();
     job_.peephole = peephole_.data();
     job_.recurrent_mask = recurrent_mask_.data();
+    job_.norm_h = norm_h_.data();
+    job_.norm_c = norm_c_.data();
     job_.zoneout = static_cast<const float*>(zoneout_.data());
     job_.seed = static_cast<const std::int64_t*>(seed_.data());
     job_.exchange = exchange_.data();
@@ -206,14 +222,18 @@ class LoopArguments {
   }
   // The gates that a pass keeps, of the steps that states has.
   float* reserve(const Tensor& tensor) const {
-    tensor.expect({states_.size(1) - 1, plan_.batch, shape_.reserve, plan_.hidden}).expect(DType::kFloat32);
-    tensor.expect_contiguous();
+    return of_shape(tensor, {here(), plan_.batch, shape_.reserve, plan_.hidden});
+  }
+  std::int64_t here() const { return states_.size(1) - 1; }  // steps that states has
+  static float* of_shape(const Tensor& tensor, std::initializer_list<std::int64_t> shape) {
+    tensor.expect(shape).expect(DType::kFloat32).expect_contiguous();
     return static_cast<float*>(tensor.data());
   }
 
   void add_to(Beside& beside) const {
-    beside.insert(beside.end(), {&weight_hh_, &carry_, &states_, &control_, &bias_ih_, &bias_hh_, &reset_state_,
-                                 &peephole_, &recurrent_mask_, &zoneout_, &seed_, &exchange_, &flags_});
+    beside.insert(beside.end(),
+                  {&weight_hh_, &carry_, &states_, &control_, &bias_ih_, &bias_hh_, &reset_state_, &peephole_,
+                   &recurrent_mask_, &norm_h_, &norm_c_, &zoneout_, &seed_, &exchange_, &flags_});
   }
 
   const Plan& plan_;
@@ -221,8 +241,8 @@ class LoopArguments {
   const DType storage_;
   const std::int64_t steps_;
   Job job_{};
-  Tensor weight_hh_, carry_, states_, control_, bias_ih_, bias_hh_, reset_state_, peephole_, recurrent_mask_, zoneout_,
-      seed_, exchange_, flags_;
+  Tensor weight_hh_, carry_, states_, control_, bias_ih_, bias_hh_, reset_state_, peephole_, recurrent_mask_, norm_h_,
+      norm_c_, zoneout_, seed_, exchange_, flags_;
 
  private:
   static py::handle part(const py::tuple& parts, std::size_t i) {
@@ -269,11 +289,11 @@ class BackwardArguments {
  public:
   static constexpr bool kBackward = true;
   using Three = std::tuple<py::handle, py::handle, py::handle>;
-  using Two = std::tuple<py::handle, py::handle>;
-  // what loops share; gradients of hidden states, cell states and gates; sums of reset_state and peephole; reserve,
-  // gates_x, product, of_x, of_u
-  using Given =
-      std::tuple<LoopArguments::Given, Three, Two, py::handle, py::handle, py::handle, py::handle, py::handle>;
+  using Four = std::tuple<py::handle, py::handle, py::handle, py::handle>;
+  // what loops share; gradients of hidden states, cell states and gates; sums of reset_state, peephole, norm_h and
+  // norm_c; reserve, gates_x, product, of_x, of_u, of_product; product_scale, cell_normal, cell_scale
+  using Given = std::tuple<LoopArguments::Given, Three, Four, py::handle, py::handle, py::handle, py::handle,
+                           py::handle, py::handle, Three>;
 
   BackwardArguments(const Plan& plan, const Given& given)
       : grad_hidden_(std::get<0>(std::get<1>(given)), "grad_hidden", true),
@@ -281,11 +301,17 @@ class BackwardArguments {
         grad_gates_(std::get<2>(std::get<1>(given)), "grad_gates", true),
         sum_reset_state_(std::get<0>(std::get<2>(given)), "sum_reset_state", true),
         sum_peephole_(std::get<1>(std::get<2>(given)), "sum_peephole", true),
+        sum_norm_h_(std::get<2>(std::get<2>(given)), "sum_norm_h", true),
+        sum_norm_c_(std::get<3>(std::get<2>(given)), "sum_norm_c", true),
         reserve_(std::get<3>(given), "reserve", true),
         gates_x_(std::get<4>(given), "gates_x", true),
         product_(std::get<5>(given), "product", true),
         of_x_(std::get<6>(given), "of_x"),
         of_u_(std::get<7>(given), "of_u", true),
+        of_product_(std::get<8>(given), "of_product", true),
+        product_scale_(std::get<0>(std::get<9>(given)), "product_scale", true),
+        cell_normal_(std::get<1>(std::get<9>(given)), "cell_normal", true),
+        cell_scale_(std::get<2>(std::get<9>(given)), "cell_scale", true),
         loop_(plan, std::get<0>(given), of_x_.expect({kAny, kAny, kAny}).size(0)) {
     Job& job = loop_.job_;
     const std::int64_t H = plan.hidden, gates = loop_.shape_.gates;
@@ -295,16 +321,28 @@ class BackwardArguments {
     if (gates == 1 && job.zoneout != nullptr && (!gates_x_ || !product_)) {
       fail_argument("product", "a tensor, as gates_x, of an RNN with zoneout", "None");
     }
+    if (plan.norm_h && (!product_ || !product_scale_ || !of_product_)) {
+      fail_argument("product", "a tensor, as product_scale and of_product, with norm_h", "None");
+    }
+    if (plan.norm_c && (!cell_normal_ || !cell_scale_)) {
+      fail_argument("cell_normal", "a tensor, as cell_scale, with norm_c", "None");
+    }
     job.grad_hidden = loop_.of_steps<const void>(grad_hidden_, loop_.storage_, H);
     job.grad_cells = loop_.of_steps<const void>(grad_cells_, loop_.storage_, H);
     grad_gates_.expect({loop_.steps_, plan.batch, gates, H}).expect(loop_.storage_).expect_contiguous();
     job.grad_gates = grad_gates_.data();
     job.gates_x = loop_.of_steps<const float>(gates_x_, DType::kFloat32, gates * H);
-    job.product = loop_.of_steps<const float>(product_, DType::kFloat32, gates * H);
+    job.product = loop_.of_shape(product_, {loop_.here(), plan.batch, gates * H});
+    job.product_scale = loop_.of_shape(product_scale_, {loop_.here(), plan.batch});
+    job.cell_normal = loop_.of_shape(cell_normal_, {loop_.here(), plan.batch, H});
+    job.cell_scale = loop_.of_shape(cell_scale_, {loop_.here(), plan.batch});
     job.of_x = loop_.of_steps<void>(of_x_, loop_.storage_, gates * H);
     job.of_u = loop_.of_steps<void>(of_u_, loop_.storage_, gates * H);
     job.sum_reset_state = loop_.sums(sum_reset_state_, loop_.shape_.states);
+    job.of_product = loop_.of_steps<void>(of_product_, loop_.storage_, gates * H);
     job.sum_peephole = loop_.sums(sum_peephole_, 3);
+    job.sum_norm_h = loop_.sums(sum_norm_h_, gates);
+    job.sum_norm_c = loop_.sums(sum_norm_c_, 2);
     if (loop_.shape_.reserve > 0) job.reserve = loop_.reserve(reserve_);
   }
 
@@ -312,13 +350,14 @@ class BackwardArguments {
   const Tensor& first() const { return of_x_; }
   void add_to(Beside& beside) const {
     beside.insert(beside.end(), {&of_x_, &of_u_, &reserve_, &gates_x_, &product_, &grad_hidden_, &grad_cells_,
-                                 &grad_gates_, &sum_reset_state_, &sum_peephole_});
+                                 &grad_gates_, &sum_reset_state_, &sum_peephole_, &sum_norm_h_, &sum_norm_c_,
+                                 &of_product_, &product_scale_, &cell_normal_, &cell_scale_});
     loop_.add_to(beside);
   }
 
  private:
-  Tensor grad_hidden_, grad_cells_, grad_gates_, sum_reset_state_, sum_peephole_, reserve_, gates_x_, product_, of_x_,
-      of_u_;
+  Tensor grad_hidden_, grad_cells_, grad_gates_, sum_reset_state_, sum_peephole_, sum_norm_h_, sum_norm_c_, reserve_,
+      gates_x_, product_, of_x_, of_u_, of_product_, product_scale_, cell_normal_, cell_scale_;
   LoopArguments loop_;
 };
 
@@ -356,7 +395,7 @@ inline void bind_passes(py::module_& m, const Runner& run) {
       "recurrence_backward",
       [run](const Plan& plan, const py::args& jobs) { launch<BackwardArguments>(run, plan, jobs); },
       "A launch of jobs, of each of which back through step `first` and those before it in the loop: into of_x, of_u, "
-      "sums and carry.");
+      "of_product, sums and carry.");
   m.attr("MOST_JOBS") = kMostJobs;
 }
 

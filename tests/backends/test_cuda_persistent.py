@@ -6,13 +6,16 @@ import itertools
 
 import hypothesis
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from seqkernels import testing
 from seqkernels.backends.cuda import emulator
+from seqkernels.backends.cuda import recurrence as of_cuda
+from seqkernels.backends.cuda.persistent import Persistent
 from seqkernels.cells import CELLS
 
-from ..planned import OPTIONS, PRODUCTS, Case, Judge
+from ..planned import OPTIONS, PRODUCTS, Case, Judge, call_of, run
 
 pytestmark = pytest.mark.skipif(not emulator.in_use(), reason="the emulator was not built, or there is a GPU")
 
@@ -20,6 +23,9 @@ pytestmark = pytest.mark.skipif(not emulator.in_use(), reason="the emulator was 
 EDGES = (1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 130)
 UNITS = {"block": (0,), "cluster": (16, 32, 48), "grid": (16, 32, 48), "steps": (0,)}
 CHOICES = [(), OPTIONS, ("reset_state", "zoneout"), ("recurrent_mask",), ("zoneout", "seed"), ("peephole",)]
+NORMS = [("norm_h",), ("norm_c",), ("norm_h", "norm_c"), OPTIONS, ("norm_h", "norm_c", "peephole", "reset_state")]
+#: Hidden units and those of a block, of which the last one's are not all there, down to one; and a whole one.
+UNEVEN = [(9, 8), (17, 16), (21, 16), (33, 32), (47, 24), (48, 16), (70, 24), (75, 8)]
 
 
 def _whole(hidden):
@@ -105,10 +111,57 @@ def test_any_sizes(data):
         every=data.draw(st.integers(0, 3), "every"),
         others=data.draw(st.booleans(), "others"),
     )
-    for seed in range(3):
+    # Norms divide by a deviation that is now and then small: the errors have outliers.
+    for seed in range(10 if {"norm_h", "norm_c"} & set(case.options) else 3):
         judge.run(_steady(case._replace(seed=seed)))
     judge.run(_steady(case._replace(shape=(7, 9, 40), units=48, tier="block", rows=8, seed=1)))
     judge.verdict(PRODUCTS[product][0])
+
+
+@pytest.mark.parametrize("tier", UNITS)
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_norms(cell, product, tier):
+    """With blocks that have units to spare, which no mean may count."""
+    judge = Judge()
+    for index, (hidden, units) in enumerate(UNEVEN):
+        case = _case(index, cell, product, tier, 0 if tier == "block" else units, hidden)
+        judge.run(_steady(case._replace(control=index % 2 == 0, options=NORMS[index % len(NORMS)])))
+    judge.verdict(PRODUCTS[product][0])
+
+
+@pytest.mark.parametrize("tier", UNITS)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_norms_of_long_loops(cell, tier):
+    """Again and again the same places for what blocks give each other; and the same bits each time."""
+    case = Case(cell, "exact", tier, 16 if tier == "block" else 8, 8, (40, 3, 12), control=True, options=NORMS[2])
+    judge = Judge()
+    first = judge.run(case)
+    judge.verdict(case.dtype)
+    again = judge.run(case)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    parts = judge.run(case._replace(every=11))
+    assert all(torch.equal(first[name], parts[name]) for name in first if name not in ("states", "reserve"))
+
+
+#: Of more blocks than a warp has lanes.
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_norms_of_many_blocks(cell):
+    judge = Judge()
+    judge.run(Case(cell, "exact", "grid", 8, 16, (3, 9, 275), options=NORMS[2], others=True))
+    judge.verdict(torch.float32)
+
+
+def test_a_plan_has_the_norms_of_its_call():
+    case = Case("lstm", "exact", "block", 16, 8, (2, 3, 10), options=NORMS[2])
+    call = call_of(case)
+    for names, message in ((("norm_h",), "norm_c: expected None, as"), (OPTIONS, "norm_c: expected a tensor, as")):
+        other = call._replace(weights=call.weights._replace(norm_c=None)) if names == OPTIONS else call
+        path = Persistent(
+            of_cuda.kernels(), lambda _, backward, names=names: case._replace(options=names).plan(backward)
+        )
+        with pytest.raises(ValueError, match=message):
+            run(case, other, path)
 
 
 #: Plans with what small ones lack.

@@ -117,12 +117,14 @@ def test_backward(cell, product):
                 (
                     (weight.to(dtype), carry, stored, None, _NO_PARTS, cell, False, 0, 1, 0, *_exchange(plan)),
                     (None, None, of_gates),
-                    (None, None),
+                    (None,) * 4,
                     reserve,
                     None,
                     None,
                     of_x,
                     of_u if cell == "gru" else None,
+                    None,
+                    (None,) * 3,
                 ),
             )
             given = (of_u if cell == "gru" else of_x)[0].float()

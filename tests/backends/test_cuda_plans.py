@@ -12,7 +12,17 @@ if importlib.util.find_spec("seqkernels._emulator") is None:
     pytest.skip("the emulator was not built (SEQKERNELS_EMULATOR=1)", allow_module_level=True)
 
 from seqkernels import _emulator
-from seqkernels.backends.cuda.plans import LAUNCHES, STEPS, Device, choose, cycles, cycles_of_steps, describe
+from seqkernels.backends.cuda.plans import (
+    EXCHANGE,
+    LAUNCHES,
+    STEPS,
+    Device,
+    Norms,
+    choose,
+    cycles,
+    cycles_of_steps,
+    describe,
+)
 
 H100 = Device(capability=90, processors=132, shared_memory=227 * 1024, cluster=16)
 A100 = Device(capability=80, processors=108, shared_memory=163 * 1024, cluster=0)
@@ -105,9 +115,35 @@ def test_more_turns_take_more_cycles():
     assert cycles(many, "bfloat16", H100) == 2 * cycles(few, "bfloat16", H100)
 
 
+def test_norms_take_exchanges_and_memory():
+    for tier in EXCHANGE:
+        units = 64 if tier == "block" else 32
+        for backward in (False, True):
+            plain, one, both = (
+                _emulator.plan(tier, "lstm", "bfloat16", backward, 64, 16, units, 8, *norms)
+                for norms in ((False, False), (False, True), (True, True))
+            )
+            assert (plain.norms, one.norms, both.norms) == (0, 1, 2)
+            assert plain.shared_memory < one.shared_memory < both.shared_memory
+            # A pair of each norm, row and block, whichever of the norms there are.
+            more = 2 * 2 * plain.rows * plain.blocks * 8 if tier == "grid" else 0
+            assert one.exchange_bytes == both.exchange_bytes == plain.exchange_bytes + more
+            costs = [cycles(plan, "bfloat16", H100) for plan in (plain, one, both)]
+            assert costs[1] - costs[0] == costs[2] - costs[1] > EXCHANGE[tier]
+
+
+def test_what_is_chosen_for_norms_fits_the_device():
+    for hidden in (16, 128, 300, 640, 1024):
+        for backward in (False, True):
+            plan = choose(_emulator, H100, "lstm", "bfloat16", backward, hidden, 16, Norms(True, True)).plan
+            assert plan.norms == 2
+            assert plan.shared_memory <= H100.shared_memory
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("block", "gru", "exact", False, 8, 8, 16, 8, True, True), "norm_c: expected False but for an LSTM, got True"),
         (
             ("cloud", "lstm", "exact", False, 8, 8, 16, 8),
             "tier: expected one of 'block', 'cluster', 'grid', got 'cloud'",

@@ -59,6 +59,23 @@ def test_sizes(cell, product, tier):
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_norms(cell, product, tier):
+    judge = Judge()
+    for index, hidden in enumerate((17, 63, 72, 128, 300, 513)):
+        for units in _fitting(cell, product, tier, hidden, 20):
+            shape = (2 if cell == "rnn_relu" else 6, 20, hidden)
+            options = (("norm_h",), ("norm_c",), ("norm_h", "norm_c", "reset_state"))[index % 3]
+            case = Case(cell, product, tier, units, 8, shape, control=index % 2 == 0, options=options)
+            plans = [case.plan(backward) for backward in (False, True)]
+            if all(plan.shared_memory <= of_cuda.device_of(None).shared_memory for plan in plans):
+                judge.run(case, "cuda")
+    if tier != "cluster" or of_cuda.device_of(None).cluster:
+        judge.verdict(PRODUCTS[product][0])
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_ten_thousand_launches_have_the_same_bits(cell, tier):
     hidden = {"block": 64, "cluster": 256, "grid": 512}[tier]
@@ -91,7 +108,7 @@ def test_seventy_thousand_steps(tier):
 def test_blocks_that_find_no_place_are_refused():
     places = of_cuda.device_of(None).processors
     hidden = 8 * (places + 1)
-    planned = lambda *call: plan_of("grid", *call, 8, 8)  # noqa: E731
+    planned = lambda *call: plan_of("grid", *call[:-1], 8, 8, call[-1])  # noqa: E731
     layer = seqkernels.nn.RNN(4, hidden).to("cuda", torch.float16)
     x = torch.zeros(3, 2, 4, device="cuda", dtype=torch.float16)
     with seqkernels.use_backend("cuda"), emulator.planned(planned), pytest.raises(RuntimeError, match="at once"):

@@ -19,6 +19,8 @@ struct Memory {
         reserve(floats),
         of_x(floats),
         of_u(floats),
+        of_product(floats),
+        sums(floats),
         carry(static_cast<std::size_t>(2 * kBatch * hidden), 0.5f),
         control(static_cast<std::size_t>(steps) * kBatch, 0),
         exchange(static_cast<std::size_t>(plan.exchange_bytes()) / 4 + 4),
@@ -27,14 +29,15 @@ struct Memory {
     control[5] = kHold;
   }
 
-  std::vector<float> floats, weights, states, reserve, of_x, of_u, carry;
+  std::vector<float> floats, weights, states, reserve, of_x, of_u, of_product, sums, carry;
   std::vector<std::uint8_t> control;
   std::vector<float> exchange;
   std::vector<std::uint32_t> flags;
 };
 
-void run(Tier tier, CellKind cell, bool backward, int hidden, int units, int rows, int steps) {
-  const Plan plan = layout(tier, cell, Product::kExact, backward, hidden, kBatch, units, rows);
+void run(Tier tier, CellKind cell, bool backward, int hidden, int units, int rows, int steps, bool norm_h = false,
+         bool norm_c = false) {
+  const Plan plan = layout(tier, cell, Product::kExact, backward, hidden, kBatch, units, rows, norm_h, norm_c);
   Memory memory(plan, steps, hidden);
   Launch launch{};
   launch.plan = plan;
@@ -54,19 +57,32 @@ void run(Tier tier, CellKind cell, bool backward, int hidden, int units, int row
   job.grad_hidden = memory.floats.data();
   job.of_x = memory.of_x.data();
   job.of_u = cell == CellKind::kGru ? memory.of_u.data() : nullptr;
+  job.norm_h = memory.floats.data();
+  job.norm_c = memory.floats.data();
+  job.product = memory.floats.data();
+  job.product_scale = memory.floats.data();
+  job.cell_normal = memory.floats.data();
+  job.cell_scale = memory.floats.data();
+  job.of_product = memory.of_product.data();
+  job.sum_norm_h = memory.sums.data();
   job.exchange = memory.exchange.data();
   job.flags = memory.flags.data();
   emulate(launch, [](HostWarp& warp, const Launch& all, const Place& place) {
     all.plan.cell == CellKind::kLstm ? run_block<Lstm<float>, OfExact>(warp, all, place)
                                      : run_block<Gru<float>, OfExact>(warp, all, place);
   });
-  std::printf("%d blocks of %d units, %d slices, %d steps, %s\n", plan.blocks, units, plan.slices, steps,
-              backward ? "backward" : "forward");
+  std::printf("%d blocks of %d units, %d slices, %d steps, %d norms, %s\n", plan.blocks, units, plan.slices, steps,
+              plan.norms(), backward ? "backward" : "forward");
 }
 
 }  // namespace
 
-int main() {
+// With an argument, of a forward pass of one step alone, whose blocks exchange nothing but what its norms need.
+int main(int count, char**) {
+  if (count > 1) {
+    run(Tier::kGrid, CellKind::kLstm, false, 44, 24, 16, 1, true, true);
+    return 0;
+  }
   for (const bool backward : {false, true}) {
     for (const int steps : {1, 2, 5}) {
       for (const CellKind cell : {CellKind::kLstm, CellKind::kGru}) {
@@ -75,6 +91,13 @@ int main() {
         run(Tier::kGrid, cell, backward, 44, 24, 16, steps);
       }
     }
+    for (const int steps : {1, 4}) {
+      run(Tier::kCluster, CellKind::kLstm, backward, 44, 16, 8, steps, true, true);
+      run(Tier::kGrid, CellKind::kLstm, backward, 44, 24, 16, steps, true, true);
+      run(Tier::kCluster, CellKind::kLstm, backward, 44, 16, 8, steps, false, true);
+      run(Tier::kGrid, CellKind::kGru, backward, 44, 24, 16, steps, true);
+    }
+    run(Tier::kBlock, CellKind::kLstm, backward, 44, 48, 8, 4, true, true);
     // Warps here make parts for other blocks alone, and nobody waits for those but the block itself.
     run(Tier::kCluster, CellKind::kGru, backward, 130, 32, 8, 4);
   }

@@ -11,17 +11,15 @@ import torch
 import seqkernels
 from seqkernels import backends, testing
 
-_FEATURES = ("control", "gates", "peephole", "recurrent_mask", "reset_state", "zoneout")
+_FEATURES = ("control", "gates", "norm", "peephole", "recurrent_mask", "reset_state", "zoneout")
 
 
 def _has(name: str, *features: str) -> bool:
     return backends.why_not(name, backends.Call("recurrence", "cpu", torch.float32, "lstm", features)) is None
 
 
-#: Implementations that say they have all options of the recurrence, or all but norms; that they should is tested once.
+#: Implementations that say they have all options of the recurrence; that they should is tested once.
 WITH_OPTIONS = [name for name in backends.NAMES if _has(name, *_FEATURES)]
-#: Those of them that have norms.
-WITH_NORMS = [name for name in WITH_OPTIONS if _has(name, "norm")]
 
 
 def _isas(name: str) -> list[str | None]:

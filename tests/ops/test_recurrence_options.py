@@ -15,20 +15,19 @@ from hypothesis import strategies as st
 import seqkernels
 from seqkernels import backends, testing
 from seqkernels.backends import Call
+from seqkernels.backends.cuda import emulator
 from seqkernels.cells import CELLS, CONSTANTS, DETACH, DTYPES, HOLD, RESET, Weights
 from seqkernels.ops.recurrence import backward_op, forward_op, recurrence
 
 from ..conftest import widest
-from .conftest import WITH_NORMS
 from .judging import expected, judge, judge_draws
 
 SIZE = 6
 
 
-def _names(cell, backend="reference"):
-    """The options of a cell that an implementation of `WITH_OPTIONS` has."""
-    of_cell = [name for name in testing.OPTIONS if cell == "lstm" or name not in ("peephole", "norm_c")]
-    return [name for name in of_cell if backend in WITH_NORMS or not name.startswith("norm")]
+def _names(cell):
+    """The options of a cell."""
+    return [name for name in testing.OPTIONS if cell == "lstm" or name not in ("peephole", "norm_c")]
 
 
 def _alone(name):
@@ -84,6 +83,9 @@ def test_who_has_the_options():
         assert backends.why_not("reference", call) is None
         if backends.backend("native").unavailable() is None:
             assert backends.why_not("native", call) is None
+        if backends.backend("cuda").unavailable() is None and dtype in (torch.float32, torch.float16, torch.bfloat16):
+            on = "cpu" if emulator.in_use() else "cuda"
+            assert backends.why_not("cuda", call._replace(device=on, hidden=64)) is None
         if backends.backend("numba").unavailable() is None:
             assert backends.why_not("numba", call) == f"has no {', '.join(every[1:])}"
 
@@ -105,7 +107,7 @@ def _all_options(cell, shape, dtype, names):
 @pytest.mark.parametrize("cell", CELLS)
 def test_all_options(options_runner, cell, dtype):
     for shape in ((3, 2, 24), (6, 4, 33), (4, 9, 16)):
-        draws, grads, options, by = _all_options(cell, shape, dtype, tuple(_names(cell, options_runner)))
+        draws, grads, options, by = _all_options(cell, shape, dtype, tuple(_names(cell)))
         found = [testing.evaluate(recurrence, inputs, grads, **options) for inputs in draws]
         assert found[0].keys() == by[0].exact.keys()
         assert all(x.dtype == dtype for x in found[0].values())
@@ -115,15 +117,15 @@ def test_all_options(options_runner, cell, dtype):
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4), (3, 2, 0)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_empty(options_backend, cell, shape):
-    inputs, options = _call(cell, shape, names=_names(cell, options_backend), control=True)
+    inputs, options = _call(cell, shape, names=_names(cell), control=True)
     testing.check_recurrence(*inputs, cell=cell, gates=True, **options)
 
 
 @hypothesis.given(data=st.data(), cell=st.sampled_from(list(CELLS)))
 def test_any_options(options_backend, data, cell):
     shape = data.draw(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 35)), "shape")
-    drawn = data.draw(st.sets(st.sampled_from(_names(cell, options_backend))), "options")
-    names = [name for name in _names(cell, options_backend) if any(name in _alone(other) for other in drawn)]
+    drawn = data.draw(st.sets(st.sampled_from(_names(cell))), "options")
+    names = [name for name in _names(cell) if any(name in _alone(other) for other in drawn)]
     # A norm of equal elements is nothing but their rounding errors, 300 times as large.
     layouts = testing.LAYOUTS[:-2] if {"norm_h", "norm_c"} & set(names) else testing.LAYOUTS
     layout = data.draw(st.sampled_from(layouts), "layout")
@@ -223,9 +225,7 @@ def test_what_one_saves_another_reads(options_backend, options_reader, cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gates_are_those_of_the_step(options_backend, cell):
-    (inputs,), options = _call(
-        cell, (4, 3, 33), names=_names(cell, options_backend)[:3], control=True, requires_grad=False
-    )
+    (inputs,), options = _call(cell, (4, 3, 33), names=_names(cell)[:3], control=True, requires_grad=False)
     hidden, cells, _, gates = recurrence(*inputs, cell=cell, gates=True, states=True, **options)
     assert gates.shape == (4, 3, CELLS[cell].gates, 33)
     held = (inputs.control & HOLD).bool()
@@ -250,7 +250,7 @@ def test_gates_are_those_of_the_step(options_backend, cell):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_inference_equals_training(options_backend, cell, dtype):
-    (inputs,), options = _call(cell, (5, 3, 9), dtype, _names(cell, options_backend), control=True)
+    (inputs,), options = _call(cell, (5, 3, 9), dtype, _names(cell), control=True)
     trained = recurrence(*inputs, cell=cell, gates=True, **options)
     with torch.no_grad():
         plain = recurrence(*inputs, cell=cell, **options)
@@ -267,7 +267,7 @@ def test_inference_equals_training(options_backend, cell, dtype):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_gradient_ends_where_a_state_is_detached(options_backend, cell, reverse):
-    names = [name for name in _names(cell, options_backend) if name not in ("zoneout", "seed")]
+    names = [name for name in _names(cell) if name not in ("zoneout", "seed")]
     (inputs,), options = _call(cell, (6, 3, 9), names=names)
     control = torch.zeros(6, 3, dtype=torch.uint8)
     control[2, 0] = DETACH
@@ -352,7 +352,7 @@ def test_a_recurrent_mask_of_ones_and_gains_that_do_nothing(options_backend, cel
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_runs_are_reproducible(options_runner, cell):
-    (inputs,), options = _call(cell, (6, 9, 33), names=_names(cell, options_runner), control=True)
+    (inputs,), options = _call(cell, (6, 9, 33), names=_names(cell), control=True)
     options |= {"cell": cell, "gates": True}
     grads = testing.random_grads(testing.evaluate(recurrence, inputs, {}, **options))
     first, second = (testing.evaluate(recurrence, inputs, grads, **options) for _ in range(2))
@@ -361,7 +361,7 @@ def test_runs_are_reproducible(options_runner, cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_arguments_are_not_written(options_backend, cell):
-    inputs, options = _call(cell, (4, 3, 9), names=_names(cell, options_backend), control=True)
+    inputs, options = _call(cell, (4, 3, 9), names=_names(cell), control=True)
     tensors = [*inputs[0], *options.values()]
     before = [x.detach().clone() for x in tensors]
     testing.check_recurrence(*inputs, cell=cell, gates=True, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,8 @@ from .. import Call
 
 #: There is a module ``together``.
 TOGETHER = True
+if TYPE_CHECKING:
+    from .plans import Norms
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,8 +36,25 @@ def unsupported(call: Call) -> str | None:
         return f"runs on {device}{' (emulated)' if emulator.in_use() else ''} only, not on {call.device}"
     if call.dtype not in _DTYPES:
         return f"has no {call.dtype}"
-    if "norm" in call.features:
-        return "layer norms need the sums of all units in the middle of a step"
+    return _too_large(call)
+
+
+def _norms(call: Call) -> Norms:
+    """All that a cell may have where a call has any: features do not say which."""
+    from .plans import Norms
+
+    return Norms("norm" in call.features, "norm" in call.features and call.kind == "lstm")
+
+
+def _too_large(call: Call) -> str | None:
+    from .recurrence import choice, device_of
+
+    if call.hidden == 0:
+        return None
+    for backward in (False, True):
+        found = choice(device_of(None), call.kind, call.dtype, "ieee", backward, call.hidden, 1, _norms(call))
+        if found.plan is None:
+            return str(found)
     return None
 
 
@@ -49,7 +69,7 @@ def detail(call: Call) -> str:
 
     if call.hidden == 0:
         return "nothing to do"
-    here = (device_of(None), call.kind, call.dtype, "ieee", False, call.hidden, max(call.batch, 1))
+    here = (device_of(None), call.kind, call.dtype, "ieee", False, call.hidden, max(call.batch, 1), _norms(call))
     alone = str(choice(*here))
     if call.together == 1:
         return alone

@@ -9,13 +9,13 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from .plans import Device
+from .plans import Device, Norms
 
 #: A small device: few multiprocessors, so that small tests have several blocks and several turns.
 DEVICE = Device(capability=90, processors=12, shared_memory=227 * 1024, cluster=8)
 
-#: What gives a plan for (cell, product, backward, hidden, batch) in place of the table.
-Planner = Callable[[str, str, bool, int, int], Any]
+#: What gives a plan for (cell, product, backward, hidden, batch, norms) in place of the table.
+Planner = Callable[[str, str, bool, int, int, Norms], Any]
 
 _module: ModuleType | None = None
 _planner: ContextVar[Planner | None] = ContextVar("seqkernels_planner", default=None)
@@ -57,7 +57,7 @@ def planned(planner: Planner) -> Iterator[None]:
         _planner.reset(token)
 
 
-def forced_plan(cell: str, product: str, backward: bool, hidden: int, batch: int) -> Any:
+def forced_plan(cell: str, product: str, backward: bool, hidden: int, batch: int, norms: Norms) -> Any:
     """The plan that `planned` asks for; ``None`` where nothing does."""
     planner = _planner.get()
-    return None if planner is None else planner(cell, product, backward, hidden, batch)
+    return None if planner is None else planner(cell, product, backward, hidden, batch, norms)

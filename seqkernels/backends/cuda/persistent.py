@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...cells import CELLS
+from ...cells import CELLS, NORM_EPS, RESET
 from .._through_time import Gradients, Loop
 
 _PRODUCTS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -38,6 +38,36 @@ class Part(NamedTuple):
     end: int
     base: int
     grads: Gradients | None = None
+
+
+def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (n, B, N) float32 normalised over its last dimension, and 1 over its deviation (n, B)."""
+    normal, _, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
+    return normal, scale.view(x.shape[:2])
+
+
+def _normalised(
+    loop: Loop, grads: Gradients, states: Tensor, reserve: Tensor, begin: int, end: int
+) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """What norms of the steps [begin, end) saw, all at once: a loop back would have to meet for it in each step.
+
+    Returns:
+        the recurrent product (n, B, G*H), normalised with `norm_h`; then 1 over its deviation, c normalised (n, B, H)
+        and 1 over its deviation. All float32, ``None`` where no step needs it.
+    """
+    product, scale, cells, cell_scale = grads.product, None, None, None
+    if product is not None:
+        product = product[begin:end]
+    if product is not None and loop.parts.norm_h is not None:
+        product, scale = _normal(product)
+    if loop.parts.norm_c is not None:
+        before = states[1, 1:] if loop.reverse else states[1, :-1]
+        if loop.control is not None:
+            fresh = before.new_zeros(()) if loop.parts.reset_state is None else loop.parts.reset_state[1]
+            before = torch.where((loop.control[begin:end] & RESET).bool().unsqueeze(2), fresh, before)
+        i, f, g, _ = reserve.unbind(2)
+        cells, cell_scale = _normal(torch.addcmul(i * g, f, before.float()))
+    return product, (scale, cells, cell_scale)
 
 
 class Persistent:
@@ -117,15 +147,19 @@ def job_of(part: Part, exchange: Tensor | None = None, flags: Tensor | None = No
     gates_x = None if loop.gates_x is None else loop.gates_x.float()
     if grads is None:
         return shared, gates_x, part.reserve
+    assert part.reserve is not None
+    product, norms = _normalised(loop, grads, part.states, part.reserve, part.begin, part.end)
     # Two gradients that were added up, of an RNN's gates and of its states, are float32.
     grad_hidden = None if grads.hidden is None else grads.hidden.to(part.states.dtype)
     return (
         shared,
         (grad_hidden, grads.cells, grads.gates),
-        (grads.sums.reset_state, grads.sums.peephole),
+        tuple(grads.sums),
         part.reserve if CELLS[loop.cell].reserve else None,
         gates_x,
-        grads.product,
+        product,
         grads.of_x,
         grads.of_u,
+        grads.of_product,
+        norms,
     )

@@ -29,6 +29,8 @@ EXCHANGE = {"block": 0, "cluster": 700, "grid": 2400}
 EXCHANGE_OF_BLOCK = {"block": 0.0, "cluster": 10.0, "grid": 4.0}
 #: Cycles of a step that no product takes: two synchronisations, the cell, the sums.
 REST = 250
+#: Cycles of a layer norm in a step, beside its exchange: two sums of a warp over each of its rows, and joining them.
+NORM = 400
 #: Cycles that a quarter of a multiprocessor takes for a tile of weights by 8 rows of the batch.
 TILE = {"float16": 8.0, "bfloat16": 8.0, "tf32x3": 40.0, "exact": 40.0}
 #: Bytes that shared memory gives in a cycle.
@@ -93,6 +95,21 @@ class Device(NamedTuple):
     cluster: int
 
 
+class Norms(NamedTuple):
+    """The layer norms of a step.
+
+    Attributes:
+        h: whether the recurrent product is normalised.
+        c: whether c is where it becomes h.
+    """
+
+    h: bool = False
+    c: bool = False
+
+
+NO_NORMS = Norms()
+
+
 def _stored(product: str) -> int:
     """Bytes of an element."""
     return 2 if product in ("float16", "bfloat16") else 4
@@ -113,7 +130,8 @@ def cycles(plan: Any, product: str, device: Device, jobs: int = 1) -> float:
     moved = passes * warps * (plan.tail_tiles * _TILE_BYTES + plan.columns * plan.batches * 8 * 32)
     latency = EXCHANGE[plan.tier] + EXCHANGE_OF_BLOCK[plan.tier] * plan.blocks
     exchange = 0.0 if plan.tier == "block" else max(latency, _received(plan, product) / CACHE_BYTES)
-    step = REST * max(plan.rows * plan.units / _THREADS, 1)
+    exchange += latency * plan.norms
+    step = REST * max(plan.rows * plan.units / _THREADS, 1) + NORM * plan.norms * (plan.rows // 8)
     share = IN_CLUSTERS if plan.tier == "cluster" and plan.blocks > 1 else 1.0
     turns = -(-jobs * plan.slices // max(int(device.processors * share) // plan.blocks, 1))
     return turns * (step + max(products, moved / SHARED_BYTES) + exchange)
@@ -163,8 +181,8 @@ class Choice(NamedTuple):
     """The plan that a call takes.
 
     Attributes:
-        plan: of the compiled module, or `STEPS`.
-        words: what it is.
+        plan: of the compiled module, or `STEPS`; ``None`` where nothing serves the call.
+        words: what it is, or why there is none.
         cycles: of a step, as `cycles` estimates them; infinite where several cannot run at once.
     """
 
@@ -178,7 +196,15 @@ class Choice(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def choose(
-    kernels: ModuleType, device: Device, cell: str, product: str, backward: bool, hidden: int, batch: int, jobs: int = 1
+    kernels: ModuleType,
+    device: Device,
+    cell: str,
+    product: str,
+    backward: bool,
+    hidden: int,
+    batch: int,
+    norms: Norms = NO_NORMS,
+    jobs: int = 1,
 ) -> Choice:
     """The plan of a call.
 
@@ -190,15 +216,16 @@ def choose(
         backward: whether it is the backward pass.
         hidden: H, 1 or more.
         batch: B, 1 or more.
+        norms: that it has.
         jobs: how many recurrences like that are to run at once.
     """
-    best: Any = STEPS
-    least = jobs * cycles_of_steps(cell, product, hidden, batch, device)
+    best: Any = None if any(norms) else STEPS
+    least = jobs * cycles_of_steps(cell, product, hidden, batch, device) if best is STEPS else math.inf
     streamed = _streamed(cell, batch, hidden, device)
     small = hidden <= MOST_HIDDEN and batch <= MOST_BATCH
     for tier, units in _candidates(hidden) if small else ():
         for rows in _ROWS:
-            plan = kernels.plan(tier, cell, product, backward, hidden, batch, units, rows)
+            plan = kernels.plan(tier, cell, product, backward, hidden, batch, units, rows, *norms)
             if not _fits(plan, device, jobs):
                 break
             found = max(cycles(plan, product, device, jobs), jobs * streamed)
@@ -206,6 +233,9 @@ def choose(
                 best, least = plan, found
             if rows >= batch:
                 break
+    if best is None:
+        size = f"{CELLS[cell].gates} x {hidden} x {hidden}"
+        return Choice(None, f"norms of layers need weights on chip, and those of {size} fit no tier", math.inf)
     if best is STEPS and jobs > 1:
         least = math.inf
     return Choice(best, describe(best), least)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ...cells import Weights
-from .. import _through_time
+from .. import BackendError, _through_time
 from .._through_time import Gradients, Loop
 from . import emulator
 from .extension import extension
 from .persistent import Persistent, product_of
-from .plans import Choice, Device, choose
+from .plans import NO_NORMS, Choice, Device, Norms, choose
 from .stepwise import Stepwise, graphs_of
 
 
@@ -47,25 +47,35 @@ def choice(
     backward: bool,
     hidden: int,
     batch: int,
+    norms: Norms = NO_NORMS,
     jobs: int = 1,
 ) -> Choice:
     """The plan of a pass, or of so many at once; sizes of at least 1."""
-    forced = emulator.forced_plan(cell, product_of(dtype, precision), backward, hidden, batch)
+    kind = product_of(dtype, precision)
+    forced = emulator.forced_plan(cell, kind, backward, hidden, batch, norms)
     if forced is not None:
         return Choice(forced, "as a test asks", 1000.0)
-    return choose(kernels(), device, cell, product_of(dtype, precision), backward, hidden, batch, jobs)
+    return choose(kernels(), device, cell, kind, backward, hidden, batch, norms, jobs)
 
 
 def choice_of(loop: Loop, backward: bool, jobs: int = 1) -> Choice:
     """The plan of a loop, or of so many like it at once."""
     weight = loop.weight_hh
-    device = device_of(weight.device.index)
-    return choice(device, loop.cell, weight.dtype, loop.precision, backward, loop.hidden, loop.batch, jobs)
+    norms = Norms(loop.parts.norm_h is not None, loop.parts.norm_c is not None)
+    device, dtype = device_of(weight.device.index), weight.dtype
+    return choice(device, loop.cell, dtype, loop.precision, backward, loop.hidden, loop.batch, norms, jobs)
 
 
 def plan_of(loop: Loop, backward: bool, jobs: int = 1) -> Any:
-    """The plan of `choice_of`."""
-    return choice_of(loop, backward, jobs).plan
+    """The plan of `choice_of`.
+
+    Raises:
+        BackendError: there is none.
+    """
+    found = choice_of(loop, backward, jobs)
+    if found.plan is None:
+        raise BackendError(f"backend 'cuda' cannot run a {loop.cell} with {loop.hidden} hidden units: {found}")
+    return found.plan
 
 
 class Planned:

@@ -242,7 +242,9 @@ def _back(
             if k not in passes:
                 passes[k] = made(k)
             x, (begin, end) = passes[k], bounds[k][part]
-            parts.append(Part(x.backward_loop, x.carry, x.states, x.reserve, begin, end, 0, x.grads))
+            # The states of these steps alone: what norms saw is made again of them, for a part at a time.
+            states, reserve = x.states[:, begin : end + 1], x.reserve[begin:end]
+            parts.append(Part(x.backward_loop, x.carry, states, reserve, begin, end, begin, x.grads))
         _launch(parts, True)
         if not chained:
             results.update({last - turn: passes.pop(last - turn).results() for turn, _ in launch})
