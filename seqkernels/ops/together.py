@@ -348,6 +348,23 @@ def _by_operations(
     return gradients(outs, grads, copies, needs)
 
 
+def _check_mask(mask: object, shape: tuple[int, ...], input: Tensor, fed: bool) -> None:
+    if mask is None:
+        return
+    if not fed:
+        raise ValueError("masks: expected None for a recurrence that no other one feeds, got a mask")
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"masks: expected a Tensor or None, got {type(mask).__name__}")
+    if mask.shape != shape or mask.device != input.device:
+        raise ValueError(
+            f"masks: expected {shape} on {input.device} as input or None, got {tuple(mask.shape)} on {mask.device}"
+        )
+    if not mask.is_floating_point():
+        raise TypeError(f"masks: expected a floating point dtype, got {mask.dtype}")
+    if mask.requires_grad:
+        raise ValueError("masks: expected no requires_grad, since they have no gradient; detach them")
+
+
 def _recorded(input: Tensor, weights: Sequence[Weights], state0: Sequence[Tensor], chained: bool) -> tuple[bool, ...]:
     """Of which recurrences a gradient is wanted, or of what they read."""
     if not torch.is_grad_enabled():
@@ -370,15 +387,16 @@ def recurrences(
     states: bool = False,
     precision: str = "ieee",
 ) -> list[tuple[Tensor, Optional, Tensor, Optional]]:
-    """Run n recurrences of one kind and size.
+    """Run n recurrences of one kind and size. Not for ``torch.func`` and forward-mode gradients: see `serves`.
 
     Args:
         input: (T, B, I), of all of them; of the first one, if they are `chained`.
         weights: n, with a `weight_ih` of each that is not the first.
         state0: n initial states (S, B, H).
         controls: n of (T, B) uint8 or ``None``.
-        masks: n of (T, B, H) or ``None``, factors of the hidden states that a `chained` one reads, the first of no
-            meaning: dropout between layers. Constants; in float32 too, where factors are no 16-bit numbers.
+        masks: n of (T, B, H) or ``None``, factors of the hidden states that a `chained` one reads, so ``None`` for the
+            first and where nothing is `chained`: dropout between layers. Constants; in float32 too, where factors are
+            no 16-bit numbers.
         cell: a key of `seqkernels.cells.CELLS`.
         reverse: n, whether one runs from the last step to the first; the same of all, if they are `chained`.
         chained: whether each reads the hidden states of the one before it.
@@ -398,19 +416,15 @@ def recurrences(
         raise ValueError("weights: expected one or more, got none")
     if chained and len(set(reverse)) > 1:
         raise ValueError(f"reverse: expected the same of all that are chained, got {tuple(reverse)}")
-    x, hidden = input, weights[0].weight_hh.shape[1]
+    x = input
     for k, own in enumerate(weights):
-        if own.weight_hh.shape[1] != hidden:
-            raise ValueError(f"weights: expected H = {hidden} of all, got {own.weight_hh.shape[1]}")
         if chained and k and own.weight_ih is None:
             raise ValueError("weights: expected a weight_ih of each that another one feeds, got None")
         check(x, own, state0[k], controls[k], cell)
-        mask, shape = masks[k], (*input.shape[:2], hidden)
-        if mask is not None and (mask.shape != shape or mask.requires_grad):
-            raise ValueError(
-                f"masks: expected {shape} or None, got {tuple(mask.shape)}"
-                + (" with requires_grad, though it has no gradient" if mask.requires_grad else "")
-            )
+        hidden = weights[0].weight_hh.shape[1]
+        if own.weight_hh.shape[1] != hidden:
+            raise ValueError(f"weights: expected H = {hidden} of all, got {own.weight_hh.shape[1]}")
+        _check_mask(masks[k], (*input.shape[:2], hidden), input, fed=chained and k > 0)
         if chained:
             x = input.new_empty(()).expand(*input.shape[:2], hidden)
     precision = of_products(check_precision(precision), input)

@@ -353,12 +353,34 @@ def test_errors():
     with pytest.raises(ValueError, match=r"reverse: expected the same of all that are chained, got \(False, True\)"):
         call(given, **settings | {"reverse": (False, True)})
     other = given_of("gru", 1, (3, 2, 6), torch.float32, True, input_size=4)
+    both = {"weights": [given.weights[0], other.weights[0]], "state0": [given.state0[0], other.state0[0]]}
     with pytest.raises(ValueError, match=r"weights: expected H = 4 of all, got 6"):
-        call(_with(given, weights=[given.weights[0], other.weights[0]]), **settings)
+        call(_with(given, **both), **settings)
     bare = given.weights[1]._replace(weight_ih=None, bias_ih=None)
     with pytest.raises(ValueError, match=r"weights: expected a weight_ih of each that another one feeds, got None"):
         call(_with(given, weights=[given.weights[0], bare]), **settings)
     with pytest.raises(ValueError, match=r"weight_ih: expected shape \(12, 4\), got \(12, 7\)"):
         call(_with(given, weights=[given.weights[0], given.weights[0]]), **settings)
-    with pytest.raises(ValueError, match=r"masks: expected \(3, 2, 4\) or None, got \(2, 4\)"):
-        call(_with(given, masks=[None, torch.ones(2, 4)]), **settings)
+    with pytest.raises(TypeError, match=r"weight_hh: expected a Tensor, got NoneType"):
+        call(_with(given, weights=[given.weights[0]._replace(weight_hh=None), given.weights[1]]), **settings)
+
+
+def test_errors_of_masks():
+    given = given_of("gru", 2, (3, 2, 4), torch.float32, True)
+    settings = {"cell": "gru", "reverse": (False, False), "chained": True}
+    ones = torch.ones(3, 2, 4)
+    for mask, error, text in (
+        (torch.ones(2, 4), ValueError, r"expected \(3, 2, 4\) on cpu as input or None, got \(2, 4\) on cpu"),
+        (ones.to("meta"), ValueError, r"expected \(3, 2, 4\) on cpu as input or None, got \(3, 2, 4\) on meta"),
+        (ones.bool(), TypeError, r"expected a floating point dtype, got torch\.bool"),
+        (ones.clone().requires_grad_(), ValueError, r"expected no requires_grad, since they have no gradient"),
+        (0.5, TypeError, r"expected a Tensor or None, got float"),
+    ):
+        with pytest.raises(error, match="masks: " + text):
+            call(_with(given, masks=[None, mask]), **settings)
+    text = r"masks: expected None for a recurrence that no other one feeds, got a mask"
+    with pytest.raises(ValueError, match=text):
+        call(_with(given, masks=[ones, None]), **settings)
+    given = given_of("gru", 2, (3, 2, 4), torch.float32, False)
+    with pytest.raises(ValueError, match=text):
+        call(_with(given, masks=[None, ones]), **settings | {"chained": False})
