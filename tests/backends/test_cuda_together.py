@@ -79,6 +79,22 @@ def test_16_bits(dtype, chained, monkeypatch):
         check(given, dtype, cell=cell, reverse=(False,) * 3, chained=chained)
 
 
+def test_gates_that_are_given_are_widened_once(monkeypatch):
+    _cheap_launches(monkeypatch)
+    given = given_of("gru", 2, (5, 3, 8), torch.bfloat16, True)
+    first = given.weights[0]._replace(weight_ih=None, bias_ih=None)
+    given = given._replace(input=torch.randn(5, 3, 24), weights=[first, given.weights[1]])
+    read, launch = set(), together._launch
+
+    def seen(parts, backward):
+        read.update(part.loop.gates_x.dtype for part in parts if not backward)
+        launch(parts, backward)
+
+    monkeypatch.setattr(together, "_launch", seen)
+    check(given, torch.bfloat16, cell="gru", reverse=(False, False), chained=True)
+    assert read == {torch.float32}
+
+
 def test_more_than_a_launch_has(monkeypatch, launches):
     _cheap_launches(monkeypatch)
     most = together.kernels().MOST_JOBS

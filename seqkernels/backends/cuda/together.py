@@ -112,7 +112,8 @@ def recurrences_forward(
             # Those of one that is fed get their memory when it begins.
             rows = own.weight_hh.shape[0]
             known = k == 0 or not chained
-            gates = gates_x(input, own) if known else input.new_empty(()).expand(steps, batch, rows)
+            # Kernels read float32: not to be made of all steps for each part.
+            gates = gates_x(input, own).float() if known else input.new_empty(()).expand(steps, batch, rows)
             passes.append(
                 ForwardPass(gates, own, state0[k], controls[k], cell, reverse[k], save[k], precision=precision)
             )
