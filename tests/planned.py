@@ -24,6 +24,8 @@ PRODUCTS = {
 }
 #: Options that the kernels have, but for those of the input, which torch multiplies.
 OPTIONS = ("reset_state", "recurrent_mask", "norm_h", "norm_c", "zoneout", "seed", "peephole")
+#: Those of tier "steps".
+WITHOUT_NORMS = tuple(name for name in OPTIONS if not name.startswith("norm"))
 
 Results = dict[str, Tensor]
 

@@ -56,10 +56,11 @@ def _cheap_launches(monkeypatch):
 def test_wavefront(cell, tier, monkeypatch, launches):
     _cheap_launches(monkeypatch)
     hidden, rows = TIERS[tier]
-    names = ("reset_state", "zoneout", "seed") if cell != "rnn_relu" else ()
+    names = ("reset_state", "zoneout", "seed", "norm_h") if cell != "rnn_relu" else ()
+    names = ("norm_h", "norm_c", "peephole") if cell == "lstm" else names
 
-    def planner(kind, product, backward, size, batch):
-        return plan_of(tier, kind, product, backward, size, batch, hidden, rows)
+    def planner(kind, product, backward, size, batch, norms):
+        return plan_of(tier, kind, product, backward, size, batch, hidden, rows, norms)
 
     given = given_of(cell, 3, (4, 9, 20), torch.float32, True, names=names, masked=True)
     with emulator.planned(planner):
@@ -171,7 +172,7 @@ def test_plans_for_several_on_an_h100():
     kernels = emulator.module()
 
     def plan(hidden, batch, jobs):
-        return plans.choose(kernels, h100, "lstm", "bfloat16", False, hidden, batch, jobs)
+        return plans.choose(kernels, h100, "lstm", "bfloat16", False, hidden, batch, jobs=jobs)
 
     for jobs in (2, 4):
         # Blocks that meet have to be there together, those of all recurrences.
