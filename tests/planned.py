@@ -24,8 +24,6 @@ PRODUCTS = {
 }
 #: Options that the kernels have, but for those of the input, which torch multiplies.
 OPTIONS = ("reset_state", "recurrent_mask", "norm_h", "norm_c", "zoneout", "seed", "peephole")
-#: Those of tier "steps".
-WITHOUT_NORMS = tuple(name for name in OPTIONS if not name.startswith("norm"))
 
 Results = dict[str, Tensor]
 
@@ -35,7 +33,7 @@ class Case(NamedTuple):
 
     Attributes:
         shape: T, B, H.
-        options: of `OPTIONS`.
+        options: of `OPTIONS`; tier "steps" goes without those of norms, which it has not.
         every: as in the contract.
         others: whether there are gradients of c and of the gates, beside those of h and of the last state.
     """
@@ -111,6 +109,8 @@ def call_of(case: Case, device: str = "cpu") -> Call:
         case.cell, *case.shape, case.dtype, control=case.control, detach=True, requires_grad=False, seed=case.seed
     )
     names = [name for name in case.options if name not in ("peephole", "norm_c") or case.cell == "lstm"]
+    if case.tier == "steps":
+        names = [name for name in names if not name.startswith("norm")]
     options = testing.recurrence_options(
         case.cell, batch, hidden, case.dtype, names=names, requires_grad=False, seed=case.seed
     )

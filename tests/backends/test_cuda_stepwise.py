@@ -21,7 +21,7 @@ from seqkernels.backends.cuda.plans import STEPS
 from seqkernels.backends.cuda.stepwise import Capture, Form, Graphs, Stepwise, Tape, graphs_of
 from seqkernels.cells import CELLS
 
-from ..planned import PRODUCTS, WITHOUT_NORMS, Case, Judge, call_of, run
+from ..planned import OPTIONS, PRODUCTS, Case, Judge, call_of, run
 
 pytestmark = pytest.mark.skipif(not emulator.in_use(), reason="the emulator was not built, or there is a GPU")
 
@@ -90,7 +90,7 @@ def _same(case, call, graphs):
 @pytest.mark.parametrize("cell", CELLS)
 def test_calls_of_all_lengths_share_a_graph(cell, product, tapes):
     graphs, judge, replays = _graphs(length=4), Judge(), 0
-    options = ((), ("reset_state", "peephole"), ("recurrent_mask",)) if cell == "rnn_relu" else ((), WITHOUT_NORMS)
+    options = ((), ("reset_state", "peephole"), ("recurrent_mask",)) if cell == "rnn_relu" else ((), OPTIONS)
     kinds = itertools.cycle(itertools.product(options, (False, True), (False, True)))
     for index, steps in enumerate((4, 1, 9, 3, 16, 13, 2, 8, 6)):
         chosen, control, reverse = next(kinds)

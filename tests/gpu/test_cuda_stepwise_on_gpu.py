@@ -15,7 +15,7 @@ from seqkernels.backends.cuda.plans import STEPS
 from seqkernels.backends.cuda.stepwise import Capture, Graphs, Stepwise, graphs_of
 from seqkernels.cells import CELLS
 
-from ..planned import PRODUCTS, WITHOUT_NORMS, Case, Judge, call_of, run
+from ..planned import OPTIONS, PRODUCTS, Case, Judge, call_of, run
 
 pytestmark = pytest.mark.skipif(load_error() is not None, reason=str(load_error()))
 
@@ -50,7 +50,7 @@ def test_sizes(cell, product):
     judge = Judge()
     for index, (batch, hidden) in enumerate(SIZES):
         steps = 2 if cell == "rnn_relu" else 19
-        options = WITHOUT_NORMS if index % 3 == 0 and cell in ("lstm", "gru") else ()
+        options = OPTIONS if index % 3 == 0 and cell in ("lstm", "gru") else ()
         judge.run(
             _case(
                 cell,

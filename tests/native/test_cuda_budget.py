@@ -14,7 +14,7 @@ THREAD_REGISTERS = 255
 """That a thread of a block of 256 can have."""
 STEP_REGISTERS = 128
 """That leave a multiprocessor two blocks of a step's pass: what it waits for is memory."""
-STACK = {"exact": 32, "tall tf32x3": 8}
+STACK = {"exact": 32, "tall tf32x3": 16}
 """Bytes, of a thread, that kernels of float32 may spill."""
 
 built = [
