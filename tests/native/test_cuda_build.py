@@ -92,8 +92,9 @@ def test_what_it_has_no_kernels_for(without_emulation: None) -> None:
 )
 def test_names_what_does_not_fit(x: object, error: type[Exception], message: str) -> None:
     plan = extension().plan("block", "lstm", "exact", False, 4, 2, 16, 8)
+    loop = (*[None] * 4, (None,) * 9, "lstm", False, 0, 1, 0, None, None)
     with pytest.raises(error, match=message):
-        extension().recurrence_forward(plan, x, *[None] * 5, (None,) * 9, "lstm", False, 0, 1, 0, None, None)
+        extension().recurrence_forward(plan, (loop, x, None))
 
 
 class _View(ctypes.Structure):
