@@ -60,7 +60,7 @@ lint: $(VENV)/.installed
 pure: $(VENV)/.installed
 	.ci/pure $(RUN)
 
-# Built in isolation in an environment without torch, within a minute, or two with nvcc; the wheel lies in dist/.
+# Built in isolation in an environment without torch, within a minute, or four with nvcc; the wheel lies in dist/.
 wheel:
 	.ci/wheel $(PYTHON) $(wildcard $(RUN))
 
