@@ -5,14 +5,13 @@ by a product and a launch for each step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...cells import Weights
 from .. import BackendError, _through_time
 from .._through_time import Gradients, Loop
 from . import emulator
@@ -115,37 +114,8 @@ class Planned:
         self._path(loop, True).backward(loop, grads, carry, states, reserve, begin, end, base)
 
 
-def recurrence_forward(
-    input: Tensor,
-    weights: Weights,
-    state0: Tensor,
-    control: Tensor | None,
-    cell: str,
-    reverse: bool,
-    save: bool,
-    every: int = 0,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``seqkernels::recurrence_forward``."""
-    return _through_time.recurrence_forward(
-        Planned(), input, weights, state0, control, cell, reverse, save, every, precision
-    )
+_PATH = Planned()
 
-
-def recurrence_backward(
-    grads: Sequence[Tensor | None],
-    input: Tensor,
-    weights: Weights,
-    states: Tensor,
-    reserve: Tensor,
-    control: Tensor | None,
-    cell: str,
-    reverse: bool,
-    needs: Sequence[bool],
-    every: int = 0,
-    precision: str = "ieee",
-) -> list[Tensor]:
-    """``seqkernels::recurrence_backward``."""
-    return _through_time.recurrence_backward(
-        Planned(), grads, input, weights, states, reserve, control, cell, reverse, needs, every, precision
-    )
+#: ``seqkernels::recurrence_forward`` and ``seqkernels::recurrence_backward``, whose loops `_PATH` runs.
+recurrence_forward = functools.partial(_through_time.recurrence_forward, _PATH)
+recurrence_backward = functools.partial(_through_time.recurrence_backward, _PATH)

@@ -6,11 +6,10 @@ weights at hand; else each step is a product of torch and a launch of `recurrenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 from torch import Tensor
 
-from ...cells import Weights
 from .. import _through_time
 from .._through_time import Gradients, Loop, Path
 from . import recurrence_sequence, recurrence_steps
@@ -42,40 +41,8 @@ class _Ways:
         _way(loop).backward(loop, grads, carry, states, reserve, begin, end, base)
 
 
-_WAYS = _Ways()
+_PATH = _Ways()
 
-
-def recurrence_forward(
-    input: Tensor,
-    weights: Weights,
-    state0: Tensor,
-    control: Tensor | None,
-    cell: str,
-    reverse: bool,
-    save: bool,
-    every: int = 0,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``seqkernels::recurrence_forward``."""
-    return _through_time.recurrence_forward(
-        _WAYS, input, weights, state0, control, cell, reverse, save, every, precision
-    )
-
-
-def recurrence_backward(
-    grads: Sequence[Tensor | None],
-    input: Tensor,
-    weights: Weights,
-    states: Tensor,
-    reserve: Tensor,
-    control: Tensor | None,
-    cell: str,
-    reverse: bool,
-    needs: Sequence[bool],
-    every: int = 0,
-    precision: str = "ieee",
-) -> list[Tensor]:
-    """``seqkernels::recurrence_backward``."""
-    return _through_time.recurrence_backward(
-        _WAYS, grads, input, weights, states, reserve, control, cell, reverse, needs, every, precision
-    )
+#: ``seqkernels::recurrence_forward`` and ``seqkernels::recurrence_backward``, whose loops `_PATH` runs.
+recurrence_forward = functools.partial(_through_time.recurrence_forward, _PATH)
+recurrence_backward = functools.partial(_through_time.recurrence_backward, _PATH)
