@@ -35,7 +35,9 @@ LAYERS = {
     "_flash": 4,
     "_recurrent": 4,
     "functional": 5,
+    "distributed": 6,
     "nn": 6,
+    "explore": 7,
     "models": 7,
     "integrations": 7,
     "convert": 7,
@@ -124,8 +126,10 @@ def test_optional_libraries_stay_in_their_place(path):
     allowed = {
         ("backends", "numba"): {"numba", "llvmlite"},
         ("backends", "triton"): {"triton", "tqdm"},
-        ("warmup",): {"tqdm"},
     }.get(name[:2], set())
+    allowed |= {"explore": {"matplotlib", "rich"}, "models": {"safetensors", "tqdm"}, "warmup": {"tqdm"}}.get(
+        name[0], set()
+    )
     if name[0] == "integrations":
         allowed = {name[-1]}
     assert {imported[0] for imported in _imports(path)} <= ALWAYS | allowed

@@ -6,7 +6,6 @@ Attention is called as a function on the heads, since no layer of torch takes ke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -14,14 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from .. import functional
 from .. import nn as seqkernels_nn
-
-Attention = Callable[..., Tensor]
-_ATTENTION: dict[str, Attention] = {
-    "torch.nn": nn.functional.scaled_dot_product_attention,
-    "seqkernels.nn": functional.scaled_dot_product_attention,
-}
+from ._model import Attention, Model, attention_of
 
 
 @dataclass(frozen=True)
@@ -149,7 +142,7 @@ class Block(nn.Module):
         return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm_2(x)))))
 
 
-class GPT(nn.Module):
+class GPT(Model):
     """Language model, written once for the attention of torch and of seqkernels; the output shares the embedding.
 
     Parameters are created in the same order for both, so the same seed gives the same weights, and their names are
@@ -167,17 +160,17 @@ class GPT(nn.Module):
         ValueError: `layers` is neither.
     """
 
+    Config = GPTConfig
+    config: GPTConfig
+
     def __init__(self, config: GPTConfig, layers: ModuleType = seqkernels_nn) -> None:
-        super().__init__()
-        if layers.__name__ not in _ATTENTION:
-            raise ValueError(f"layers: expected torch.nn or seqkernels.nn, got {layers.__name__}")
-        self.config = config
+        super().__init__(config, layers)
         self.embedding = nn.Embedding(config.vocab_size, config.embed_size)
         self.positions = nn.Embedding(config.context, config.embed_size) if config.positions == "learned" else None
         size = config.embed_size // config.num_heads
         self.rotary = seqkernels_nn.RotaryEmbedding(size) if config.positions == "rotary" else None
         self.dropout = nn.Dropout(config.dropout)
-        attention = _ATTENTION[layers.__name__]
+        attention = attention_of(layers)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.embed_size)
         for name, parameter in self.named_parameters():

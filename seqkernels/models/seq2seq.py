@@ -14,14 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from .. import functional
 from .. import nn as seqkernels_nn
 from ..nn.alignment import BilinearAttention
-
-_ATTENTION = {
-    "torch.nn": nn.functional.scaled_dot_product_attention,
-    "seqkernels.nn": functional.scaled_dot_product_attention,
-}
+from ._model import Model, attention_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class State(NamedTuple):
     cell: Tensor
 
 
-class Seq2Seq(nn.Module):
+class Seq2Seq(Model):
     """Sequence-to-sequence model with attention, written once for the layers of torch and of seqkernels.
 
     Parameters are created in the same order for both, so the same seed gives the same weights, and their names are
@@ -106,17 +101,17 @@ class Seq2Seq(nn.Module):
         ValueError: `layers` is neither.
     """
 
+    Config = Seq2SeqConfig
+    config: Seq2SeqConfig
+
     def __init__(self, config: Seq2SeqConfig, layers: ModuleType = seqkernels_nn) -> None:
-        super().__init__()
-        if layers.__name__ not in _ATTENTION:
-            raise ValueError(f"layers: expected torch.nn or seqkernels.nn, got {layers.__name__}")
-        self.config = config
+        super().__init__(config, layers)
         embed, hidden = config.embed_size, config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, embed, padding_idx=config.pad)
         self.encoder = layers.LSTM(embed, hidden // 2, batch_first=True, bidirectional=True)
         self.bridge = nn.Linear(2 * hidden, 2 * hidden)
         self.decoder = layers.LSTM(embed, hidden, batch_first=True)
-        self.attention = BilinearAttention(hidden, hidden, attention=_ATTENTION[layers.__name__])
+        self.attention = BilinearAttention(hidden, hidden, attention=attention_of(layers))
         self.combine = nn.Linear(2 * hidden, hidden)
         self.output = nn.Linear(hidden, config.vocab_size)
         self.dropout = nn.Dropout(config.dropout)

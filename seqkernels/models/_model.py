@@ -1,0 +1,142 @@
+"""What the models share: a configuration, whose layers to use, and one file that holds both and the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .. import nn as seqkernels_nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Attention = Callable[..., Tensor]
+_ATTENTION: dict[str, Attention] = {
+    "torch.nn": nn.functional.scaled_dot_product_attention,
+    "seqkernels.nn": functional.scaled_dot_product_attention,
+}
+
+
+def attention_of(layers: ModuleType) -> Attention:
+    """``scaled_dot_product_attention`` of ``torch.nn`` or of ``seqkernels.nn``.
+
+    Raises:
+        ValueError: `layers` is neither.
+    """
+    if layers.__name__ not in _ATTENTION:
+        raise ValueError(f"layers: expected torch.nn or seqkernels.nn, got {layers.__name__}")
+    return _ATTENTION[layers.__name__]
+
+
+class Model(nn.Module):
+    """Base of the models: written once, told whose layers to use, saved and loaded as one safetensors file.
+
+    Parameters are created in the same order whatever the layers, so that the same seed gives the same weights, and
+    their names are the same, so that a ``state_dict`` and a file move both ways.
+
+    Args:
+        config: an instance of the class's ``Config``.
+        layers: ``seqkernels.nn`` or ``torch.nn``: whose layers, and whose attention, to use.
+
+    Attributes:
+        Config: the dataclass that holds the sizes of such a model.
+        config: the sizes of this one.
+
+    Raises:
+        TypeError: `config` is of another class.
+        ValueError: `layers` is neither.
+    """
+
+    Config: ClassVar[type[Any]]
+    config: Any
+
+    def __init__(self, config: Any, layers: ModuleType = seqkernels_nn) -> None:
+        super().__init__()
+        if not isinstance(config, self.Config):
+            raise TypeError(f"config: expected a {self.Config.__name__}, got {type(config).__name__}")
+        attention_of(layers)
+        self.config = config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | Any, layers: ModuleType = seqkernels_nn) -> Self:
+        """A model with new weights.
+
+        Args:
+            config: a `Config`, or a mapping with its fields, as from a JSON file.
+            layers: as of the class.
+
+        Raises:
+            ValueError: a field is unknown or missing; or the configuration says what else.
+        """
+        if isinstance(config, Mapping):
+            fields = {field.name: field for field in dataclasses.fields(cls.Config)}
+            unknown = sorted(set(config) - set(fields))
+            if unknown:
+                raise ValueError(f"config: expected fields among {', '.join(fields)}, got {', '.join(unknown)}")
+            needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+            if needed - set(config):
+                raise ValueError(f"config: {', '.join(sorted(needed - set(config)))} is missing")
+            config = cls.Config(**config)
+        return cls(config, layers)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and configuration as one safetensors file, whose metadata name the model and its sizes.
+
+        The file is complete or not there: it is written beside its place and then moved.
+
+        Args:
+            path: of the file; its folder has to be there.
+
+        Raises:
+            ImportError: safetensors is not installed.
+        """
+        save_file, _ = _safetensors()
+        path = Path(path)
+        metadata = {"model": type(self).__name__, "config": json.dumps(dataclasses.asdict(self.config))}
+        partial = path.with_name(path.name + ".partial")
+        save_file({name: x.detach().contiguous() for name, x in self.state_dict().items()}, str(partial), metadata)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, layers: ModuleType = seqkernels_nn, device: torch.device | str = "cpu") -> Self:
+        """The model that `save` wrote, with either kind of layers.
+
+        Args:
+            path: of the file.
+            layers: as of the class.
+            device: where its parameters shall be. Default: the CPU.
+
+        Returns:
+            A model in training mode, with the dtypes of the file.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            ValueError: the file has no such model.
+            RuntimeError: its weights are not those of its configuration.
+        """
+        _, open_file = _safetensors()
+        with open_file(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("model") != cls.__name__ or "config" not in metadata:
+                raise ValueError(f"path: expected a file of a {cls.__name__}, got one of {metadata.get('model')}")
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model = cls.from_config(json.loads(metadata["config"]), layers).to(device)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+
+def _safetensors() -> tuple[Any, Any]:
+    try:
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError("files of models need safetensors: pip install 'seqkernels[examples]'") from error
+    return save_file, safe_open
