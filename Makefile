@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 export SEQKERNELS_BUILD ?= 1
 export SEQKERNELS_EMULATOR ?= 1
 
-.PHONY: demo test bench bench-quick bench-engines errors lint build pure wheel sanitize interpret kernels \
+.PHONY: demo test bench bench-quick bench-engines errors docs lint build pure wheel wheels sanitize interpret kernels \
 	gpu gpu-test gpu-bench ci clean
 .DEFAULT_GOAL := test
 
@@ -48,6 +48,15 @@ bench-engines: $(VENV)/.engines
 	$(RUN) benchmarks/run.py --providers torch,native,onnxruntime,openvino --json report/bench-engines.json \
 		-k "not attention and not forward_backward"
 
+# The site of docs/, in site/: strict, then looked at file by file and in headless Chromium. (Debian: chromium, chromium-driver.)
+$(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	$(RUN) -m pytest --quiet docs/_site
+
 # docs/errors.md: recurrences and attention against float64.
 errors: build
 	$(RUN) -m benchmarks.errors
@@ -63,6 +72,13 @@ pure: $(VENV)/.installed
 # Built in isolation in an environment without torch, within a minute, or four with nvcc; the wheel lies in dist/.
 wheel:
 	.ci/wheel $(PYTHON) $(wildcard $(RUN))
+
+# For CPython 3.10 to 3.13 in manylinux containers, which docker runs; into wheelhouse/.
+CIBUILDWHEEL := cibuildwheel==4.3.3
+wheels:
+	$(PYTHON) -m venv build/cibuildwheel
+	build/cibuildwheel/bin/pip install --quiet --disable-pip-version-check $(CIBUILDWHEEL)
+	build/cibuildwheel/bin/cibuildwheel --platform linux
 
 # Native tests under the address and undefined-behaviour sanitizers.
 sanitize: $(VENV)/.installed
@@ -101,4 +117,4 @@ ci:
 	.ci/run
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build site $(VENV)

@@ -10,7 +10,9 @@ input, weights and biases.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,9 +29,10 @@ from seqkernels.testing import torch_attention
 
 from . import workloads
 from .cases import GATES, Recurrence
-from .report import Table, render
+from .report import COLORS, Table, render
 
 ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "benchmarks" / "results" / "errors.json"
 STEPS = (1, 16, 256, 4096)
 BATCH, SIZE = 4, 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -237,10 +240,73 @@ def table(title: str, letter: str, providers: Sequence[str], rows: Iterable[Row]
     return Table(title, ("dtype", letter, "of", *numbers), lines, frozenset({0, 2}))
 
 
+def _packed(rows: Iterable[Row]) -> list[list[Any]]:
+    def rounded(found: Error) -> list[float]:
+        return [float(f"{number:.3g}") for number in found]
+
+    return [
+        [str(row.dtype).removeprefix("torch."), row.length, row.results, {k: rounded(v) for k, v in row.errors.items()}]
+        for row in rows
+    ]
+
+
+def _rows(packed: Iterable[Sequence[Any]]) -> list[Row]:
+    return [
+        Row(getattr(torch, dtype), length, results, {provider: Error(*found) for provider, found in errors.items()})
+        for dtype, length, results, errors in packed
+    ]
+
+
+def page(data: dict[str, Any]) -> str:
+    """The page of what `main` keeps as JSON."""
+    parts = [HEADER]
+    if data["recurrences"]:
+        parts.append(RECURRENCES.format(batch=BATCH, size=SIZE))
+    for cell, rows in data["recurrences"].items():
+        parts.append(render(table(cell, "T", PROVIDERS, _rows(rows)), markdown=True))
+    if data["attention"]:
+        parts.append(ATTENTION.format(size=HEAD))
+    for form, rows in data["attention"].items():
+        found = table(f"{form}: {FORMS[form]}", "N", ATTENTION_PROVIDERS, _rows(rows))
+        parts.append(render(found, markdown=True))
+    parts.append("torch {torch}, seqkernels {seqkernels}, {instruction_set}.".format(**data["software"]))
+    parts += [f"{name} has no errors where it cannot run: {reason}." for name, reason in data["missing"].items()]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    """Draw the RMS errors of each cell's outputs and gradients against the number of steps, a panel for each dtype."""
+    from matplotlib.figure import Figure
+
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    figure = Figure(figsize=(11, 2.6 * len(data["recurrences"])), layout="constrained")
+    panels = figure.subplots(len(data["recurrences"]), len(dtypes), sharex=True, squeeze=False)
+    for (cell, packed), line in zip(data["recurrences"].items(), panels, strict=True):
+        for dtype, panel in zip(dtypes, line, strict=True):
+            for provider in PROVIDERS:
+                for results, style in (("outputs", "-"), ("gradients", "--")):
+                    rows = [row for row in packed if (row[0], row[2]) == (dtype, results) and provider in row[3]]
+                    if rows:
+                        lengths, found = [row[1] for row in rows], [row[3][provider][1] for row in rows]
+                        label = f"{provider}, {results}"
+                        panel.plot(lengths, found, style, marker=".", color=COLORS.get(provider, "black"), label=label)
+            panel.set(xscale="log", yscale="log", title=f"{cell}, {dtype}")
+            panel.title.set_fontsize(9)
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel("RMS error")
+    for panel in panels[-1]:
+        panel.set_xlabel("T")
+    panels[0][0].legend(fontsize=6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the errors and write the page."""
+    """Measure the errors, keep them as JSON and write the page of them."""
     parser = argparse.ArgumentParser(description="Write the errors against float64 as a page.")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "errors.md", help="the page (%(default)s)")
+    parser.add_argument("--json", type=Path, default=KEPT, help="what the page is made of (%(default)s)")
+    parser.add_argument("--page", action="store_true", help="write the page of the JSON that is there, measure nothing")
     parser.add_argument("--cells", nargs="*", choices=GATES, default=list(GATES), help="which cells (all)")
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS), help="lengths of sequences (%(default)s)")
     parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="of attention (all)")
@@ -252,36 +318,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("steps", "lengths"):
         if min(getattr(options, name)) < 1:
             parser.error(f"--{name}: at least 1 each, not {min(getattr(options, name))}")
-    if load_error() is not None and not options.allow_missing:
-        parser.error(f"native has no errors to show ({load_error()}); build it, or pass --allow-missing")
-
-    reasons: dict[str, str] = {}
-    parts = [HEADER]
-    if options.cells:
-        parts.append(RECURRENCES.format(batch=BATCH, size=SIZE))
-    for cell in tqdm(options.cells, desc="errors", unit="cell"):
-        rows = []
-        for dtype in DTYPES:
-            for steps in options.steps:
-                found, missing = measure(Recurrence(cell, steps, BATCH, SIZE, SIZE, dtype=dtype))
-                rows += found
-                # "backend 'name' cannot run <call>: <reason>"
-                reasons |= {provider: reason.partition(": ")[2] for provider, reason in missing.items()}
-        parts.append(render(table(cell, "T", PROVIDERS, rows), markdown=True))
-    if options.forms:
-        parts.append(ATTENTION.format(size=HEAD))
-    for form in tqdm(options.forms, desc="errors", unit="form"):
-        found = [row for length in options.lengths for row in measure_attention(form, length)]
-        found.sort(key=lambda row: ATTENTION_DTYPES.index(row.dtype))
-        parts.append(render(table(f"{form}: {FORMS[form]}", "N", ATTENTION_PROVIDERS, found), markdown=True))
-
-    isa = extension().isa() if load_error() is None else "no compiled module"
-    parts.append(f"torch {torch.__version__}, seqkernels {seqkernels.__version__}, {isa}.")
-    parts += [f"{provider} has no errors where it cannot run: {reason}." for provider, reason in reasons.items()]
+    if not options.page:
+        if load_error() is not None and not options.allow_missing:
+            parser.error(f"native has no errors to show ({load_error()}); build it, or pass --allow-missing")
+        data = _measured(options.cells, options.steps, options.forms, options.lengths)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(_lines(data))
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    options.output.write_text(page(json.loads(options.json.read_text())))
     print(options.output)
     return 0
+
+
+def _measured(
+    cells: Sequence[str], steps: Sequence[int], forms: Sequence[str], lengths: Sequence[int]
+) -> dict[str, Any]:
+    missing: dict[str, str] = {}
+    recurrences: dict[str, Any] = {}
+    for cell in tqdm(cells, desc="errors", unit="cell"):
+        rows = []
+        for dtype in DTYPES:
+            for length in steps:
+                found, reasons = measure(Recurrence(cell, length, BATCH, SIZE, SIZE, dtype=dtype))
+                rows += found
+                # "backend 'name' cannot run <call>: <reason>"
+                missing |= {provider: reason.partition(": ")[2] for provider, reason in reasons.items()}
+        recurrences[cell] = _packed(rows)
+    attention: dict[str, Any] = {}
+    for form in tqdm(forms, desc="errors", unit="form"):
+        rows = [row for length in lengths for row in measure_attention(form, length)]
+        rows.sort(key=lambda row: ATTENTION_DTYPES.index(row.dtype))
+        attention[form] = _packed(rows)
+    isa = extension().isa() if load_error() is None else "no compiled module"
+    software = {"torch": str(torch.__version__), "seqkernels": seqkernels.__version__, "instruction_set": isa}
+    return {"software": software, "missing": missing, "recurrences": recurrences, "attention": attention}
+
+
+def _lines(data: dict[str, Any]) -> str:
+    """JSON with a line for each row, so that a change of one is a change of one line."""
+    text = json.dumps(data)
+    return re.sub(r"(?<=[\[\]]), (?=\[\")|(?<=\[)(?=\[\")", lambda match: match[0].rstrip() + "\n", text) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Turns a JSON file of the benchmarks into tables of ratios to torch, and a picture.
 
-``python -m benchmarks.report report/bench.json [--markdown] [--png report/bench.png]``
+``python -m benchmarks.report report/bench.json [--markdown] [--png report/bench.png]``; with ``--page`` instead of
+a file, the tables of docs/benchmarks.md are written anew from the runs that are kept.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,6 +19,10 @@ from typing import Any, NamedTuple
 from .cases import ENGINES, Phase
 from .roofline import SIZE, Limit, Roofline, limit
 
+ROOT = Path(__file__).resolve().parents[1]
+#: In a page: the tables of a run that is kept, its name and which of `TABLES`.
+REGION = re.compile(r"<!-- ([\w-]+): ([\w ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+TABLES = ("cases", "groups", "engines", "reading", "rates")
 ORDER = ("torch", "native", *ENGINES, "numba", "reference")
 MODES = {"forward": "forward", "forward_backward": "forward+backward"}
 COLORS = {
@@ -395,31 +401,64 @@ def condensed(data: dict[str, Any]) -> str:
     return json.dumps(rest)[:-1] + ', "benchmarks": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
+def text(data: dict[str, Any], wanted: Sequence[str] = TABLES, markdown: bool = True) -> str:
+    """Tables of a run, where it was, and what there is to remark.
+
+    Args:
+        data: as pytest-benchmark writes it.
+        wanted: of `TABLES`.
+        markdown: tables in Markdown.
+    """
+    found = entries(data)
+    measured = Roofline.from_json(data["roofline"]) if data.get("roofline") else None
+    tables = {
+        "cases": lambda: per_case(found, measured),
+        "groups": lambda: summary(found, measured),
+        "engines": lambda: beside_engines(found),
+        "reading": lambda: measured and reading(found, measured),
+        "rates": lambda: measured and rates(found, measured),
+    }
+    made = [tables[name]() for name in wanted]
+    lines = [f"- {line}" if markdown else line for line in remarks(data, found)]
+    parts = [*(render(table, markdown) for table in made if table is not None), machine(data)]
+    return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
+
+
+def updated(page: str, folder: Path) -> str:
+    """A page with the tables of each `REGION` made anew from the runs in `folder`."""
+
+    def made(match: re.Match[str]) -> str:
+        name, wanted = match[1], match[2].split()
+        data = json.loads((folder / f"{name}.json").read_text())
+        return f"<!-- {name}: {match[2]} -->\n\n{text(data, wanted)}\n\n<!-- end -->"
+
+    return REGION.sub(made, page)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables of a JSON file and, where asked, write the picture."""
     parser = argparse.ArgumentParser(description="Tables and a picture of a JSON file of the benchmarks.")
-    parser.add_argument("file", type=Path, help="JSON written by benchmarks/run.py")
+    parser.add_argument("file", type=Path, nargs="?", help="JSON written by benchmarks/run.py")
     parser.add_argument("--png", type=Path, help="write the picture here")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--keep", type=Path, help="write the file here without the times of single rounds")
+    parser.add_argument("--page", action="store_true", help="write the tables of docs/benchmarks.md anew instead")
     options = parser.parse_args(arguments)
+    if options.page == (options.file is not None):
+        parser.error("expected a file, or --page")
+    if options.page:
+        page = ROOT / "docs" / "benchmarks.md"
+        page.write_text(updated(page.read_text(), ROOT / "benchmarks" / "results"))
+        return 0
     data = json.loads(options.file.read_text())
     found = entries(data)
     if not found:
         parser.error(f"{options.file}: no benchmark in it")
-    where = machine(data)
-    measured = Roofline.from_json(data["roofline"]) if data.get("roofline") else None
-    tables = [per_case(found, measured), summary(found, measured), beside_engines(found)]
-    if measured is not None:
-        tables += [reading(found, measured), rates(found, measured)]
-    parts = [render(table, options.markdown) for table in tables if table is not None]
-    print("\n\n".join((*parts, where)))
-    for line in remarks(data, found):
-        print(f"- {line}" if options.markdown else line)
+    print(text(data, markdown=options.markdown))
     if options.keep is not None:
         options.keep.write_text(condensed(data))
     if options.png is not None:
-        plot(found, where, options.png)
+        plot(found, machine(data), options.png)
     return 0
 
 

@@ -204,8 +204,15 @@ def test_error_in_units_in_the_last_place():
 
 def test_the_table_of_errors(tmp_path, capsys):
     page = tmp_path / "docs" / "errors.md"
-    arguments = ["--cells", "lstm", "--steps", "1", "3", "--forms", "--allow-missing", "--output", str(page)]
+    kept = ["--output", str(page), "--json", str(tmp_path / "errors.json")]
+    arguments = ["--cells", "lstm", "--steps", "1", "3", "--forms", "--allow-missing", *kept]
     assert errors.main(arguments) == 0
+    written = page.read_text()
+    page.unlink()
+    assert errors.main(["--page", *kept]) == 0
+    assert page.read_text() == written
+    errors.plot(json.loads((tmp_path / "errors.json").read_text()), tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").stat().st_size > 10_000
     assert str(page) in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
     assert rows[0] == ["dtype", "T", "of"] + [
@@ -226,7 +233,8 @@ def test_the_table_of_errors(tmp_path, capsys):
 
 def test_the_table_of_errors_of_attention(tmp_path, compiled):
     page = tmp_path / "errors.md"
-    assert errors.main(["--cells", "--lengths", "5", "9", "--allow-missing", "--output", str(page)]) == 0
+    kept = ["--output", str(page), "--json", str(tmp_path / "errors.json")]
+    assert errors.main(["--cells", "--lengths", "5", "9", "--allow-missing", *kept]) == 0
     parts = page.read_text().split("\n**")
     assert [part.split(":")[0] for part in parts[1:]] == list(errors.FORMS)
     for form, part in zip(errors.FORMS, parts[1:], strict=True):
@@ -262,3 +270,12 @@ def test_both_dtypes_of_16_bits_hold_the_values():
     # Scores of values that were rounded once more would be further away.
     assert errors.error([by_dtype[2]["lse"]], [exact["lse"]]).ulp < 10
     assert errors.error([by_dtype[3]["lse"]], [exact["lse"]]).ulp < 10
+
+
+def test_pages_are_made_of_the_results_that_are_kept():
+    root = Path(errors.__file__).resolve().parents[1]
+    assert errors.page(json.loads(errors.KEPT.read_text())) == (root / "docs" / "errors.md").read_text()
+    written = (root / "docs" / "benchmarks.md").read_text()
+    names = report.REGION.findall(written)
+    assert {name for name, _, _ in names} == {path.stem for path in (root / "benchmarks/results").glob("epyc*.json")}
+    assert report.updated(written, root / "benchmarks" / "results") == written

@@ -1,14 +1,23 @@
 """The documentation is true: its Python runs, its links lead somewhere, its code maps name what is there."""
 
+import importlib.util
 import re
+import shlex
+import subprocess
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from seqkernels.__main__ import main
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "examples")),
+]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -27,21 +36,79 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/attention-layers.md"])
-def test_python_blocks_run(page: str, pure: bool) -> None:
-    text = (ROOT / page).read_text()
-    blocks = [match for match in FENCE.finditer(text) if match[1] == "python"]
-    assert blocks
-    torch.manual_seed(0)
+#: What excerpts of longer programs stand on.
+CONTEXT = {
+    "docs/gpu.md": 'import torch; device = "cuda" if torch.cuda.is_available() else "cpu"  # where it is emulated',
+    "examples/README.md": """
+import torch, transformers, seqkernels
+from types import SimpleNamespace
+torch.manual_seed(0)
+lstm, x, starts = seqkernels.nn.LSTM(3, 4), torch.randn(5, 2, 3), (torch.rand(5, 2) < 0.5).float()
+hx = (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+def one_call(): ...
+class Model(torch.nn.Module):
+    set_attn_implementation = staticmethod({"seqkernels"}.remove)
+model = Model()
+model.policy = torch.nn.Sequential(torch.nn.LSTM(3, 4))
+""",
+}
+
+
+def blocks(page: Path, language: str) -> list[re.Match[str]]:
+    return [match for match in FENCE.finditer(page.read_text()) if match[1] == language]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in torch.compile
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_python_blocks_run(page: Path, pure: bool) -> None:
+    name = name_of(page)
+    if name == "docs/gpu.md" and pure and not torch.cuda.is_available():
+        pytest.skip("kernels of GPUs, or their emulation, are not installed")
+    text = page.read_text()
     namespace: dict[str, object] = {"__name__": "example"}
+    exec(CONTEXT.get(name, ""), namespace)
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         if pure:
             # Options that only the compiled module and the reference have.
             warnings.filterwarnings("ignore", ".*on the slow reference implementation")
-        for block in blocks:
+        for block in blocks(page, "python"):
             # Empty lines in front make the line numbers of a traceback those of the page.
             above = text[: block.start(2)].count("\n")
-            exec(compile("\n" * above + block[2], str(ROOT / page), "exec"), namespace)
+            exec(compile("\n" * above + block[2], str(page), "exec"), namespace)
+
+
+def test_every_block_says_what_it_is() -> None:
+    for page in PAGES:
+        for language, block in FENCE.findall(page.read_text()):
+            assert language in ("python", "sh", "text", "math"), f"{name_of(page)}: {language!r} in front of {block!r}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")], ids=name_of)
+def test_commands_are_there(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a command names exists; those that take seconds only say what they would do."""
+    for block in blocks(page, "sh"):
+        for line in filter(None, block[2].splitlines()):
+            words = shlex.split(line, comments=True)
+            if words[0] == "make":
+                subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+            elif words[:2] == ["pip", "install"]:
+                assert (ROOT / "pyproject.toml").exists(), line
+                extras = re.findall(r"\[(.*)\]", words[-1])
+                for extra in filter(None, ",".join(extras).split(",")):
+                    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(), line
+            else:
+                assert Path(words[0]).name == "python", line
+                if words[1] == "-m":
+                    module, arguments = words[2], words[3:]
+                    assert module == "pytest" or importlib.util.find_spec(module) is not None, line
+                    if module == "seqkernels":
+                        with pytest.raises(SystemExit, match=r"^0$"):
+                            main([arguments[0], "--help"])
+                        known = capsys.readouterr().out
+                        assert all(word in known for word in arguments if word.startswith("--")), line
+                else:
+                    assert (ROOT / words[1]).is_file(), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -69,8 +136,11 @@ def test_code_maps_name_what_is_there(page: str) -> None:
 
 def test_every_page_is_linked() -> None:
     linked = {(page.parent / link.partition("#")[0]).resolve() for page in PAGES for link in LINK.findall(prose(page))}
+    listed = {
+        ROOT / "docs" / path for path in re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    }
     for page in PAGES:
-        reached = page in linked or page.parent in linked
+        reached = page in linked | listed or page.parent in linked
         assert reached or page.name == "README.md", f"no page links to {name_of(page)}"
 
 
