@@ -6,15 +6,22 @@ Attention is called as a function on the heads, since no layer of torch takes ke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from .. import functional
 from .. import nn as seqkernels_nn
+from . import generation
 from ._model import Attention, Model, attention_of
+
+POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 
 
 @dataclass(frozen=True)
@@ -23,14 +30,19 @@ class GPTConfig:
 
     Attributes:
         vocab_size: tokens of the vocabulary.
-        context: the most tokens of a sequence.
+        context: the most tokens of a sequence. With learned positions that many are parameters; with all others it is
+            a bound alone, so that a model may be given one beyond the lengths that it is trained with, and weights
+            fit models of any context.
         embed_size: features of a token, a multiple of `num_heads`.
         num_layers: blocks.
         num_heads: heads of the queries.
         num_kv_heads: heads of the keys and values, a divisor of `num_heads`; as many as those by default.
         dropout: probability with which a feature of the embedding, or of what a block adds, is dropped in training;
             weights of attention are not, so that equal seeds drop the same with both kinds of layers.
-        positions: ``"rotary"`` (Su et al., 2021) or ``"learned"``.
+        positions: how tokens know their places: ``"rotary"`` (Su et al., 2021), ``"learned"``, ``"sinusoidal"``
+            (Vaswani et al., 2017: added to the embedding, which is multiplied by the root of its size), ``"alibi"``
+            (Press et al., 2022) or ``"none"``, by the causal mask alone (Haviv et al., "Transformer Language Models
+            without Positional Encodings Still Learn Positional Information", 2022).
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
@@ -55,8 +67,8 @@ class GPTConfig:
             raise ValueError(f"num_kv_heads: expected a divisor of {self.num_heads} heads, got {self.num_kv_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
-        if self.positions not in ("rotary", "learned"):
-            raise ValueError(f"positions: expected 'rotary' or 'learned', got {self.positions!r}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions: expected one of {', '.join(map(repr, POSITIONS))}, got {self.positions!r}")
         if self.positions == "rotary" and self.embed_size // self.num_heads % 2:
             raise ValueError(f"embed_size: expected an even number for each of {self.num_heads} heads with rotary")
 
@@ -99,16 +111,31 @@ class Cache:
             store[:, :, self.length : end] = new
         return self.keys[number][:, :, :end], self.values[number][:, :, :end]
 
+    def reorder(self, rows: Tensor) -> Cache:
+        """Take other rows of the batch, as a beam search does.
+
+        Args:
+            rows: int64, any number of them; a row may be there several times or not.
+
+        Returns:
+            The cache itself.
+        """
+        for stores in (self.keys, self.values):
+            for number, store in enumerate(stores):
+                new = store.new_empty(len(rows), *store.shape[1:])
+                new[:, :, : self.length] = store[:, :, : self.length].index_select(0, rows)
+                stores[number] = new
+        return self
+
 
 class Block(nn.Module):
     """Attention and a two-layer perceptron, each after a layer norm and added to its input.
 
     Args:
         config: the sizes.
-        attention: ``scaled_dot_product_attention`` of torch or of seqkernels.
     """
 
-    def __init__(self, config: GPTConfig, attention: Attention) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         size = config.embed_size
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
@@ -120,24 +147,23 @@ class Block(nn.Module):
         self.up = nn.Linear(size, 4 * size)
         self.down = nn.Linear(4 * size, size)
         self.dropout = nn.Dropout(config.dropout)
-        self.attention = attention
 
     def forward(
-        self, x: Tensor, rotary: seqkernels_nn.RotaryEmbedding | None, cache: Cache | None = None, number: int = 0
+        self,
+        x: Tensor,
+        attention: Attention,
+        rotary: seqkernels_nn.RotaryEmbedding | None,
+        cache: Cache | None = None,
+        number: int = 0,
     ) -> Tensor:
         """The block's output, (B, M, E) as `x`; with a cache the M tokens follow those in it."""
-        before = 0 if cache is None else cache.length
         parts = self.qkv(self.norm_1(x)).unflatten(-1, (-1, self.size)).transpose(1, 2)
         q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if rotary is not None:
-            q, k = rotary(q, k, offset=before)
+            q, k = rotary(q, k, offset=0 if cache is None else cache.length)
         if cache is not None:
             k, v = cache.extend(number, k, v)
-        # One token reads all that there are; several behind a cache are aligned at its end.
-        several = x.shape[1] > 1
-        mask = causal_lower_right(x.shape[1], k.shape[2]) if several and before else None
-        grouped = self.heads != self.kv_heads
-        y = self.attention(q, k, v, attn_mask=mask, is_causal=several and not before, enable_gqa=grouped)
+        y = attention(q, k, v)
         x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm_2(x)))))
 
@@ -167,11 +193,13 @@ class GPT(Model):
         super().__init__(config, layers)
         self.embedding = nn.Embedding(config.vocab_size, config.embed_size)
         self.positions = nn.Embedding(config.context, config.embed_size) if config.positions == "learned" else None
-        size = config.embed_size // config.num_heads
-        self.rotary = seqkernels_nn.RotaryEmbedding(size) if config.positions == "rotary" else None
+        size, kind = config.embed_size // config.num_heads, config.positions
+        self.rotary = seqkernels_nn.RotaryEmbedding(size) if kind == "rotary" else None
+        self.sinusoidal = seqkernels_nn.SinusoidalEncoding(config.embed_size) if kind == "sinusoidal" else None
+        self.alibi = seqkernels_nn.ALiBi(config.num_heads) if kind == "alibi" else None
+        self.attention = attention_of(layers)
         self.dropout = nn.Dropout(config.dropout)
-        attention = attention_of(layers)
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.embed_size)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -207,14 +235,32 @@ class GPT(Model):
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions.weight[before:end]
+        elif self.sinusoidal is not None:
+            x = self.sinusoidal(x * math.sqrt(self.config.embed_size), offset=before)
         x = self.dropout(x)
+        attention = self._attention(before, end, x.dtype)
         for number, block in enumerate(self.blocks):
-            x = block(x, self.rotary, cache, number)
+            x = block(x, attention, self.rotary, cache, number)
         if cache is not None:
             cache.length = end
         return nn.functional.linear(self.norm(x), self.embedding.weight)
 
-    @torch.no_grad()
+    def _attention(self, before: int, end: int, dtype: torch.dtype) -> Attention:
+        """Attention of the tokens from `before` to `end`, each to all up to itself; they end where the keys do."""
+        grouped = self.config.num_kv_heads not in (None, self.config.num_heads)
+        if self.alibi is None:
+            # One token reads all that there are; several behind others are aligned at their end.
+            several = end - before > 1
+            mask = causal_lower_right(end - before, end) if several and before else None
+            return partial(self.attention, attn_mask=mask, is_causal=several and not before, enable_gqa=grouped)
+        if self.attention is functional.scaled_dot_product_attention:
+            attention: Callable[..., Any] = functional.attention
+            slopes = self.alibi.slopes
+            return partial(attention, is_causal=True, alignment="bottom_right", alibi_slopes=slopes)
+        bias = self.alibi.bias(end - before, end, bottom_right=True)
+        behind = torch.ones_like(bias[0], dtype=torch.bool).triu(before + 1)
+        return partial(self.attention, attn_mask=bias.masked_fill(behind, -torch.inf).to(dtype), enable_gqa=grouped)
+
     def generate(
         self,
         tokens: Tensor,
@@ -223,6 +269,11 @@ class GPT(Model):
         temperature: float = 0.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        *,
+        top_p: float | None = None,
+        beams: int = 1,
+        eos: int | None = None,
+        length_penalty: float = 0.0,
     ) -> Tensor:
         """Continue sequences, token by token. Call ``eval()`` before, or dropout is active.
 
@@ -233,36 +284,38 @@ class GPT(Model):
             temperature: logits are divided by it before one is drawn; 0 takes the likeliest.
             top_k: draw among so many of the likeliest; among all by default.
             generator: of the draws; torch's own by default.
+            top_p: draw among the fewest of the likeliest that have this probability together, see `generation.draw`.
+            beams: width of a beam search for the likeliest continuation; 1, the default, does not search. Only with
+                a temperature of 0.
+            eos: the token that ends a sequence; none does by default.
+            length_penalty: of the beam search, see `generation.beam_search`.
 
         Returns:
-            (B, M + steps): `tokens` and what follows.
+            (B, M + steps): `tokens` and what follows, with `eos` in all places behind the first one that follows.
 
         Raises:
             ValueError: the message names the argument, what it was and what is allowed.
         """
         batch, length = tokens.shape
-        if length < 1:
-            raise ValueError(f"tokens: expected at least one in each row, got {tuple(tokens.shape)}")
         if steps < 0 or length + steps > self.config.context:
             raise ValueError(f"steps: expected from 0 to {self.config.context - length} after {length}, got {steps}")
-        if temperature < 0:
-            raise ValueError(f"temperature: expected a positive number, or 0, got {temperature}")
-        if top_k is not None and not 1 <= top_k <= self.config.vocab_size:
-            raise ValueError(f"top_k: expected from 1 to {self.config.vocab_size}, got {top_k}")
-        found = torch.cat((tokens, tokens.new_empty(batch, steps)), dim=1)
-        store = Cache(self.config, batch, length + steps, self.embedding.weight) if cache else None
-        begin = 0
-        for end in range(length, length + steps):
-            logits = self(found[:, begin:end], store)[:, -1]
-            found[:, end] = _draw(logits, temperature, top_k, generator)
-            begin = end if cache else 0
-        return found
+
+        def cached(new: Tensor, store: Cache) -> tuple[Tensor, Cache]:
+            return self(new, store)[:, -1], store
+
+        def whole(new: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+            before = torch.cat((before, new), dim=1)
+            return self(before)[:, -1], before
+
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        options |= {"beams": beams, "eos": eos, "length_penalty": length_penalty}
+        if cache:
+            store = Cache(self.config, batch, length + steps, self.embedding.weight)
+            new = generation.generate(cached, tokens, store, Cache.reorder, steps, **options)
+        else:
+            new = generation.generate(whole, tokens, tokens[:, :0], _rows, steps, **options)
+        return torch.cat((tokens, new), dim=1)
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """A token for each row of `logits` (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits, numbers = logits.topk(top_k or logits.shape[-1])
-    drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-    return numbers.gather(1, drawn).squeeze(1)
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    return x.index_select(0, rows)

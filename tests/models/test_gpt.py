@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,16 @@ from seqkernels.models import GPT, GPTConfig
 from seqkernels.models.gpt import Cache
 from seqkernels.testing import assert_within_budget
 
+from .parity import assert_same_training
+
 SIZES: dict[str, Any] = {"vocab_size": 23, "context": 24, "embed_size": 32, "num_layers": 2, "num_heads": 4}
 CONFIGS = {
     "rotary": GPTConfig(**SIZES),
     "learned": GPTConfig(**SIZES, positions="learned"),
     "grouped": GPTConfig(**SIZES, num_kv_heads=2),
+    "sinusoidal": GPTConfig(**SIZES, positions="sinusoidal"),
+    "alibi": GPTConfig(**SIZES, num_kv_heads=1, positions="alibi"),
+    "none": GPTConfig(**SIZES, positions="none"),
 }
 LAYERS = [torch.nn, seqkernels.nn]
 
@@ -95,7 +101,59 @@ def test_drawn_text() -> None:
     assert torch.equal(draw(0, temperature=1.0), draw(0, temperature=1.0))
     assert not torch.equal(draw(0, temperature=1.0), draw(1, temperature=1.0))
     assert torch.equal(draw(0, temperature=1.0, top_k=1), draw(0))
+    assert torch.equal(draw(0, temperature=1.0, top_p=1e-6), draw(0))
+    assert torch.equal(draw(0, beams=1, length_penalty=1.0), draw(0))
     assert torch.equal(draw(0, temperature=1e-4), draw(0))
+
+
+@pytest.mark.parametrize("name", ["rotary", "sinusoidal", "alibi"])
+def test_training_goes_the_same_way(name: str) -> None:
+    def loss(model: GPT, step: int) -> Tensor:
+        text = tokens(14, 6)[step % 2 :: 2]
+        return torch.nn.functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+
+    assert_same_training(lambda layers, dtype: make(CONFIGS[name], layers, dtype), loss, rate=0.05)
+
+
+def test_no_positions_are_none_and_the_others_some() -> None:
+    text = tokens(13, 1)
+    swapped = text[:, [1, 0, *range(2, 13)]]
+    for name, config in CONFIGS.items():
+        # Of one block: the mask alone tells later blocks where tokens are.
+        model = make(dataclasses.replace(config, num_layers=1), seqkernels.nn, torch.float64)
+        change = (model(text) - model(swapped))[0, -1].abs().max()
+        assert (change < 1e-12) == (name == "none"), name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_beyond_the_lengths_of_training(name: str) -> None:
+    model, longer = make(CONFIGS[name], seqkernels.nn), dataclasses.replace(CONFIGS[name], context=40)
+    beyond = GPT(longer)
+    if name == "learned":
+        with pytest.raises(RuntimeError, match=r"size mismatch for positions\.weight"):
+            beyond.load_state_dict(model.state_dict())
+        return
+    beyond.load_state_dict(model.state_dict())
+    oracle, baseline = (make(longer, torch.nn, dtype)(tokens(40)).detach() for dtype in (torch.float64, torch.float32))
+    assert_within_budget(beyond(tokens(40)), oracle, baseline, "logits")
+
+
+@pytest.mark.parametrize("name", ["rotary", "alibi"])
+def test_beams_with_a_cache_equal_those_without(name: str) -> None:
+    found = [
+        make(CONFIGS[name], layers, torch.float64).eval().generate(tokens(4), 12, cache, beams=3, eos=5)
+        for layers, cache in ((torch.nn, True), (seqkernels.nn, True), (seqkernels.nn, False))
+    ]
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+    model = make(CONFIGS[name], seqkernels.nn, torch.float64).eval()
+    assert not torch.equal(found[0], model.generate(tokens(4), 12, eos=5))
+
+    def score(text: Tensor) -> Tensor:
+        likely = model(text[:, :-1]).log_softmax(-1).gather(2, text[:, 1:, None]).squeeze(2)[:, 3:]
+        return likely.where((text[:, 4:] == 5).cumsum(1) - (text[:, 4:] == 5).long() == 0, 0).sum(1)
+
+    assert (score(found[0]) >= score(model.generate(tokens(4), 12, eos=5))).all()
 
 
 def test_equal_seeds_drop_the_same() -> None:
@@ -145,7 +203,7 @@ BAD: dict[str, dict[str, Any]] = {
     "embed_size: expected an even number": {"embed_size": 12},
     "num_kv_heads": {"num_kv_heads": 3},
     "dropout": {"dropout": 1.0},
-    "positions": {"positions": "none"},
+    "positions": {"positions": "absolute"},
 }
 
 
@@ -163,7 +221,7 @@ def test_bad_arguments() -> None:
         model(tokens(25))
     with pytest.raises(ValueError, match="tokens: expected at most 5"):
         model(tokens(6), Cache(model.config, 3, 5, model.embedding.weight))
-    with pytest.raises(ValueError, match="tokens: expected at least one"):
+    with pytest.raises(ValueError, match=r"tokens: .* at least one in each row"):
         model.generate(tokens(0), 1)
     with pytest.raises(ValueError, match="steps: expected from 0 to 20 after 4"):
         model.generate(tokens(4), 21)
@@ -171,6 +229,12 @@ def test_bad_arguments() -> None:
         model.generate(tokens(4), 1, temperature=-1.0)
     with pytest.raises(ValueError, match="top_k"):
         model.generate(tokens(4), 1, top_k=24)
+    with pytest.raises(ValueError, match="top_p"):
+        model.generate(tokens(4), 1, temperature=1.0, top_p=1.1)
+    with pytest.raises(ValueError, match="temperature: expected 0 with 4 beams"):
+        model.generate(tokens(4), 1, temperature=1.0, beams=4)
+    with pytest.raises(ValueError, match="eos: expected a token below 23"):
+        model.generate(tokens(4), 1, eos=23)
     assert torch.equal(model.generate(tokens(4), 0), tokens(4))
 
 
