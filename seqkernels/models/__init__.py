@@ -5,6 +5,18 @@ from __future__ import annotations
 from ._model import Model
 from .generation import beam_search, draw, sample
 from .gpt import GPT, GPTConfig
+from .recurrent import RecurrentLM, RecurrentLMConfig
 from .seq2seq import Seq2Seq, Seq2SeqConfig
 
-__all__ = ["GPT", "GPTConfig", "Model", "Seq2Seq", "Seq2SeqConfig", "beam_search", "draw", "sample"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "Model",
+    "RecurrentLM",
+    "RecurrentLMConfig",
+    "Seq2Seq",
+    "Seq2SeqConfig",
+    "beam_search",
+    "draw",
+    "sample",
+]

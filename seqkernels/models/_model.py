@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Attention = Callable[..., Tensor]
+#: The state of a recurrent layer, (L, B, H): h, or h and c of an LSTM.
+State = Tensor | tuple[Tensor, ...]
+CELLS = ("rnn", "lstm", "gru")
 _ATTENTION: dict[str, Attention] = {
     "torch.nn": nn.functional.scaled_dot_product_attention,
     "seqkernels.nn": functional.scaled_dot_product_attention,
@@ -34,6 +37,36 @@ def attention_of(layers: ModuleType) -> Attention:
     if layers.__name__ not in _ATTENTION:
         raise ValueError(f"layers: expected torch.nn or seqkernels.nn, got {layers.__name__}")
     return _ATTENTION[layers.__name__]
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raise unless `tokens` are (B, M) of int64 or int32.
+
+    Raises:
+        ValueError: they have not two dimensions.
+        TypeError: they are not integers.
+    """
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: expected (B, M), got {tuple(tokens.shape)}")
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"tokens: expected int64 or int32, got {tokens.dtype}")
+
+
+def check_cell(cell: str) -> None:
+    """Raise unless `cell` is one of `CELLS`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(map(repr, CELLS))}, got {cell!r}")
+
+
+def rows_of(state: State, rows: Tensor) -> State:
+    """Rows of the batch of a recurrent state, in the order of the indices (int64)."""
+    if isinstance(state, Tensor):
+        return state.index_select(1, rows)
+    return tuple(part.index_select(1, rows) for part in state)
 
 
 class Model(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from .. import functional
 from .. import nn as seqkernels_nn
 from . import generation
-from ._model import Attention, Model, attention_of
+from ._model import Attention, Model, attention_of, check_tokens
 
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 
@@ -223,10 +223,7 @@ class GPT(Model):
             ValueError: there are more tokens than the model, or the cache, is made for, or not two dimensions of them.
             TypeError: `tokens` are not integers.
         """
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens: expected (B, M), got {tuple(tokens.shape)}")
-        if tokens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"tokens: expected int64 or int32, got {tokens.dtype}")
+        check_tokens(tokens)
         before = 0 if cache is None else cache.length
         end = before + tokens.shape[1]
         most = self.config.context if cache is None else min(self.config.context, cache.keys[0].shape[2])

@@ -108,11 +108,11 @@ def test_drawn_text() -> None:
 
 @pytest.mark.parametrize("name", ["rotary", "sinusoidal", "alibi"])
 def test_training_goes_the_same_way(name: str) -> None:
-    def loss(model: GPT, step: int) -> Tensor:
-        text = tokens(14, 6)[step % 2 :: 2]
+    def loss(model: GPT, step: int, roll: int) -> Tensor:
+        text = tokens(14, 6)[step % 2 :: 2].roll(roll, 0)
         return torch.nn.functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
 
-    assert_same_training(lambda layers, dtype: make(CONFIGS[name], layers, dtype), loss, rate=0.05)
+    assert_same_training(lambda layers, dtype: make(CONFIGS[name], layers, dtype), loss, rate=0.01)
 
 
 def test_no_positions_are_none_and_the_others_some() -> None:

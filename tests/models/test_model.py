@@ -9,9 +9,13 @@ import pytest
 import torch
 
 import seqkernels
-from seqkernels.models import GPT, GPTConfig, Model, Seq2Seq, Seq2SeqConfig
+from seqkernels.models import GPT, GPTConfig, Model, RecurrentLM, RecurrentLMConfig, Seq2Seq, Seq2SeqConfig
 
-CONFIGS = {GPT: GPTConfig(23, 24, 32, 2, 4, positions="learned"), Seq2Seq: Seq2SeqConfig(23, 8, 12)}
+CONFIGS = {
+    GPT: GPTConfig(23, 24, 32, 2, 4, positions="learned"),
+    RecurrentLM: RecurrentLMConfig(23, 8, 12, 2, "gru"),
+    Seq2Seq: Seq2SeqConfig(23, 8, 12),
+}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
