@@ -267,6 +267,27 @@ def test_autocast_gives_the_dtypes_of_torch(kind: str, packed: bool, dtype: torc
     assert ours.weight_hh_l0.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast_takes_states_of_another_dtype(kind: str, dtype: torch.dtype) -> None:
+    """As those of the call before are: bfloat16, with an input of float32."""
+    torch.manual_seed(0)
+    theirs, ours = twins(kind, 3, 4)
+    x = torch.randn(5, 2, 3, dtype=torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
+    hx: Any = torch.randn(1, 2, 4, dtype=dtype)
+    hx = (hx, hx) if kind == "LSTM" else hx
+    with torch.autocast("cpu", torch.bfloat16):
+        (expected, _), (found, state) = theirs(x, hx), ours(x, hx)
+        assert ours(x, state)[0].isfinite().all()
+    if kind != "LSTM" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert found.dtype == expected.dtype
+    wide = tuple(part.double() for part in hx) if kind == "LSTM" else hx.double()
+    exact, _ = theirs.double()(x.double(), wide)
+    assert_within_budget(found.to(torch.bfloat16), exact, expected)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"expected .* as the input"):
+        ours(x, wide)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     torch.manual_seed(0)
     theirs, ours = twins("GRU", 3, 4)
