@@ -7,6 +7,7 @@ from .generation import beam_search, draw, sample
 from .gpt import GPT, GPTConfig
 from .recurrent import RecurrentLM, RecurrentLMConfig
 from .seq2seq import Seq2Seq, Seq2SeqConfig
+from .training import Training
 
 __all__ = [
     "GPT",
@@ -16,6 +17,7 @@ __all__ = [
     "RecurrentLMConfig",
     "Seq2Seq",
     "Seq2SeqConfig",
+    "Training",
     "beam_search",
     "draw",
     "sample",

@@ -1,0 +1,200 @@
+"""A small training loop that can stop at any step and go on as if it had not. What needs more is Lightning's job."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_DTYPES = (None, torch.bfloat16, torch.float16)
+#: Losses are read back from the device so many steps at a time.
+_READ_EVERY = 20
+
+
+class Training:
+    """The training of a model, step by step, of which a file holds all that is needed to go on with the same bits.
+
+    Args:
+        model: of any class, on the device that it shall train on.
+        optimizer: of its parameters.
+        loss: of a batch: ``loss(model, batch)`` is one number, which is minimised.
+        batches: draws a batch: ``batches(generator)``. All that is random about it has to come from the generator, a
+            CPU's, and nothing may be remembered between two calls, or a training that goes on sees other batches.
+        schedule: of learning rates, stepped after each step of the optimizer; none by default.
+        dtype: of autocast, in which ``loss`` runs: bfloat16, or float16 with a scaled loss; none by default.
+        clip: bound of the norm of all gradients together; none by default.
+        seed: of the generator of batches. Dropout draws from torch's own generators, which are not seeded here.
+
+    Attributes:
+        losses: of each step so far, as floats.
+        generator: of the batches.
+
+    Raises:
+        ValueError: the message names the argument, what it was and what is allowed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[Any, Any], Tensor],
+        batches: Callable[[torch.Generator], Any],
+        *,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        dtype: torch.dtype | None = None,
+        clip: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.float16, got {dtype}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip: expected a positive number, got {clip}")
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.loss, self.batches = loss, batches
+        self.dtype, self.clip = dtype, clip
+        self.device = next(model.parameters()).device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.losses: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        """How many have been taken."""
+        return len(self.losses)
+
+    def run(self, steps: int, progress: bool = True) -> list[float]:
+        """Take so many steps more, with the model in training mode.
+
+        Args:
+            steps: how many.
+            progress: show a bar where the output is a terminal.
+
+        Returns:
+            Their losses.
+
+        Raises:
+            ImportError: tqdm is not installed, and the bar is wanted.
+            ValueError: `steps` is negative, or the loss not one number.
+        """
+        if steps < 0:
+            raise ValueError(f"steps: expected at least 0, got {steps}")
+        begin = self.steps
+        self.model.train()
+        with _bar(steps, progress) as bar:
+            waiting: list[Tensor] = []
+            try:
+                for _ in range(steps):
+                    waiting.append(self._step())
+                    if len(waiting) == _READ_EVERY:
+                        self._read(waiting)
+                    if bar is not None:
+                        recent = self.losses[-_READ_EVERY:]
+                        bar.set_postfix(loss=sum(recent) / max(len(recent), 1), refresh=False)
+                        bar.update()
+            finally:
+                self._read(waiting)
+        return self.losses[begin:]
+
+    def _step(self) -> Tensor:
+        batch = self.batches(self.generator)
+        self.optimizer.zero_grad()
+        lower = contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+        with lower:
+            loss = self.loss(self.model, batch)
+        if loss.dim() != 0:
+            raise ValueError(f"loss: expected one number, got {tuple(loss.shape)}")
+        self.scaler.scale(loss).backward()
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # A smaller scale says that gradients overflowed and the optimizer took no step.
+        if self.schedule is not None and self.scaler.get_scale() >= scale:
+            self.schedule.step()
+        return loss.detach()
+
+    def _read(self, waiting: list[Tensor]) -> None:
+        if waiting:
+            self.losses += torch.stack(waiting).tolist()
+            waiting.clear()
+
+    def save(self, path: str | Path) -> None:
+        """Write all that `resume` needs. The file is complete or not there: it is written beside its place, then moved.
+
+        Args:
+            path: of the file; its folder has to be there.
+        """
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state = {
+            "training": self._identity(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": {"batches": self.generator.get_state(), "cpu": torch.get_rng_state(), "cuda": cuda},
+            "losses": self.losses,
+        }
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def resume(self, path: str | Path) -> None:
+        """Go on where a training was when it was saved, on any device; on the same one, with the same bits.
+
+        Torch's own generators are set too, that of the CPU and that of the model's GPU.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            ValueError: it is of another model, configuration, optimizer, schedule or dtype; nothing has changed then.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "training" not in state:
+            raise ValueError("path: expected a file that Training.save wrote, got another")
+        theirs, ours = state["training"], self._identity()
+        others = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+        if others:
+            texts = [f"{name} {theirs.get(name)!r} instead of {ours.get(name)!r}" for name in others[:3]]
+            raise ValueError(f"path: expected a training like this one, got one with {', '.join(texts)}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.model.load_state_dict(state["model"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["random"]["batches"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self.losses = state["losses"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be equal in the training that is saved and the one that goes on."""
+        config = getattr(self.model, "config", None)
+        fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else {}
+        return {
+            "model": type(self.model).__name__,
+            "optimizer": type(self.optimizer).__name__,
+            "schedule": None if self.schedule is None else type(self.schedule).__name__,
+            "dtype": str(self.dtype),
+            **{f"config.{name}": value for name, value in fields.items()},
+            **{name: f"{x.dtype} {tuple(x.shape)}" for name, x in self.model.state_dict().items()},
+        }
+
+
+def _bar(steps: int, progress: bool) -> contextlib.AbstractContextManager[Any]:
+    if not progress:
+        return contextlib.nullcontext()
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("the bar needs tqdm: pip install 'seqkernels[examples]', or progress=False") from error
+    return tqdm(total=steps, unit="step", disable=None)
