@@ -1,4 +1,4 @@
-"""A translator: bidirectional LSTM encoder, LSTM decoder, and bilinear alignment attention between them.
+"""A translator: bidirectional recurrent encoder, recurrent decoder, and bilinear alignment attention between them.
 
 The decoder does not feed the attended context back into itself, so that in training each of the three parts runs
 over whole sequences in one call.
@@ -7,6 +7,7 @@ over whole sequences in one call.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .. import nn as seqkernels_nn
 from ..nn.alignment import BilinearAttention
-from ._model import Model, attention_of
+from . import generation
+from ._model import Model, attention_of, check_cell
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Seq2SeqConfig:
         pad: id of the token that fills up sources and targets.
         bos: id of the token that opens a target where no other is given.
         eos: id of the token that closes a target.
+        cell: ``"rnn"`` (Elman's, with tanh), ``"lstm"`` or ``"gru"``, of encoder and decoder.
+        attention: ``"bilinear"``, or ``"none"``: then the decoder knows of a source what fits into the state that it
+            starts from, and no more.
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
@@ -43,6 +48,8 @@ class Seq2SeqConfig:
     pad: int = 0
     bos: int = 1
     eos: int = 2
+    cell: str = "lstm"
+    attention: str = "bilinear"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_size", "hidden_size"):
@@ -55,6 +62,9 @@ class Seq2SeqConfig:
         for name in ("pad", "bos", "eos"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name}: expected an id below {self.vocab_size}, got {getattr(self, name)}")
+        check_cell(self.cell)
+        if self.attention not in ("bilinear", "none"):
+            raise ValueError(f"attention: expected 'bilinear' or 'none', got {self.attention!r}")
 
 
 class Memory(NamedTuple):
@@ -74,11 +84,11 @@ class State(NamedTuple):
 
     Attributes:
         hidden: (1, B, H).
-        cell: (1, B, H).
+        cell: (1, B, H), ``None`` where the cell is no LSTM.
     """
 
     hidden: Tensor
-    cell: Tensor
+    cell: Tensor | None = None
 
 
 class Seq2Seq(Model):
@@ -89,13 +99,13 @@ class Seq2Seq(Model):
 
     Sources: the encoder and decoder of Sutskever, Vinyals and Le, "Sequence to Sequence Learning with Neural
     Networks", 2014; attention after the decoder as in Luong, Pham and Manning, "Effective Approaches to
-    Attention-based Neural Machine Translation", 2015.
+    Attention-based Neural Machine Translation", 2015. Without attention it is the model of the former alone.
 
     B batch, N source length, M target length, V vocabulary size.
 
     Args:
         config: the sizes.
-        layers: ``seqkernels.nn`` or ``torch.nn``: whose LSTM, and whose attention, to use.
+        layers: ``seqkernels.nn`` or ``torch.nn``: whose recurrent layers, and whose attention, to use.
 
     Raises:
         ValueError: `layers` is neither.
@@ -108,15 +118,18 @@ class Seq2Seq(Model):
         super().__init__(config, layers)
         embed, hidden = config.embed_size, config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, embed, padding_idx=config.pad)
-        self.encoder = layers.LSTM(embed, hidden // 2, batch_first=True, bidirectional=True)
-        self.bridge = nn.Linear(2 * hidden, 2 * hidden)
-        self.decoder = layers.LSTM(embed, hidden, batch_first=True)
-        self.attention = BilinearAttention(hidden, hidden, attention=attention_of(layers))
-        self.combine = nn.Linear(2 * hidden, hidden)
+        recurrent = getattr(layers, config.cell.upper())
+        states = 2 if config.cell == "lstm" else 1
+        attends = config.attention == "bilinear"
+        self.encoder = recurrent(embed, hidden // 2, batch_first=True, bidirectional=True)
+        self.bridge = nn.Linear(states * hidden, states * hidden)
+        self.decoder = recurrent(embed, hidden, batch_first=True)
+        self.attention = BilinearAttention(hidden, hidden, attention=attention_of(layers)) if attends else None
+        self.combine = nn.Linear(2 * hidden, hidden) if attends else None
         self.output = nn.Linear(hidden, config.vocab_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def encode(self, source: Tensor, lengths: Tensor) -> tuple[Memory, State]:
+    def encode(self, source: Tensor, lengths: Tensor) -> tuple[Memory | None, State]:
         """Read sources.
 
         Args:
@@ -124,19 +137,23 @@ class Seq2Seq(Model):
             lengths: (B,) int64 on the CPU, the number of tokens of each source, at least 1.
 
         Returns:
-            What the decoder sees, and the state it starts from.
+            What the decoder sees, ``None`` without attention, and the state it starts from.
         """
         embedded = self.dropout(self.embedding(source))
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
-        states, (h_n, c_n) = self.encoder(packed)
+        states, ends = self.encoder(packed)
+        ends = torch.cat([end for part in (ends if isinstance(ends, tuple) else (ends,)) for end in part], dim=-1)
+        start = self.bridge(ends).tanh().unsqueeze(0).split(self.config.hidden_size, dim=-1)
+        # As cuDNN wants it.
+        start = tuple(part.contiguous() for part in start)
+        if self.attention is None:
+            return None, State(*start)
         hidden, _ = pad_packed_sequence(states, batch_first=True, total_length=source.shape[1])
-        ends = torch.cat((h_n[0], h_n[1], c_n[0], c_n[1]), dim=-1)
-        h_0, c_0 = self.bridge(ends).tanh().unsqueeze(0).chunk(2, dim=-1)
         positions = torch.arange(source.shape[1], device=source.device)
         mask = positions < lengths.to(source.device)[:, None, None]
-        return Memory(self.dropout(hidden), mask), State(h_0, c_0)
+        return Memory(self.dropout(hidden), mask), State(*start)
 
-    def decode(self, target: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
+    def decode(self, target: Tensor, memory: Memory | None, state: State) -> tuple[Tensor, State]:
         """Score the tokens that follow each token of `target`.
 
         Args:
@@ -147,51 +164,110 @@ class Seq2Seq(Model):
         Returns:
             Logits (B, M, V) and the state after the last token.
         """
-        y, (hidden, cell) = self.decoder(self.dropout(self.embedding(target)), tuple(state))
-        context = self.attention(y, memory.hidden, memory.mask)
-        combined = self.combine(self.dropout(torch.cat((y, context), dim=-1))).tanh()
-        return self.output(self.dropout(combined)), State(hidden, cell)
+        y, state = self._run_decoder(target, state)
+        if self.attention is not None and self.combine is not None and memory is not None:
+            context = self.attention(y, memory.hidden, memory.mask)
+            y = self.combine(self.dropout(torch.cat((y, context), dim=-1))).tanh()
+        return self.output(self.dropout(y)), state
 
-    def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
-        """Logits of the next token after each token of `target` (teacher forcing).
+    def _run_decoder(self, target: Tensor, state: State) -> tuple[Tensor, State]:
+        x = self.dropout(self.embedding(target))
+        if state.cell is None:
+            y, hidden = self.decoder(x, state.hidden)
+            return y, State(hidden)
+        y, states = self.decoder(x, tuple(state))
+        return y, State(*states)
+
+    def forward(
+        self,
+        source: Tensor,
+        lengths: Tensor,
+        target: Tensor,
+        teacher_forcing: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Logits of the next token after each token of `target`.
 
         Args:
             source: (B, N) int64 token ids, padded at the end.
             lengths: (B,) int64 on the CPU, the number of tokens of each source.
             target: (B, M) int64 token ids, the opening token first.
+            teacher_forcing: probability with which the decoder is fed a token of `target`, but for the first one; else
+                it is fed the token that it scored highest itself, in all rows of the batch (Bengio et al., "Scheduled
+                Sampling for Sequence Prediction with Recurrent Neural Networks", 2015). With 1, the default, the
+                decoder runs over whole targets in one call, otherwise in pieces up to where it is fed its own.
+            generator: of that choice, a CPU's; torch's own by default.
 
         Returns:
             (B, M, V).
+
+        Raises:
+            ValueError: `teacher_forcing` is no probability.
         """
+        if not 0 <= teacher_forcing <= 1:
+            raise ValueError(f"teacher_forcing: expected a probability from 0 to 1, got {teacher_forcing}")
         memory, state = self.encode(source, lengths)
-        return self.decode(target, memory, state)[0]
+        length, own = target.shape[1], []
+        if teacher_forcing < 1:
+            chances = torch.rand(max(length - 1, 0), generator=generator)
+            own = ((chances >= teacher_forcing).nonzero().flatten() + 1).tolist()
+        found: list[Tensor] = []
+        for begin, end in pairwise([0, *own, length]):
+            fed = target[:, begin:end]
+            if found:
+                fed = torch.cat((found[-1][:, -1:].argmax(-1), fed[:, 1:]), dim=1)
+            logits, state = self.decode(fed, memory, state)
+            found.append(logits)
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     @torch.no_grad()
     def translate(
-        self, source: Tensor, lengths: Tensor, start: Tensor | None = None, max_length: int = 64
+        self,
+        source: Tensor,
+        lengths: Tensor,
+        start: Tensor | None = None,
+        max_length: int = 64,
+        *,
+        beams: int = 1,
+        length_penalty: float = 0.0,
     ) -> list[list[int]]:
-        """Translate greedily, token by token. Call ``eval()`` before, or dropout is active.
+        """Translate, token by token. Call ``eval()`` before, or dropout is active.
 
         Args:
             source: (B, N) int64 token ids, padded at the end.
             lengths: (B,) int64 on the CPU, the number of tokens of each source.
             start: (B,) int64, the token that opens each target; ``config.bos`` by default.
             max_length: tokens after which a translation is cut off.
+            beams: width of a beam search for the likeliest translation; 1, the default, is greedy.
+            length_penalty: of the beam search, see `generation.beam_search`.
 
         Returns:
             For each source the ids of its translation, without the opening and the closing token.
+
+        Raises:
+            ValueError: the message names the argument, what it was and what is allowed.
         """
-        memory, state = self.encode(source, lengths)
+
+        def step(tokens: Tensor, seen: tuple[Memory | None, State]) -> tuple[Tensor, tuple[Memory | None, State]]:
+            logits, state = self.decode(tokens, *seen)
+            return logits[:, -1], (seen[0], state)
+
+        if max_length < 0:
+            raise ValueError(f"max_length: expected at least 0, got {max_length}")
+        eos = self.config.eos
         token = source.new_full((len(source),), self.config.bos) if start is None else start
-        open_ = torch.ones_like(token, dtype=torch.bool)
-        steps: list[Tensor] = []
-        while len(steps) < max_length and bool(open_.any()):
-            logits, state = self.decode(token[:, None], memory, state)
-            token = logits[:, 0].argmax(dim=-1)
-            open_ &= token != self.config.eos
-            steps.append(token.where(open_, self.config.eos))
-        rows: list[list[int]] = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in source]
-        return [row[: row.index(self.config.eos)] if self.config.eos in row else row for row in rows]
+        found = generation.generate(
+            step,
+            token.unsqueeze(1),
+            self.encode(source, lengths),
+            _reorder,
+            max_length,
+            beams=beams,
+            eos=eos,
+            length_penalty=length_penalty,
+        )
+        rows: list[list[int]] = found.tolist()
+        return [row[: row.index(eos)] if eos in row else row for row in rows]
 
     @torch.no_grad()
     def align(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
@@ -199,7 +275,20 @@ class Seq2Seq(Model):
 
         Returns:
             (B, M, N), each row summing to 1, zero on padding.
+
+        Raises:
+            RuntimeError: the model has no attention.
         """
         memory, state = self.encode(source, lengths)
-        y, _ = self.decoder(self.dropout(self.embedding(target)), tuple(state))
+        if self.attention is None or memory is None:
+            raise RuntimeError("align: expected a model with attention 'bilinear', got one with 'none'")
+        y, _ = self._run_decoder(target, state)
         return self.attention.weights(y, memory.hidden, memory.mask)
+
+
+def _reorder(seen: tuple[Memory | None, State], rows: Tensor) -> tuple[Memory | None, State]:
+    memory, state = seen
+    if memory is not None and len(rows) != len(memory.hidden):
+        # Only when beams begin: later rows stay among those of their source, which all have the same.
+        memory = Memory(*(x.index_select(0, rows) for x in memory))
+    return memory, State(*(None if x is None else x.index_select(1, rows) for x in state))  # type: ignore[arg-type]

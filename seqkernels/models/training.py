@@ -94,7 +94,7 @@ class Training:
                         self._read(waiting)
                     if bar is not None:
                         recent = self.losses[-_READ_EVERY:]
-                        bar.set_postfix(loss=sum(recent) / max(len(recent), 1), refresh=False)
+                        bar.set_postfix({"loss": sum(recent) / len(recent)} if recent else {}, refresh=False)
                         bar.update()
             finally:
                 self._read(waiting)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,17 @@ import seqkernels
 from seqkernels.models import Seq2Seq, Seq2SeqConfig
 from seqkernels.testing import assert_within_budget
 
-CONFIG = Seq2SeqConfig(vocab_size=23, embed_size=10, hidden_size=16, dropout=0.0)
+from .parity import assert_same_training
+
+SIZES: dict[str, Any] = {"vocab_size": 23, "embed_size": 10, "hidden_size": 16, "dropout": 0.0}
+CONFIG = Seq2SeqConfig(**SIZES)
+CONFIGS = {
+    "lstm": CONFIG,
+    "rnn": Seq2SeqConfig(**SIZES, cell="rnn"),
+    "gru": Seq2SeqConfig(**SIZES, cell="gru"),
+    "bottleneck": Seq2SeqConfig(**SIZES, cell="lstm", attention="none"),
+}
+RATES = {"gru": 0.1, "bottleneck": 0.3}
 LAYERS = [torch.nn, seqkernels.nn]
 
 
@@ -30,7 +42,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return source, lengths, torch.randint(1, CONFIG.vocab_size, (5, 6), generator=generator)
 
 
-def results(model: Seq2Seq, double: bool = False) -> dict[str, Tensor]:
+def results(model: Seq2Seq) -> dict[str, Tensor]:
     """The logits and every gradient."""
     logits = model(*batch())
     grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
@@ -39,14 +51,80 @@ def results(model: Seq2Seq, double: bool = False) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_layer_sets_give_the_same_logits_and_gradients(dtype: torch.dtype) -> None:
-    oracle = results(make(torch.nn, torch.float64))
-    baseline = results(make(torch.nn))
-    actual = results(make(seqkernels.nn, dtype))
-    assert actual.keys() == oracle.keys() == {"logits", *dict(make(torch.nn).named_parameters())}
-    for name, value in actual.items():
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_layer_sets_give_the_same_logits_and_gradients(name: str, dtype: torch.dtype) -> None:
+    config = CONFIGS[name]
+    oracle = results(make(torch.nn, torch.float64, config))
+    baseline = results(make(torch.nn, config=config))
+    actual = results(make(seqkernels.nn, dtype, config))
+    assert actual.keys() == oracle.keys() == {"logits", *dict(make(torch.nn, config=config).named_parameters())}
+    for part, value in actual.items():
         assert value.dtype == dtype
-        assert_within_budget(value, oracle[name], baseline[name], name)
+        assert_within_budget(value, oracle[part], baseline[part], part)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_training_goes_the_same_way(name: str) -> None:
+    def loss(model: Seq2Seq, step: int, roll: int) -> Tensor:
+        source, lengths, target = (x.roll(roll, 0) for x in batch())
+        forcing = 0.5 if step % 10 == 0 else 1.0
+        logits = model(source, lengths, target[:, :-1], forcing, torch.Generator().manual_seed(step))
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
+
+    assert_same_training(lambda layers, dtype: make(layers, dtype, CONFIGS[name]), loss, RATES[name])
+
+
+def test_parameters_and_their_order() -> None:
+    recurrent = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+    encoder = [f"encoder.{name}{end}" for end in ("", "_reverse") for name in recurrent]
+    decoder = [f"decoder.{name}" for name in recurrent]
+    ends = ["attention.weight", "combine.weight", "combine.bias", "output.weight", "output.bias"]
+    names = ["embedding.weight", *encoder, "bridge.weight", "bridge.bias", *decoder]
+    assert list(make(seqkernels.nn).state_dict()) == [*names, *ends]
+    assert list(make(seqkernels.nn, config=CONFIGS["bottleneck"]).state_dict()) == [*names, *ends[-2:]]
+
+
+@pytest.mark.parametrize("name", ["gru", "bottleneck"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_the_decoder_is_fed_its_own_tokens(name: str, layers: ModuleType) -> None:
+    model = make(layers, torch.float64, CONFIGS[name])
+    source, lengths, target = batch()
+    with torch.no_grad():
+        for forcing in (0.0, 0.4, 0.9):
+            own = torch.rand(5, generator=torch.Generator().manual_seed(8)) >= forcing
+            memory, state = model.encode(source, lengths)
+            token, steps = target[:, :1], []
+            for place in range(6):
+                logits, state = model.decode(token, memory, state)
+                steps.append(logits)
+                if place < 5:
+                    token = logits[:, -1:].argmax(-1) if own[place] else target[:, place + 1 : place + 2]
+            found = model(source, lengths, target, forcing, torch.Generator().manual_seed(8))
+            torch.testing.assert_close(found, torch.cat(steps, dim=1))
+        assert model(source, lengths, target[:, :1], 0.0).shape == (5, 1, 23)
+
+
+def test_all_tokens_of_a_teacher_take_one_call_and_no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = make(seqkernels.nn), []
+    original = model.decode
+    monkeypatch.setattr(model, "decode", lambda *arguments: calls.append(1) or original(*arguments))
+    before = torch.get_rng_state()
+    model(*batch())
+    assert len(calls) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    model(*batch(), teacher_forcing=0.0)
+    assert len(calls) == 1 + 6
+
+
+def test_without_attention_a_state_is_all_that_goes_over() -> None:
+    source, lengths, target = batch()
+    model = make(seqkernels.nn, config=CONFIGS["bottleneck"]).eval()
+    memory, state = model.encode(source, lengths)
+    assert memory is None
+    assert [x.shape for x in state] == [(1, 5, 16)] * 2
+    assert str(seqkernels.explain(model, source, lengths, target)).count("attention of") == 0
+    with pytest.raises(RuntimeError, match="align: expected a model with attention 'bilinear'"):
+        model.align(source, lengths, target)
 
 
 def test_dropout_draws_the_same_masks() -> None:
@@ -148,6 +226,34 @@ def test_translate_stops_at_eos(layers: ModuleType, monkeypatch: pytest.MonkeyPa
     assert model.translate(source, lengths, max_length=0) == [[]] * 5
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru", "bottleneck"])
+def test_beams_find_the_best_translation(name: str) -> None:
+    config = Seq2SeqConfig(**{**CONFIGS[name].__dict__, "vocab_size": 4})
+    source, lengths, _ = batch()
+    source = source % 4
+    model = make(seqkernels.nn, torch.float64, config).eval()
+    with torch.no_grad():
+        # Larger than models begin with, so that translations differ.
+        for parameter in model.parameters():
+            parameter.mul_(4)
+        found = model.translate(source, lengths, max_length=3, beams=64, length_penalty=1.5)
+        best: list[tuple[float, list[int]]] = [(-torch.inf, [])] * 5
+        for tokens in itertools.product(range(4), repeat=3):
+            length = tokens.index(2) + 1 if 2 in tokens else 3
+            target = torch.tensor([[config.bos, *tokens[: length - 1]]]).expand(5, -1)
+            said = torch.tensor(tokens[:length]).expand(5, -1).unsqueeze(-1)
+            scores = model(source, lengths, target).log_softmax(-1).gather(2, said).flatten(1).sum(1)
+            for row, score in enumerate((scores / ((5 + length) / 6) ** 1.5).tolist()):
+                best[row] = max(best[row], (score, [t for t in tokens[:length] if t != 2]))
+    assert found == [tokens for _, tokens in best]
+    assert len(set(map(len, found))) > 1
+    one = model.translate(source, lengths, max_length=9, beams=1, length_penalty=1.5)
+    assert one == model.translate(source, lengths, max_length=9)
+    few = model.translate(source, lengths, max_length=9, beams=3)
+    alone = [model.translate(source[i : i + 1], lengths[i : i + 1], max_length=9, beams=3)[0] for i in range(5)]
+    assert few == alone
+
+
 @pytest.mark.parametrize("layers", LAYERS)
 def test_alignment_is_what_the_attention_weighs_with(layers: ModuleType) -> None:
     source, lengths, target = batch()
@@ -171,9 +277,19 @@ def test_the_kernels_of_seqkernels_serve_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("vocab_size", 0), ("embed_size", 0), ("hidden_size", 7), ("dropout", 1.0), ("pad", 23), ("bos", -1), ("eos", 99)],
+    [
+        ("vocab_size", 0),
+        ("embed_size", 0),
+        ("hidden_size", 7),
+        ("dropout", 1.0),
+        ("pad", 23),
+        ("bos", -1),
+        ("eos", 99),
+        ("cell", "LSTM"),
+        ("attention", "dot"),
+    ],
 )
-def test_bad_sizes_are_named(name: str, value: float) -> None:
+def test_bad_sizes_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}: .*{value}"):
         Seq2SeqConfig(**{**CONFIG.__dict__, name: value})
 
@@ -181,3 +297,14 @@ def test_bad_sizes_are_named(name: str, value: float) -> None:
 def test_unknown_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layers: expected torch\.nn or .*, got torch\.nn\.functional"):
         Seq2Seq(CONFIG, torch.nn.functional)
+
+
+def test_bad_arguments() -> None:
+    source, lengths, target = batch()
+    model = make(seqkernels.nn)
+    with pytest.raises(ValueError, match=r"teacher_forcing: expected a probability from 0 to 1, got 1\.5"):
+        model(source, lengths, target, 1.5)
+    with pytest.raises(ValueError, match="max_length: expected at least 0, got -1"):
+        model.translate(source, lengths, max_length=-1)
+    with pytest.raises(ValueError, match="beams: expected at least 1, got 0"):
+        model.translate(source, lengths, beams=0)
