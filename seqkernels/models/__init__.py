@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._model import Model
+from .forecaster import Forecaster, ForecasterConfig
 from .generation import beam_search, draw, sample
 from .gpt import GPT, GPTConfig
 from .recurrent import RecurrentLM, RecurrentLMConfig
@@ -11,6 +12,8 @@ from .training import Training
 
 __all__ = [
     "GPT",
+    "Forecaster",
+    "ForecasterConfig",
     "GPTConfig",
     "Model",
     "RecurrentLM",
