@@ -1,0 +1,179 @@
+"""Are transformers faster to train than LSTMs? LSTM, GRU and transformer of equal size on one text, loss against seconds.
+
+The models are `seqkernels.models.RecurrentLM` and `GPT`, each with torch's layers and with ours; the text is in
+``stdlib_text.py``. All six see the same batches and train by turns, so that whatever else the machine does slows all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import stdlib_text
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import seqkernels
+from seqkernels.models import GPT, GPTConfig, Model, RecurrentLM, RecurrentLMConfig
+
+LAYERS = {"torch.nn": torch.nn, "seqkernels.nn": seqkernels.nn}
+KINDS = ("lstm", "gru", "transformer")
+RATE, BATCH, TURN = 3e-3, 8, 10
+
+
+def parameters(model: nn.Module) -> int:
+    """How many there are."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def models(vocab_size: int, size: int, context: int) -> dict[str, Callable[[ModuleType], Model]]:
+    """What makes each kind of model; recurrent ones have as many units as the transformer has parameters for."""
+    gpt = GPTConfig(vocab_size, context, size, num_layers=4, num_heads=max(1, size // 32))
+    found: dict[str, Callable[[ModuleType], Model]] = {"transformer": lambda layers: GPT(gpt, layers)}
+    with torch.device("meta"):
+        wanted = parameters(GPT(gpt))
+        for cell in ("lstm", "gru"):
+            config = min(
+                (RecurrentLMConfig(vocab_size, size, 8 * units, 2, cell) for units in range(1, size)),
+                key=lambda config: abs(parameters(RecurrentLM(config)) - wanted),
+            )
+            found[cell] = lambda layers, config=config: RecurrentLM(config, layers)  # type: ignore[misc]
+    return {kind: found[kind] for kind in KINDS}
+
+
+class Run:
+    """A training of one kind of model with one kind of layers: loss and seconds of each turn."""
+
+    def __init__(self, kind: str, name: str, make: Callable[[ModuleType], Model], steps: int) -> None:
+        torch.manual_seed(0)
+        self.kind, self.name, self.model = kind, name, make(LAYERS[name])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: min((step + 1) * 10 / steps, (1 + math.cos(math.pi * min(1, step / steps))) / 2),
+        )
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Mean cross entropy of each next token."""
+        found = self.model(batch[:, :-1])
+        logits = found[0] if isinstance(found, tuple) else found
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    def train(self, batches: list[Tensor]) -> None:
+        """One turn."""
+        begin, total = time.perf_counter(), 0.0
+        for batch in batches:
+            self.optimizer.zero_grad()
+            loss = self.loss(batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            total += loss.item()
+        self.seconds.append(time.perf_counter() - begin)
+        self.losses.append(total / len(batches))
+
+    def until(self, loss: float) -> float:
+        """Seconds until the mean loss of a turn is at most `loss`."""
+        turns = next(number for number, found in enumerate(self.losses, 1) if found <= loss)
+        return sum(self.seconds[:turns])
+
+
+def train(runs: list[Run], data: Tensor, context: int, steps: int) -> None:
+    """Train all by turns of `TURN` steps, each turn in another order."""
+    for run in runs:  # the first calls load or compile kernels
+        run.loss(stdlib_text.draw_batch(data, BATCH, context, torch.Generator())).backward()
+    generator = torch.Generator().manual_seed(0)
+    with tqdm(total=steps, unit="step") as bar:
+        for turn, begin in enumerate(range(0, steps, TURN)):
+            count = min(TURN, steps - begin)
+            batches = [stdlib_text.draw_batch(data, BATCH, context, generator) for _ in range(count)]
+            first = turn % len(runs)
+            for run in runs[first:] + runs[:first]:
+                run.train(batches)
+            bar.update(count)
+            bar.set_postfix({run.kind: f"{run.losses[-1]:.3f}" for run in runs if run.name == "seqkernels.nn"})
+
+
+@torch.no_grad()
+def held_out_loss(run: Run, data: Tensor, context: int, count: int) -> float:
+    """Mean loss on `count` batches of held-out text, always the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    batches = (stdlib_text.draw_batch(data, BATCH, context, generator) for _ in range(count))
+    return statistics.mean(run.loss(batch).item() for batch in batches)
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Draw the losses against tokens and against seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for run in runs:
+        color, style = f"C{KINDS.index(run.kind)}", "-" if run.name == "seqkernels.nn" else "--"
+        panels[1].plot(list(itertools.accumulate(run.seconds)), run.losses, style, color=color)
+        if run.name == "seqkernels.nn":
+            panels[0].plot(run.losses, color=color, label=run.kind)
+    panels[0].set(xlabel=f"turns of {TURN} steps, the same for all", ylabel="training loss per token")
+    panels[0].legend()
+    panels[1].set(xlabel="seconds; dashed with torch's layers")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train all six, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300, help="of training, of each model (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a few steps of small models: does it run")
+    parser.add_argument("--picture", type=Path, default=Path("report/race.png"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {options.steps}")
+    quick, full = (40, 400, 32, 32, 20), (1, 2048, 160, 256, options.steps)
+    every, vocab_size, size, context, steps = quick if options.quick else full
+    _, data, held_out = stdlib_text.load(every, vocab_size)
+    makers = models(vocab_size, size, context)
+    runs = [Run(kind, name, make, steps) for kind, make in makers.items() for name in LAYERS]
+    print(f"{steps} steps of {BATCH} x {context} tokens, {torch.get_num_threads()} threads")
+    train(runs, data, context, steps)
+
+    common = max(run.losses[-1] for run in runs)  # all have come so far
+    print(f"\n{'':13}{'layers':15}{'parameters':>10}{'tokens/s':>10}{'held-out':>10}{f's to {common:.2f}':>12}")
+    for run in runs:
+        loss = held_out_loss(run, held_out, context, 2 if options.quick else 20)
+        rate = steps * BATCH * context / sum(run.seconds)
+        print(
+            f"{run.kind:13}{run.name:15}{parameters(run.model):>10}{rate:>10.0f}{loss:>10.4f}{run.until(common):>12.1f}"
+        )
+    print()
+    by = {(run.kind, run.name): run for run in runs}
+    for name in LAYERS:
+        lstm, transformer = by["lstm", name], by["transformer", name]
+        each = sum(lstm.seconds) / sum(transformer.seconds)
+        found = lstm.until(common) / transformer.until(common)
+        print(
+            f"With {name} the transformer is {each:.2f} times as fast as the LSTM for each token, and {found:.2f} times to"
+            f" a loss of {common:.2f}: {'' if found >= 9.5 else 'not '}ten times, at this size, length and hardware."
+        )
+    for kind in KINDS:
+        ratio = sum(by[kind, "torch.nn"].seconds) / sum(by[kind, "seqkernels.nn"].seconds)
+        print(f"With seqkernels.nn the {kind} trains {ratio:.2f} times as fast as with torch.nn.")
+    draw(runs, options.picture)
+    print(f"\nLosses: {options.picture}")
+
+
+if __name__ == "__main__":
+    main()
