@@ -166,8 +166,9 @@ def check(
         if state.shape != shape:
             raise RuntimeError(f"{name}: expected size {shape}, got {tuple(state.shape)}")
         # Autocast gives both the same dtype, but leaves float64 alone.
-        lowered = torch.float64 not in (state.dtype, x.dtype) and torch._C._is_any_autocast_enabled()
-        if state.dtype != x.dtype and not lowered:
+        if state.dtype != x.dtype and (
+            torch.float64 in (state.dtype, x.dtype) or not torch._C._is_any_autocast_enabled()
+        ):
             raise RuntimeError(f"{name}: expected {x.dtype} as the input, got {state.dtype}")
         if state.device != x.device:
             raise RuntimeError(f"{name}: expected on {x.device} as the input, got {state.device}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,19 @@ def test_scores_are_those_of_what_is_found(width: int) -> None:
 def test_a_width_of_one_is_greedy(eos: int | None, penalty: float) -> None:
     found, _ = beam_search(step, STARTS, STARTS[:, :0], reorder, 1, STEPS, eos, penalty)
     assert torch.equal(found, sample(step, STARTS, STARTS[:, :0], STEPS, eos))
+
+
+@pytest.mark.parametrize(("penalty", "best"), [(0.0, [2, 2, 2]), (3.0, [1, 1, 1])])
+def test_long_ones_overtake_those_that_have_ended(penalty: float, best: list[int]) -> None:
+    def likes_to_end(tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Half ends at once, nearly half goes on for ever."""
+        later = torch.tensor([0.0, 1.0, 0.0, 0.0])
+        return torch.where(tokens[:, -1:] == 1, later, torch.tensor([0.03, 0.45, 0.5, 0.02])).log(), state
+
+    start = torch.zeros(1, 1, dtype=torch.int64)
+    found, scores = beam_search(likes_to_end, start, start, reorder, 2, 3, EOS, penalty)
+    assert found.tolist() == [best]
+    assert scores.item() == pytest.approx(math.log(0.45 if penalty else 0.5))
 
 
 def counted(calls: list[tuple[int, ...]]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
