@@ -1,8 +1,8 @@
 """The bottleneck of sequence-to-sequence models: what a vector of one size can hold, and what attention adds.
 
-Two `seqkernels.models.Seq2Seq` learn to repeat pieces of Python's standard library (``stdlib_text.py``) of 5 to 97 tokens.
-In one the decoder has the encoder's last states alone, in the other it attends to all of them; sizes, data and order are
-the same. Both see every length in training, so what they lack on long pieces is room, not practice.
+Two `seqkernels.models.Seq2Seq` learn to repeat pieces of Python's standard library (``stdlib_text.py``) of 5 to 97
+tokens. In one the decoder has the encoder's last states alone, in the other it attends to all of them; sizes, data and
+order are the same. Both see every length in training, so what they lack on long pieces is room, not practice.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Run:
         """Share of the tokens that are repeated at their places, written out token by token."""
         lengths = torch.full((len(pieces),), pieces.shape[1])
         found = self.model.translate(pieces, lengths, max_length=pieces.shape[1])
-        right = sum(a == b for row, piece in zip(found, pieces.tolist(), strict=True) for a, b in zip(row, piece))
+        pairs = zip(found, pieces.tolist(), strict=True)
+        right = sum(a == b for row, piece in pairs for a, b in zip(row, piece, strict=False))
         return right / pieces.numel()
 
 

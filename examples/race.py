@@ -1,4 +1,4 @@
-"""Are transformers faster to train than LSTMs? LSTM, GRU and transformer of equal size on one text, loss against seconds.
+"""Do transformers train faster than LSTMs? LSTM, GRU and transformer of equal size on one text, loss against seconds.
 
 The models are `seqkernels.models.RecurrentLM` and `GPT`, each with torch's layers and with ours; the text is in
 ``stdlib_text.py``. All six see the same batches and train by turns, so that whatever else the machine does slows all.
@@ -165,8 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
         each = sum(lstm.seconds) / sum(transformer.seconds)
         found = lstm.until(common) / transformer.until(common)
         print(
-            f"With {name} the transformer is {each:.2f} times as fast as the LSTM for each token, and {found:.2f} times to"
-            f" a loss of {common:.2f}: {'' if found >= 9.5 else 'not '}ten times, at this size, length and hardware."
+            f"With {name} the transformer is {each:.2f} times as fast as the LSTM for each token, and {found:.2f} times"
+            f" to a loss of {common:.2f}: {'' if found >= 9.5 else 'not '}ten times, at this size, length and hardware."
         )
     for kind in KINDS:
         ratio = sum(by[kind, "torch.nn"].seconds) / sum(by[kind, "seqkernels.nn"].seconds)
