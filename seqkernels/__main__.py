@@ -1,4 +1,4 @@
-"""The command line: what is installed, built and chosen (``info``), and GPU kernels compiled or tuned."""
+"""The command line: what is installed, built and chosen, models in numbers, and GPU kernels compiled or tuned."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, explore
 from .backends.cuda import extension as cuda
 from .backends.native.extension import extension, load_error
+from .cells import DTYPES
 
 #: One call for each operation and device that `collect` asks every implementation about.
 CALLS = tuple(
@@ -155,7 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tune.add_argument("--device", help="the CUDA device (default: the current one)")
     tune.add_argument("--only", default="", help="only rows of the tables whose names have this in them")
     tune.add_argument("--minutes", type=float, help="begin no row after so many (default: measure all)")
+    _add_explore(commands)
     options = parser.parse_args(arguments)
+    if options.command == "explore":
+        raise SystemExit(_explore(options))
     if options.command == "tune":
         raise SystemExit(_tune(options.device, options.only, options.minutes))
     if options.command == "compile":
@@ -165,6 +169,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(_compile(architectures or ARCHITECTURES.split(","), options.only, options.json))
     found = collect()
     print(json.dumps(found, indent=2) if options.json else render(found))
+
+
+def _add_explore(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explore",
+        help="every number of an RNN, an LSTM, a GRU and self-attention with random weights over a few tokens",
+    )
+    parser.add_argument("text", help="tokens with spaces between them, for example 'a b c'")
+    parser.add_argument("--only", choices=explore.MODELS, help="one of the models (default: all)")
+    parser.add_argument("--embedding", type=int, default=2, help="size of the vectors of tokens (default %(default)s)")
+    parser.add_argument("--hidden", type=int, default=2, help="size of the states (default %(default)s)")
+    parser.add_argument("--causal", action="store_true", help="attention reads no later tokens")
+    parser.add_argument("--seed", type=int, default=42, help="of the weights (default %(default)s)")
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtype", choices=dtypes, default=dtypes[0], help="default %(default)s")
+    parser.add_argument("--device", default="cpu", help="default %(default)s")
+    parser.add_argument("--json", action="store_true", help="as JSON, every number in full")
+    parser.add_argument("--png", metavar="PATH", help="also draw gates, states and attention weights into this file")
+
+
+def _explore(options: argparse.Namespace) -> int:
+    """``python -m seqkernels explore``; 1 where there is nothing to show or no way to."""
+    try:
+        found = explore.explore(
+            options.text,
+            seed=options.seed,
+            embedding=options.embedding,
+            hidden=options.hidden,
+            models=[options.only] if options.only else explore.MODELS,
+            dtype=getattr(torch, options.dtype),
+            is_causal=options.causal,
+            device=options.device,
+        )
+        if options.png:
+            explore.picture(found, options.png)
+        if options.json:
+            print(explore.as_json(found))
+        else:
+            explore.show(found)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"explore: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _compile(architectures: list[str], only: str, as_json: bool) -> int:
