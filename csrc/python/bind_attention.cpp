@@ -278,8 +278,7 @@ void attention_backward(PyObject* const* args) {
   call(kernels().attention_backward, p, brief(p));
 }
 
-void attention_weights(py::handle q_, py::handle k_, py::handle lse_, py::handle scores_, py::handle weights_,
-                       int threads) {
+void attention_weights(Argument q_, Argument k_, Argument lse_, py::handle scores_, Argument weights_, int threads) {
   const Tensor q(q_, "q"), k(k_, "k"), lse(lse_, "lse"), weights(weights_, "weights");
   const py::tuple scores = check_fields(scores_);
   const Extras extras(scores);
@@ -303,13 +302,16 @@ void attention_weights(py::handle q_, py::handle k_, py::handle lse_, py::handle
 void bind_attention(py::module_& m) {
   define<&attention_forward, 7>(
       m, "attention_forward",
-      "attention_forward(q, k, v, scores, out, lse, threads)\n--\n\n"
+      "attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: tuple, out: torch.Tensor, "
+      "lse: torch.Tensor | None, threads: int, /) -> None\n\n"
       "Attention into out and, unless None, lse. scores: a seqkernels.scores.Scores. Rows of no document are left as "
       "they are.");
   define<&attention_backward, 13>(
       m, "attention_backward",
-      "attention_backward(grad_out, grad_lse, q, k, v, out, lse, scores, grad_q, grad_k, grad_v, grad_bias, "
-      "threads)\n--\n\n"
+      "attention_backward(grad_out: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, "
+      "v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scores: tuple, grad_q: torch.Tensor | None, "
+      "grad_k: torch.Tensor | None, grad_v: torch.Tensor | None, grad_bias: torch.Tensor | None, "
+      "threads: int, /) -> None\n\n"
       "Back-propagate through attention into those of grad_q, grad_k, grad_v and grad_bias (zero on entry) that are "
       "not None.");
   m.def("attention_weights", &attention_weights, py::arg("q"), py::arg("k"), py::arg("lse"), py::arg("scores"),

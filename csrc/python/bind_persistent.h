@@ -388,12 +388,12 @@ void launch(const Runner& run, const Plan& plan, const py::tuple& jobs) {
 inline void bind_passes(py::module_& m, const Runner& run) {
   m.def(
       "recurrence_forward",
-      [run](const Plan& plan, const py::args& jobs) { launch<ForwardArguments>(run, plan, jobs); },
+      [run](const Plan& plan, const py::args& jobs) { launch<ForwardArguments>(run, plan, jobs); }, py::arg("plan"),
       "A launch of jobs, of each of which step `first` and those that follow it: into states, reserve unless None, and "
       "carry.");
   m.def(
       "recurrence_backward",
-      [run](const Plan& plan, const py::args& jobs) { launch<BackwardArguments>(run, plan, jobs); },
+      [run](const Plan& plan, const py::args& jobs) { launch<BackwardArguments>(run, plan, jobs); }, py::arg("plan"),
       "A launch of jobs, of each of which back through step `first` and those before it in the loop: into of_x, of_u, "
       "of_product, sums and carry.");
   m.attr("MOST_JOBS") = kMostJobs;

@@ -102,9 +102,9 @@ std::int64_t check_every(std::int64_t every) {
   return every;
 }
 
-void recurrence_forward(py::handle input, const py::tuple& weights, py::handle state0_, py::handle control,
-                        const std::string& cell, bool reverse, py::handle states_, py::handle state_n_,
-                        py::handle reserve_, std::int64_t every, int threads) {
+void recurrence_forward(Argument input, const OptionalArguments& weights, Argument state0_, OptionalArgument control,
+                        const std::string& cell, bool reverse, Argument states_, Argument state_n_,
+                        OptionalArgument reserve_, std::int64_t every, int threads) {
   const LayerArguments common(input, weights, control, cell);
   const Tensor state0(state0_, "state0");
   const Tensor states(states_, "states"), state_n(state_n_, "state_n"), reserve(reserve_, "reserve", true);
@@ -135,9 +135,9 @@ void recurrence_forward(py::handle input, const py::tuple& weights, py::handle s
 }
 
 // The same as a layer has it: forward, without control, and with states of their own, each (1, B, H).
-void layer_forward(py::handle input, const py::tuple& weights, py::handle hidden0_, py::handle cells0_,
-                   const std::string& cell, py::handle states_, py::handle reserve_, py::handle hidden_n_,
-                   py::handle cells_n_, int threads) {
+void layer_forward(Argument input, const OptionalArguments& weights, OptionalArgument hidden0_,
+                   OptionalArgument cells0_, const std::string& cell, Argument states_, OptionalArgument reserve_,
+                   Argument hidden_n_, OptionalArgument cells_n_, int threads) {
   const LayerArguments common(input, weights, py::none(), cell);
   Tensor hidden0(hidden0_, "hidden0", true), cells0(cells0_, "cells0", true);
   const Tensor states(states_, "states"), reserve(reserve_, "reserve", true);
@@ -194,9 +194,10 @@ struct Results {
   }
 };
 
-void recurrence_backward(const py::tuple& grads, py::handle input, const py::tuple& weights, py::handle states_,
-                         py::handle reserve_, py::handle made_, py::handle control, const std::string& cell,
-                         bool reverse, const py::tuple& results, std::int64_t every, int threads) {
+void recurrence_backward(const OptionalArguments& grads, Argument input, const OptionalArguments& weights,
+                         Argument states_, Argument reserve_, OptionalArgument made_, OptionalArgument control,
+                         const std::string& cell, bool reverse, const OptionalArguments& results, std::int64_t every,
+                         int threads) {
   const LayerArguments common(input, weights, control, cell);
   if (grads.size() != 4) fail_argument("grads", "4 tensors or None", std::to_string(grads.size()));
   const py::object grads_[] = {grads[0], grads[1], grads[2], grads[3]};

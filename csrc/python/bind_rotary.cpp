@@ -77,7 +77,8 @@ void rotary(PyObject* const* args) {
 
 void bind_rotary(py::module_& m) {
   define<&rotary, 7>(m, "rotary",
-                     "rotary(x, cos, sin, interleaved, inverse, out, threads)\n--\n\n"
+                     "rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool, "
+                     "out: torch.Tensor, threads: int, /) -> None\n\n"
                      "Turn pairs of elements of x (..., D) by the angles of cos and sin (..., P) into out, or back.");
 }
 

@@ -168,14 +168,22 @@ void bind_step(py::module_& m) {
   m.def("set_plain_types", &set_plain_types, py::arg("first"), py::arg("second"),
         "The types of tensors that step_forward takes; it raises TypeError for others, subclasses too.");
   define<&step_forward, 12>(m, "step_forward",
-                            "step_forward(input, hidden, cells, weight_ih, weight_hh, bias_ih, bias_hh, cell, "
-                            "next_hidden, next_cells, reserve, threads)\n--\n\n"
+                            "step_forward(input: torch.Tensor, hidden: torch.Tensor | None, "
+                            "cells: torch.Tensor | None, weight_ih: torch.Tensor, weight_hh: torch.Tensor, "
+                            "bias_ih: torch.Tensor | None, bias_hh: torch.Tensor | None, cell: str, "
+                            "next_hidden: torch.Tensor, next_cells: torch.Tensor | None, "
+                            "reserve: torch.Tensor | None, threads: int, /) -> None\n\n"
                             "Run one step of a cell into next_hidden, next_cells (LSTM, else None) and, unless None, "
                             "reserve.");
   define<&step_backward, 19>(m, "step_backward",
-                             "step_backward(grad_hidden, grad_cells, input, hidden, cells, weight_ih, weight_hh, "
-                             "cell, next_hidden, next_cells, reserve, grad_input, grad_hidden0, grad_cells0, "
-                             "grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, threads)\n--\n\n"
+                             "step_backward(grad_hidden: torch.Tensor | None, grad_cells: torch.Tensor | None, "
+                             "input: torch.Tensor, hidden: torch.Tensor | None, cells: torch.Tensor | None, "
+                             "weight_ih: torch.Tensor, weight_hh: torch.Tensor, cell: str, "
+                             "next_hidden: torch.Tensor, next_cells: torch.Tensor | None, reserve: torch.Tensor, "
+                             "grad_input: torch.Tensor | None, grad_hidden0: torch.Tensor | None, "
+                             "grad_cells0: torch.Tensor | None, grad_weight_ih: torch.Tensor | None, "
+                             "grad_weight_hh: torch.Tensor | None, grad_bias_ih: torch.Tensor | None, "
+                             "grad_bias_hh: torch.Tensor | None, threads: int, /) -> None\n\n"
                              "Back-propagate through one step of a cell into the gradients that are not None.");
 }
 

@@ -107,7 +107,7 @@ inline void bind_steps(py::module_& m, const Runner& run) {
   m.attr("SPACE_BYTES") = sizeof(Space);
   py::class_<Steps>(m, "Steps", py::module_local(), "The launches of a recurrence that has one for each step.")
       .def(py::init([run](const std::string& cell, const std::string& product, bool backward, std::int64_t hidden,
-                          std::int64_t batch, py::handle space, py::handle operand, py::handle product_tensor) {
+                          std::int64_t batch, Argument space, Argument operand, Argument product_tensor) {
              return new Steps(run, cell, product, backward, hidden, batch, space, operand, product_tensor);
            }),
            py::arg("cell"), py::arg("product"), py::arg("backward"), py::arg("hidden"), py::arg("batch"),

@@ -48,7 +48,7 @@ void set_isa(const std::optional<std::string>& name) {
   fail_argument("name", "one of " + allowed, *name);
 }
 
-void activation(const std::string& name, py::handle x_, py::handle y_) {
+void activation(const std::string& name, Argument x_, Argument y_) {
   const Tensor x(x_, "x"), y(y_, "y");
   if (name != "exp" && name != "sigmoid" && name != "tanh") fail_argument("name", "exp, sigmoid or tanh", name);
   const DType dtype = x.expect({kAny}).expect_contiguous().dtype();

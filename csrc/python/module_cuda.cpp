@@ -98,7 +98,7 @@ std::uintptr_t make_stream(int device) {
   return reinterpret_cast<std::uintptr_t>(stream);
 }
 
-std::pair<int, std::uintptr_t> work(py::handle first_, py::handle second_) {
+std::pair<int, std::uintptr_t> work(Argument first_, OptionalArgument second_) {
   const Tensor first(first_, "first"), second(second_, "second", true);
   const Work work(first, {&second});
   return {work.device(), reinterpret_cast<std::uintptr_t>(work.stream())};

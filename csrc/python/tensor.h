@@ -4,6 +4,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/typing.h>
 
 #include <array>
 #include <string>
@@ -24,6 +25,14 @@ struct Place {
   const char* text;  // for errors: "a tensor on the CPU"
 };
 extern const Place kPlace;
+
+// An argument that `Tensor` is to read: any object, of which signatures say what it should be.
+struct Argument {
+  operator py::handle() const { return object; }
+  py::handle object;
+};
+struct OptionalArgument : Argument {};
+using OptionalArguments = py::typing::Tuple<OptionalArgument, py::ellipsis>;
 
 class Tensor {
  public:
@@ -90,3 +99,25 @@ void bind_step(py::module_& m);
 void bind_rotary(py::module_& m);
 
 }  // namespace seqkernels
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<seqkernels::Argument> {
+  PYBIND11_TYPE_CASTER(seqkernels::Argument, const_name("torch.Tensor"));
+  bool load(handle object, bool) {
+    value.object = object;
+    return true;
+  }
+};
+
+template <>
+struct type_caster<seqkernels::OptionalArgument> {
+  PYBIND11_TYPE_CASTER(seqkernels::OptionalArgument, const_name("torch.Tensor | None"));
+  bool load(handle object, bool) {
+    value.object = object;
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...cells import CELLS, NORM_EPS, RESET
 from .._through_time import Gradients, Loop
+
+if TYPE_CHECKING:
+    from .extension import _C_cuda
 
 _PRODUCTS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -102,7 +105,7 @@ class Persistent:
         """As `Path.backward`."""
         self.together(self._choose(loop, True), [Part(loop, carry, states, reserve, begin, end, base, grads)])
 
-    def together(self, plan: Any, parts: Sequence[Part]) -> None:
+    def together(self, plan: _C_cuda.Plan, parts: Sequence[Part]) -> None:
         """One launch of parts that need nothing of each other.
 
         Args:
@@ -113,7 +116,7 @@ class Persistent:
         run(plan, *(job_of(part, *_exchange(plan, part.carry.device)) for part in parts))
 
 
-def _exchange(plan: Any, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _exchange(plan: _C_cuda.Plan, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     if plan.flags == 0:
         return None, None
     exchange = torch.empty(plan.exchange_bytes, dtype=torch.uint8, device=device)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ...cells import DTYPES, accumulate_dtype
 from ...scores import Scores
-from .extension import extension
+from .extension import _C
 
-_C = extension()
 _empty = torch.empty
 _empty_like = torch.empty_like
 _empty_strided = torch.empty_strided
@@ -47,11 +46,11 @@ def attention_forward(
     try:
         _C.attention_forward(q, k, v, scores, out, lse, _threads())
     except ValueError:
-        given = [_last_contiguous(x) for x in (q, k, v)]
+        rows = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
         flat = _contiguous(scores)
-        if flat is scores and all(x is y for x, y in zip(given, (q, k, v), strict=True)):
+        if flat is scores and all(x is y for x, y in zip(rows, (q, k, v), strict=True)):
             raise
-        _C.attention_forward(*given, flat, out, lse, _threads())
+        _C.attention_forward(*rows, flat, out, lse, _threads())
     return out, lse
 
 
@@ -97,13 +96,13 @@ def attention_backward(
     except ValueError:
         rows = (grad_out, q, k, v, out)
         flat_rows = [_last_contiguous(x) for x in rows]
-        sums = (grad_lse, lse)
-        flat_sums = [x if x is None else x.contiguous() for x in sums]
+        flat_grad_lse, flat_lse = None if grad_lse is None else grad_lse.contiguous(), lse.contiguous()
         flat = _contiguous(scores)
-        pairs = zip((*flat_rows, *flat_sums, flat), (*rows, *sums, scores), strict=True)
+        pairs = zip((*flat_rows, flat_grad_lse, flat_lse, flat), (*rows, grad_lse, lse, scores), strict=True)
         if all(x is y for x, y in pairs):
             raise
-        _C.attention_backward(flat_rows[0], flat_sums[0], *flat_rows[1:], flat_sums[1], flat, *results)
+        flat_grad_out, flat_q, flat_k, flat_v, flat_out = flat_rows
+        _C.attention_backward(flat_grad_out, flat_grad_lse, flat_q, flat_k, flat_v, flat_out, flat_lse, flat, *results)
     found = [q.new_empty(0) if x is None else x for x in (grad_q, grad_k, grad_v)]
     if bias is None or grad_bias is None:
         return found[0], found[1], found[2], q.new_empty(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 _module: ModuleType | None = None
 _error: str | None = None
@@ -28,3 +29,18 @@ def extension() -> ModuleType:
     if _module is None:
         raise ImportError(_error)
     return _module
+
+
+if TYPE_CHECKING:
+    from ... import _C as _C
+else:
+
+    def __getattr__(name: str) -> Any:
+        """``_C``, the module that `extension` returns, with the types of its stub.
+
+        Raises:
+            ImportError: as `extension`.
+        """
+        if name != "_C":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return extension()

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ...cells import CELLS, Weights, accumulate_dtype
-from .extension import extension
+from .extension import _C
 from .recurrence import gradient
 
-_C = extension()
 _empty = torch.empty
 _empty_like = torch.empty_like
 _threads = torch.get_num_threads

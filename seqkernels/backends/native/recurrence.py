@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from ...cells import CELLS, CONSTANTS, Weights, accumulate_dtype
-from .extension import extension
-
-_C = extension()
+from .extension import _C
 
 
+@overload
+def last_contiguous(x: Tensor) -> Tensor: ...
+@overload
+def last_contiguous(x: Tensor | None) -> Tensor | None: ...
 def last_contiguous(x: Tensor | None) -> Tensor | None:
     """`x`, copied only where its last dimension is not contiguous."""
     return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

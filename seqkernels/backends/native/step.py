@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ...cells import CELLS, accumulate_dtype
-from .extension import extension
+from .extension import _C
 from .recurrence import gradient
 
-_C = extension()
 _C.set_plain_types(Tensor, torch.nn.Parameter)
 _empty_like = torch.empty_like
 _threads = torch.get_num_threads
@@ -78,8 +77,8 @@ def step_backward(
     input: Tensor,
     hidden: Tensor | None,
     cells: Tensor | None,
-    weights: Sequence[Tensor | None],
-    saved: Sequence[Tensor | None],
+    weights: Sequence[Any],
+    saved: Sequence[Any],
     cell: str,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
@@ -93,7 +92,7 @@ def step_backward(
     """
     next_hidden, next_cells, reserve = saved
     weight_ih, weight_hh, _, _ = weights
-    results = [
+    results: list[Tensor | None] = [
         _gradient(x) if need and x is not None else None
         for x, need in zip((input, hidden, cells, *weights), needs, strict=True)
     ]
@@ -111,7 +110,13 @@ def step_backward(
         next_hidden,
         next_cells,
         reserve,
-        *results,
+        results[0],
+        results[1],
+        results[2],
+        results[3],
+        results[4],
+        results[5],
+        results[6],
         _threads(),
     )
     return results
