@@ -142,6 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, instruction sets, and each backend: available or why not")
     info.add_argument("--json", action="store_true", help="as JSON, the same content")
+    info.add_argument(
+        "--check", action="store_true", help="also run every implementation on small cases, and say what is wrong"
+    )
     ahead = commands.add_parser(
         "compile",
         help="compile every Triton kernel as it is shipped, without a GPU, and hold it to the reviewed budget",
@@ -168,7 +171,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(_compiled(architectures, options.only, options.json))
         raise SystemExit(_compile(architectures or ARCHITECTURES.split(","), options.only, options.json))
     found = collect()
+    if options.check:
+        raise SystemExit(_check(found, options.json))
     print(json.dumps(found, indent=2) if options.json else render(found))
+
+
+def _check(info: dict[str, Any], as_json: bool) -> int:
+    """``python -m seqkernels info --check``; 1 where something is wrong."""
+    from .testing import doctor
+    from .testing.selftest import selftest
+
+    if as_json:
+        found = doctor.diagnose(selftest())
+        print(json.dumps({**info, "check": doctor.as_dict(found)}, indent=2))
+        return 0 if found.healthy else 1
+    print(render(info), "", sep="\n")
+    rows = []
+    if backends.backend("numba").unavailable() is None:
+        print("numba compiles its kernels where its cache has none: half a minute then, once", flush=True)
+    for row in selftest():
+        print(doctor.render(row), flush=True)
+        rows.append(row)
+    found = doctor.diagnose(rows)
+    print("", *(f"{'!!' if advice.broken else '--'} {advice.text}" for advice in found.advice), sep="\n")
+    print(found.verdict)
+    return 0 if found.healthy else 1
 
 
 def _add_explore(commands: Any) -> None:

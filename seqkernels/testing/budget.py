@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,38 +42,75 @@ def assert_within_budget(
     Raises:
         AssertionError: with the errors, what was allowed, and where the largest one is.
     """
-    assert actual.shape == oracle.shape, f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}"
+    problem = judge(actual, oracle, baseline, name).problem
+    if problem is not None:
+        raise AssertionError(problem)
+
+
+class Judgement(NamedTuple):
+    """How close a result is to the oracle.
+
+    Attributes:
+        share: the error as a share of what is allowed, the larger of those in the maximum and in the root mean
+            square; infinite where there is none, at another shape or other numbers that are not finite.
+        problem: ``None`` within the budget, else what is wrong.
+    """
+
+    share: float
+    problem: str | None
+
+
+def judge(
+    actual: Tensor,
+    oracle: Tensor,
+    baseline: Tensor | Sequence[Tensor],
+    name: str = "result",
+    times: int | None = None,
+) -> Judgement:
+    """What `assert_within_budget` asserts, which has the other arguments.
+
+    Args:
+        actual, oracle, baseline, name: see there.
+        times: how many times torch's own error the error may be; `TIMES` by default, one more for float64.
+    """
+    if actual.shape != oracle.shape:
+        return Judgement(torch.inf, f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(actual.shape)}")
     if actual.numel() == 0:
-        return
+        return Judgement(0.0, None)
     eps = torch.finfo(actual.dtype).eps
     value, exact = actual.detach().double(), oracle.detach().double()
     finite = exact.isfinite()
     same = torch.where(finite, value.isfinite(), (value == exact) | (value.isnan() & exact.isnan()))
     if not bool(same.all()):
         where = tuple((~same).nonzero()[0].tolist())
-        raise AssertionError(
+        return Judgement(
+            torch.inf,
             f"{name}: {int((~same).sum())} of {same.numel()} elements differ from the reference in being NaN or"
-            f" infinite, the first at {where}: {value[where].item()} instead of {exact[where].item()}"
+            f" infinite, the first at {where}: {value[where].item()} instead of {exact[where].item()}",
         )
     exact = torch.where(finite, exact, 0)
     error = torch.where(finite, value - exact, 0).abs()
-    factor = TIMES + 1 if actual.dtype == torch.float64 else TIMES
+    factor = (TIMES if times is None else times) + (actual.dtype == torch.float64)
     own = []
     for other in (baseline,) if isinstance(baseline, Tensor) else baseline:
         ratio = eps / torch.finfo(other.dtype).eps if actual.dtype == torch.float64 else 1.0
         difference = torch.where(finite, other.detach().double() - exact, 0).abs()
         own.append(torch.where(difference.isfinite(), difference, 0) * ratio)
+    share = 0.0
     for what, reduce in (("max", lambda x: x.max().item()), ("rms", lambda x: x.square().mean().sqrt().item())):
         worst = max(map(reduce, own))
         allowed = factor * worst + eps * reduce(exact.abs())
         found = reduce(error)
+        share = max(share, found / allowed if allowed else torch.inf if found else 0.0)
         if found > allowed:
             where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-            raise AssertionError(
+            return Judgement(
+                share,
                 f"{name}: {what} error {found:.3g} is over the budget {allowed:.3g} in {actual.dtype} (torch's own"
                 f" error {worst:.3g}, size of the result {reduce(exact.abs()):.3g}); the largest error is at {where}:"
-                f" {value[where].item():.9g} instead of {exact[where].item():.9g}"
+                f" {value[where].item():.9g} instead of {exact[where].item():.9g}",
             )
+    return Judgement(share, None)
 
 
 def evaluate(
@@ -199,8 +236,8 @@ def _check(
             _known.clear()
         dtypes = (torch.float32, torch.float64) if dtype == torch.float64 else (dtype,)
         with threads(1):
-            own = [_run(baseline, to, draws, grads, options) for baseline in baselines for to in dtypes]
-            _known[key] = _run(oracle, torch.float64, draws, grads, options), own
+            own = [evaluate_in(baseline, to, draws, grads, options) for baseline in baselines for to in dtypes]
+            _known[key] = evaluate_in(oracle, torch.float64, draws, grads, options), own
     expected, own = _known[key]
     given = draws[0]._asdict() | dict(options)
     for name, value in actual.items():
@@ -234,7 +271,7 @@ def _digest(tensors: Sequence[Tensor | None], rest: object) -> str:
     return digest.hexdigest()
 
 
-def _run(
+def evaluate_in(
     fn: Contract,
     dtype: torch.dtype,
     draws: Sequence[RecurrenceInputs | AttentionInputs],
