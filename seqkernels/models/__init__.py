@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._model import Model
+from .bert import BERT, BERTConfig, mask_tokens
 from .forecaster import Forecaster, ForecasterConfig
 from .generation import beam_search, draw, sample
 from .gpt import GPT, GPTConfig
@@ -11,7 +12,9 @@ from .seq2seq import Seq2Seq, Seq2SeqConfig
 from .training import Training
 
 __all__ = [
+    "BERT",
     "GPT",
+    "BERTConfig",
     "Forecaster",
     "ForecasterConfig",
     "GPTConfig",
@@ -23,5 +26,6 @@ __all__ = [
     "Training",
     "beam_search",
     "draw",
+    "mask_tokens",
     "sample",
 ]
