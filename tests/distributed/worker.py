@@ -45,12 +45,15 @@ def serve(connection: Connection, rank: int, world: int, store: str) -> None:
             path, name, arguments = connection.recv()
         except EOFError:
             break
+        answer = None
         try:
             getattr(_load(path), name)(*arguments)
         except BaseException:
-            connection.send(f"process {rank} of {world}\n{traceback.format_exc()}")
-        else:
-            connection.send(None)
+            answer = f"process {rank} of {world}\n{traceback.format_exc()}"
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            break  # another one had an error before
     dist.destroy_process_group()
 
 
