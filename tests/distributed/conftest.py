@@ -12,6 +12,15 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("worker.py")
+#: Imported once for all processes; what DTensor imports when it is first used, too.
+PRELOADED = [
+    "pytest",
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "seqkernels.testing",
+]
 #: Longer than the processes wait for one another.
 SECONDS = 100
 
@@ -58,9 +67,8 @@ class World:
         self.processes, self.connections = [], []
 
     def _start(self) -> None:
-        # The torch of all processes is imported once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "seqkernels.testing"])
+        context.set_forkserver_preload(PRELOADED)
         self.starts += 1
         store = self.folder / f"store{self.size}.{self.starts}"
         for rank in range(self.size):

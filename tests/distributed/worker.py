@@ -39,6 +39,8 @@ def serve(connection: Connection, rank: int, world: int, store: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    # Of options that numba has not, in an installation without the compiled module.
+    warnings.filterwarnings("ignore", ".*on the slow reference implementation")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=PATIENCE)
     while True:
         try:
