@@ -135,6 +135,11 @@ def check(
     if x.dtype != weight_ih.dtype and not torch._C._is_any_autocast_enabled():
         raise RuntimeError(f"input: expected the dtype of the parameters, {weight_ih.dtype}, got {x.dtype}")
     if batch_sizes is not None:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "batch_sizes: torch.export cannot trace packed data, whose sizes are values; expected None, for which"
+                " pass a padded Tensor with lengths="
+            )
         if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
             raise RuntimeError(
                 "batch_sizes: expected a 1-dimensional torch.int64 tensor on the CPU,"

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _sequences
 from ._options import LISTS, Options, Tensors, Trace, zoneout_of
 from .cells import CELLS, NORM_EPS, RESET, Weights
+from .ops import _eager
 from .ops.layer import layer
 from .ops.recurrence import recurrence
 from .ops.step import step as quick_step
@@ -60,6 +61,9 @@ def run(
         The output in the form of the input, the S final states, and with ``return_states`` or ``return_gates`` a
         list of `Trace`, for each layer and direction.
     """
+    if _eager.exporter is not None:
+        settings = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        return _eager.exporter.run(cell, x, batch_sizes, hx, params, *settings, options)
     if torch._C._is_any_autocast_enabled():
         device = x.device.type
         low = autocast_dtype(device)
@@ -463,6 +467,8 @@ def step(
         states: S states (B, H), or ``None`` for zeros.
         weight_ih, weight_hh, bias_ih, bias_hh: (G*H, I), (G*H, H), (G*H,) and (G*H,) or ``None``.
     """
+    if _eager.exporter is not None:
+        return _eager.exporter.step(cell, x, states, weight_ih, weight_hh, bias_ih, bias_hh)
     if torch._C._is_any_autocast_enabled():
         device = x.device.type
         low = autocast_dtype(device)

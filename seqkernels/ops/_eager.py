@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,23 @@ _tracing_state = torch._C._get_tracing_state
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
+class Exporter(Protocol):
+    """What writes a traced program in the terms of another format, in place of ops that the format has not."""
+
+    def run(self, *args: Any) -> tuple[Any, ...]:
+        """Stand in for `seqkernels._recurrent.run`."""
+
+    def step(self, *args: Any) -> tuple[Tensor, ...]:
+        """Stand in for `seqkernels._recurrent.step`."""
+
+    def attend(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """Stand in for `seqkernels.ops.attention.attend`."""
+
+
+#: Set by an integration while it exports, else ``None``.
+exporter: Exporter | None = None
+
+
 def undisturbed() -> bool:
     """Whether nothing listens: no compilation, tracing, dispatch mode, functional transform, forward-mode gradient."""
     return not (
@@ -34,9 +51,12 @@ def undisturbed() -> bool:
 
 
 def transformed() -> bool:
-    """Whether ``torch.func``, forward-mode gradients or ``torch.jit.trace`` look on, which plain operations serve."""
+    """Whether ``torch.func``, forward-mode gradients, ``torch.jit.trace`` or an exporter to a format without our ops
+    look on, which plain operations serve.
+    """
     if _is_compiling():
-        return torch._C._are_functorch_transforms_active()  # which dynamo knows by this name
+        # The first of them by the name that dynamo knows.
+        return torch._C._are_functorch_transforms_active() or exporter is not None
     return _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None
 
 

@@ -19,6 +19,7 @@ from .. import backends
 from ..cells import accumulate_dtype
 from ..precision import torch_products
 from ..scores import UNBOUNDED, Scores
+from . import _eager
 from ._eager import (
     as_in_forward,
     batched,
@@ -322,11 +323,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Ten
     if bias is not scores.bias or sink is not scores.sink or slopes is not scores.alibi_slopes:
         scores = scores._replace(bias=bias, sink=sink, alibi_slopes=slopes)
     module = _compiled(q, k, v, scores)
+    if module is None and _eager.exporter is not None:
+        return _eager.exporter.attend(q, k, v, scores)
     if module is None and transformed():
-        from ..backends.reference.attention import attention as reference
-
         backends.note("torch.func, forward mode or tracing: attention with its (M, N) weights in memory")
-        return reference(q, k, v, scores)
+        return attend_densely(q, k, v, scores)
     if torch.is_grad_enabled() and records(q, k, v, bias, sink):
         if scores.block_table is not None:
             raise ValueError(
@@ -345,6 +346,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Ten
         found = module.attention_forward(q, k, v, scores)
         return found
     return forward_op(q, k, v, *scores.pack())
+
+
+def attend_densely(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """`attend` as operations that every transform and exporter knows, with the (M, N) weights in memory."""
+    from ..backends.reference.attention import attention as reference
+
+    return reference(q, k, v, scores)
 
 
 def plain_weights(q: Tensor, k: Tensor, lse: Tensor, scores: Scores, average: bool) -> Tensor:
