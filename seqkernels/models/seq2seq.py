@@ -134,21 +134,28 @@ class Seq2Seq(Model):
 
         Args:
             source: (B, N) int64 token ids, padded at the end.
-            lengths: (B,) int64 on the CPU, the number of tokens of each source, at least 1.
+            lengths: (B,) int64, the number of tokens of each source, at least 1; for torch's layers on the CPU, for
+                those of seqkernels on any device.
 
         Returns:
             What the decoder sees, ``None`` without attention, and the state it starts from.
         """
         embedded = self.dropout(self.embedding(source))
-        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
-        states, ends = self.encoder(packed)
+        if isinstance(self.encoder, seqkernels_nn.RNN | seqkernels_nn.LSTM | seqkernels_nn.GRU):
+            # Without packing, whose sizes depend on values, torch.compile and torch.export see one graph. Dropout
+            # draws the masks of torch's layer for memory that is laid out like its output.
+            hidden, ends = self.encoder(embedded, lengths=lengths.to(source.device))
+            hidden = hidden.contiguous()
+        else:
+            packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+            states, ends = self.encoder(packed)
+            hidden, _ = pad_packed_sequence(states, batch_first=True, total_length=source.shape[1])
         ends = torch.cat([end for part in (ends if isinstance(ends, tuple) else (ends,)) for end in part], dim=-1)
         start = self.bridge(ends).tanh().unsqueeze(0).split(self.config.hidden_size, dim=-1)
         # As cuDNN wants it.
         start = tuple(part.contiguous() for part in start)
         if self.attention is None:
             return None, State(*start)
-        hidden, _ = pad_packed_sequence(states, batch_first=True, total_length=source.shape[1])
         positions = torch.arange(source.shape[1], device=source.device)
         mask = positions < lengths.to(source.device)[:, None, None]
         return Memory(self.dropout(hidden), mask), State(*start)
