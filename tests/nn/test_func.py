@@ -1,0 +1,114 @@
+"""``torch.func`` over layers: ensembles, gradients of each sample, forward mode, against a loop over torch's layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+
+import seqkernels
+
+from ..twins import leaves
+
+# Torch's own, of the first dual tensor.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+
+
+class Attend(nn.MultiheadAttention):
+    """Self-attention as a function of one tensor."""
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, x, x)
+
+
+class OurAttend(seqkernels.nn.MultiheadAttention):
+    """Likewise."""
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, x, x)
+
+
+def encoder(layers: Any) -> nn.Module:
+    return layers.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+
+
+MODULES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "rnn": (lambda layers: layers.RNN(4, 3, nonlinearity="relu"), (3, 2, 4)),
+    "gru": (lambda layers: layers.GRU(4, 3, bidirectional=True, bias=False), (3, 2, 4)),
+    "lstm": (lambda layers: layers.LSTM(4, 3, 2, proj_size=2), (3, 2, 4)),
+    "rnn cell": (lambda layers: layers.RNNCell(4, 3), (2, 4)),
+    "gru cell": (lambda layers: layers.GRUCell(4, 3), (2, 4)),
+    "lstm cell": (lambda layers: layers.LSTMCell(4, 3), (2, 4)),
+    "attention": (lambda layers: (Attend if layers is nn else OurAttend)(4, 2), (3, 2, 4)),
+    "encoder": (encoder, (3, 2, 4)),
+}
+
+
+@pytest.fixture(params=MODULES)
+def case(request: pytest.FixtureRequest) -> tuple[list[nn.Module], list[nn.Module], Tensor]:
+    """Three modules of torch with other weights, their twins, and inputs of each, in float64."""
+    torch.manual_seed(0)
+    make, shape = MODULES[request.param]
+    theirs = [make(nn).double() for _ in range(3)]
+    ours = [make(seqkernels.nn).double() for _ in range(3)]
+    for one, twin in zip(ours, theirs, strict=True):
+        one.load_state_dict(twin.state_dict())
+    return ours, theirs, torch.randn(3, *shape, dtype=torch.float64)
+
+
+def call(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    return leaves(functional_call(module, weights, (x,)))
+
+
+def loss(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    return sum((part.square().sum() for part in call(module, weights, x)), x.new_zeros(()))
+
+
+def stacked(results: list[Any]) -> list[Tensor]:
+    return [torch.stack(parts) for parts in zip(*map(leaves, results), strict=True)]
+
+
+def test_many_inputs(case: Any) -> None:
+    ours, theirs, xs = case
+    weights = dict(ours[0].named_parameters())
+    torch.testing.assert_close(vmap(lambda x: call(ours[0], weights, x))(xs), stacked([theirs[0](x) for x in xs]))
+
+
+def test_an_ensemble(case: Any) -> None:
+    ours, theirs, xs = case
+    weights, _ = stack_module_state(ours)
+    expected = stacked([module(x) for module, x in zip(theirs, xs, strict=True)])
+    torch.testing.assert_close(vmap(lambda own, x: call(ours[0], own, x))(weights, xs), expected)
+
+
+def test_gradients_of_each_sample(case: Any) -> None:
+    ours, theirs, xs = case
+    weights = {name: weight.detach() for name, weight in ours[0].named_parameters()}
+    found = vmap(grad(lambda own, x: loss(ours[0], own, x)), (None, 0))(weights, xs)
+    own = list(theirs[0].parameters())
+    names = [name for name, _ in theirs[0].named_parameters()]
+    one_by_one = [torch.autograd.grad(loss(theirs[0], dict(zip(names, own, strict=True)), x), own) for x in xs]
+    torch.testing.assert_close(leaves(found), stacked(one_by_one))
+
+
+def test_forward_mode(case: Any) -> None:
+    """Along weights and input at once: the product of the gradient and the direction."""
+    ours, theirs, xs = case
+    module, x = copy.deepcopy(theirs[0]), xs[0].clone().requires_grad_()
+    weights = {name: weight.detach() for name, weight in ours[0].named_parameters()}
+    along = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    value, tangent = jvp(lambda own, x: loss(ours[0], own, x), (weights, xs[0]), (along, xs[1]))
+    expected = loss(module, dict(module.named_parameters()), x)
+    grads = torch.autograd.grad(expected, [*module.parameters(), x])
+    product = sum((a * b).sum() for a, b in zip(grads, [*along.values(), xs[1]], strict=True))
+    torch.testing.assert_close((value, tangent), (expected.detach(), product))
+
+
+def test_second_order(case: Any) -> None:
+    ours, _, xs = case
+    x = xs[0].requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: loss(ours[0], dict(ours[0].named_parameters()), x), x, fast_mode=True)
