@@ -142,6 +142,10 @@ def convert(model: Module, *, dry_run: bool = False, precision: str | None = Non
     parametrizations too; subclasses and modules whose ``forward`` was replaced are left, since their code may differ,
     but what is inside them is swapped. Calling it again changes nothing more.
 
+    Programs that choose by the types of ``torch.nn`` pass over the swapped layers: of a converted model
+    ``torch.ao.quantization.quantize_dynamic`` quantizes the linear layers and leaves recurrent ones as they are. Call
+    `revert` first; `seqkernels.integrations.opacus` does for Opacus what its types ask for.
+
     Args:
         model: any module, also such a layer itself.
         dry_run: only report. Default: ``False``.
