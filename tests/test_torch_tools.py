@@ -93,3 +93,24 @@ def test_quantization_knows_torchs_layers_alone() -> None:
     seqkernels.revert(model)
     torch.testing.assert_close(model[0](x)[0], expected)
     assert "quantized" in type(torch.ao.quantization.quantize_dynamic(model)[0]).__module__
+
+
+TRANSFORMERS: dict[str, tuple[Callable[[Any], nn.Module], int]] = {
+    "encoder layer": (lambda layers: layers.TransformerEncoderLayer(4, 2, 8), 1),
+    "pre-norm encoder layer": (lambda layers: layers.TransformerEncoderLayer(4, 2, 8, norm_first=True), 1),
+    "decoder layer": (lambda layers: layers.TransformerDecoderLayer(4, 2, 8), 2),
+    "transformer": (lambda layers: layers.Transformer(4, 2, 1, 1, 8), 2),
+}
+
+
+# Of torch's encoder, on a path that it does not take.
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_autocast_gives_the_dtypes_of_torch(name: str, dtype: torch.dtype, train: bool) -> None:
+    make, count = TRANSFORMERS[name]
+    args = [torch.randn(3, 2, 4, dtype=dtype) for _ in range(count)]
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
+        ours, theirs = (make(layers).train(train)(*args) for layers in (seqkernels.nn, nn))
+    assert ours.dtype == theirs.dtype
