@@ -9,7 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from tqdm import tqdm
 
+from seqkernels.models import GPTConfig
 from seqkernels.testing import threads
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -21,7 +23,7 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-forecast, gradients = load("forecast"), load("gradients")
+forecast, gradients, positions = map(load, ("forecast", "gradients", "positions"))
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +150,42 @@ def test_recall_is_learned_where_gates_are_open(open_: bool) -> None:
     assert share > 0.9 if open_ else share < 0.6
 
 
-@pytest.mark.parametrize(("example", "option"), [(forecast, "--updates"), (gradients, "--steps")])
+def test_positions_and_their_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    positions.main(["--quick", "--picture", str(tmp_path / "positions.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-4:] == ["16", "32", "64", "128"]
+    rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[2:7]}
+    assert list(rows) == list(positions.POSITIONS)
+    for values in rows.values():
+        assert all(50 < value < 300 for value in values)
+    assert (tmp_path / "positions.png").stat().st_size > 10_000
+
+
+def test_losses_in_pieces() -> None:
+    """Pieces of a round of a text that repeats itself are all the same, and know nothing of one another."""
+    data, config = torch.arange(4000) % 8, GPTConfig(8, 64, 16, 1, 2, positions="sinusoidal")
+    with tqdm(total=20, disable=True) as bar:
+        model = positions.train(config, data, 8, 20, bar)
+    long, pieces = positions.read(model, data, 64, 2), positions.read(model, data, 8, 2)
+    assert long.shape == pieces.shape == (64,)
+    torch.testing.assert_close(pieces, pieces[:8].repeat(8))
+    torch.testing.assert_close(long[:8], pieces[:8])
+    assert not torch.allclose(long[8:], pieces[8:], rtol=1e-3)
+
+
+def test_only_what_gains_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
+    near, far = torch.full((64,), 3.0), torch.full((64,), 3.1)
+    positions.report({"alibi": {8: far, 64: near}, "none": {8: near, 64: far}})
+    assert "than those trained on: alibi." in capsys.readouterr().out
+    positions.report({"none": {8: near, 64: far}})
+    text = capsys.readouterr().out
+    assert "multiply the perplexity: none 1.105." in text
+    assert "than those trained on: not one." in text
+
+
+@pytest.mark.parametrize(
+    ("example", "option"), [(forecast, "--updates"), (gradients, "--steps"), (positions, "--length")]
+)
 def test_counts_are_checked(example: ModuleType, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         example.main([option, "0"])
