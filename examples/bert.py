@@ -99,13 +99,13 @@ def confusion(model: BERT, tokens: Tensor, lengths: Tensor, targets: Tensor) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Pretrain, fine-tune, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="of pretraining, of each model (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of pretraining, of each model (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps of a small model: does it run")
     parser.add_argument("--picture", type=Path, default=Path("report/bert.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
-    quick, full = (5, 340, 32, 16, 4, 40, 20), (1, 2048, 128, 128, 16, options.steps, 400)
+    quick, full = (5, 340, 32, 16, 4, 40, 20), (1, 2048, 128, 128, 16, options.steps, 200)
     every, vocab_size, size, context, batch, steps, tuning = quick if options.quick else full
     library = stdlib_text.read_library(every)
     tokenizer = train_tokenizer(library.texts, "bpe", vocab_size, SPECIAL)
