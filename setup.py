@@ -94,7 +94,7 @@ class CMakeBuild(build_ext):
         return build
 
     def get_outputs(self) -> list[str]:
-        return [str(p) for p in (Path(self.build_lib) / "seqkernels").glob("_C*")]
+        return [str(p) for p in (Path(self.build_lib) / "seqkernels").glob("_C*") if p.suffix in (".so", ".pyd")]
 
 
 setup(ext_modules=[Extension("seqkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

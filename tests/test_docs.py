@@ -58,7 +58,9 @@ def blocks(page: Path, language: str) -> list[re.Match[str]]:
     return [match for match in FENCE.finditer(page.read_text()) if match[1] == language]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in torch.compile
+# torch's own, in torch.compile and torch.onnx
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_python_blocks_run(page: Path, pure: bool) -> None:
     name = name_of(page)

@@ -1,17 +1,25 @@
-"""Differentially private training: layers of seqkernels for Opacus.
+"""Differentially private training: layers of seqkernels for Opacus, in two ways.
 
-Opacus takes the gradients of each sample from hooks on layers. A hook on a recurrent layer sees no gradient of its
-final states, nor one on attention its masks, so that Opacus has layers of its own for ``torch.nn``'s and puts them in
-by type. `register` tells it which of them stand for those of `seqkernels.nn`; without it Opacus fails at the backward
-pass of such a layer. They are made of plain linear layers and loops, and no faster than they are for ``torch.nn``.
+`sample_gradients` keeps the layers: the fused kernels run for one sample at a time, and what they give is where
+Opacus' optimizer looks for it.
+
+`register` lets Opacus put in its own. Opacus takes the gradients of each sample from hooks on layers. A hook on a
+recurrent layer sees no gradient of its final states, nor one on attention its masks, so that Opacus has layers of its
+own for ``torch.nn``'s and puts them in by type; it has to be told which of them stand for those of `seqkernels.nn`;
+without it Opacus fails at the backward pass of such a layer. They are made of plain linear layers and loops, and no
+faster than they are for ``torch.nn``.
 
 Where gradients of each sample are wanted by themselves, ``torch.func.vmap(torch.func.grad(loss))`` needs no Opacus.
+
+Source: Abadi et al., "Deep Learning with Differential Privacy", 2016.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention  # type: ignore[import-untyped]
 from opacus.validators.errors import (  # type: ignore[import-untyped]
     NotYetSupportedModuleError,
@@ -19,6 +27,7 @@ from opacus.validators.errors import (  # type: ignore[import-untyped]
     UnsupportedModuleError,
 )
 from opacus.validators.utils import register_module_fixer, register_module_validator  # type: ignore[import-untyped]
+from torch import Tensor
 from torch.nn import Module
 
 from .. import nn
@@ -43,6 +52,48 @@ def register() -> None:
     layers = [*_RECURRENT, nn.MultiheadAttention]
     register_module_validator(layers)(validate)
     register_module_fixer(layers)(fix)
+
+
+def sample_gradients(model: Module, loss: Callable[..., Tensor], *batch: Tensor) -> Tensor:
+    """Gradients of each sample by the model's own layers, in ``grad_sample`` of each parameter that requires one.
+
+    Args:
+        model: any module; of ``opacus.GradSampleModule`` that in ``grad_sample_mode="no_op"``.
+        loss: of a batch of one sample: ``loss(model, *samples)`` is one number.
+        batch: tensors whose first dimension are the B samples.
+
+    Returns:
+        The losses (B,), without gradient. Parameters have (B, ...) in ``grad_sample``, which replaces what was there;
+        one that the loss does not reach has zeros. Their ``grad`` stays what it is.
+
+    Raises:
+        ValueError: there is no batch, or its parts have different numbers of samples, or a loss is not one number.
+
+    Example:
+        >>> wrapped = opacus.grad_sample.GradSampleModuleNoOp(model)
+        >>> optimizer = opacus.optimizers.DPOptimizer(
+        ...     optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=32, loss_reduction="sum"
+        ... )
+        >>> losses = sample_gradients(wrapped, loss, inputs, targets)
+        >>> optimizer.step()
+    """
+    sizes = {len(part) for part in batch}
+    if len(sizes) != 1:
+        raise ValueError(f"batch: expected tensors with one number of samples, got {sorted(sizes) or 'none'}")
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    found = [weight.new_zeros(len(batch[0]), *weight.shape) for weight in weights]
+    losses = []
+    for number in range(len(batch[0])):
+        value = loss(model, *(part[number : number + 1] for part in batch))
+        if value.dim() != 0:
+            raise ValueError(f"loss: expected one number, got {tuple(value.shape)}")
+        losses.append(value.detach())
+        for grads, grad in zip(found, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
+            if grad is not None:
+                grads[number] = grad
+    for weight, grads in zip(weights, found, strict=True):
+        weight.grad_sample = grads  # type: ignore[attr-defined]
+    return torch.stack(losses) if losses else batch[0].new_zeros(0, dtype=torch.get_default_dtype())
 
 
 def _lacking(module: Module) -> list[str]:

@@ -16,7 +16,7 @@ opacus = pytest.importorskip("opacus")
 
 from opacus.validators import ModuleValidator  # noqa: E402
 
-from seqkernels.integrations.opacus import register  # noqa: E402
+from seqkernels.integrations.opacus import register, sample_gradients  # noqa: E402
 
 # Of Opacus' hooks on a model whose input needs no gradient.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -95,3 +95,56 @@ def test_options_that_opacus_lacks_are_named() -> None:
         "seqkernels.nn.LSTM: Opacus has no right layer with proj_size, zoneout",
         "seqkernels.nn.MultiheadAttention: Opacus has no right layer with batch_first",
     ]
+
+
+def test_gradients_of_each_sample_by_our_own_layers() -> None:
+    torch.manual_seed(0)
+    model = Recurrent()
+    model.unused = nn.Linear(2, 2)
+    frozen = model.gru.weight_hh_l0.requires_grad_(False)
+    x, target = torch.randn(4, 5, 3), torch.randn(4)
+
+    def loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        return (model(x) - target).square().sum()
+
+    wrapped = opacus.grad_sample.GradSampleModuleNoOp(model, batch_first=True, loss_reduction="sum")
+    optimizer = opacus.optimizers.DPOptimizer(
+        torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=0.5,
+        expected_batch_size=4,
+        loss_reduction="sum",
+    )
+    losses = sample_gradients(wrapped, loss, x, target)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    torch.testing.assert_close(losses, (model(x) - target).square().detach(), rtol=1e-5, atol=1e-6)
+    rows = [[torch.zeros_like(weight) for weight in weights.values()] for _ in range(4)]
+    for row, grads in enumerate(rows):
+        loss(model, x[row : row + 1], target[row : row + 1]).backward()
+        for number, weight in enumerate(weights.values()):
+            if weight.grad is not None:
+                grads[number], weight.grad = weight.grad, None
+    for number, (name, weight) in enumerate(weights.items()):
+        assert torch.equal(weight.grad_sample, torch.stack([grads[number] for grads in rows])), name
+    assert not hasattr(frozen, "grad_sample") or frozen.grad_sample is None
+
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer.step()
+    norms = [torch.cat([grad.flatten() for grad in grads]).norm() for grads in rows]
+    for number, (name, weight) in enumerate(weights.items()):
+        clipped = sum(
+            grads[number] * min(1.0, 0.5 / (norm.item() + 1e-6)) for grads, norm in zip(rows, norms, strict=True)
+        )
+        torch.testing.assert_close(weight, before[name] - 0.1 * clipped)
+
+
+def test_samples_and_losses_are_checked() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"batch: expected tensors with one number of samples, got \[2, 3\]"):
+        sample_gradients(model, lambda *_: torch.zeros(()), torch.zeros(2, 2), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"batch: .* got none"):
+        sample_gradients(model, lambda *_: torch.zeros(()))
+    with pytest.raises(ValueError, match=r"loss: expected one number, got \(1, 2\)"):
+        sample_gradients(model, lambda model, x: model(x), torch.zeros(2, 2))
+    assert sample_gradients(model, lambda model, x: model(x).sum(), torch.zeros(0, 2)).shape == (0,)
+    assert model.weight.grad_sample.shape == (0, 2, 2)
