@@ -143,8 +143,9 @@ def convert(model: Module, *, dry_run: bool = False, precision: str | None = Non
     but what is inside them is swapped. Calling it again changes nothing more.
 
     Programs that choose by the types of ``torch.nn`` pass over the swapped layers: of a converted model
-    ``torch.ao.quantization.quantize_dynamic`` quantizes the linear layers and leaves recurrent ones as they are. Call
-    `revert` first; `seqkernels.integrations.opacus` does for Opacus what its types ask for.
+    ``torch.ao.quantization.quantize_dynamic`` quantizes the linear layers and leaves recurrent ones as they are, with a
+    warning from each; a ``qconfig`` for them is refused. Call `revert` first; `seqkernels.integrations.opacus` does for
+    Opacus what its types ask for.
 
     Args:
         model: any module, also such a layer itself.
@@ -198,5 +199,6 @@ def revert(model: Module) -> Report:
     """
     report = _swap(model, {ours: theirs for theirs, ours in _TWINS.items()}, False)
     for swap in report.swapped:
-        vars(model.get_submodule(swap.name)).pop("precision", None)
+        for name in ("precision", "qconfig"):
+            vars(model.get_submodule(swap.name)).pop(name, None)
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_quantization_knows_torchs_layers_alone() -> None:
     x = torch.randn(5, 2, 3)
     expected = model[0](x)[0]
     seqkernels.convert(model)
-    quantized = torch.ao.quantization.quantize_dynamic(model)
+    with pytest.warns(UserWarning, match=r"seqkernels\.nn\.LSTM is not quantized, it stays in floating point"):
+        quantized = torch.ao.quantization.quantize_dynamic(model)
     assert type(quantized[0]) is seqkernels.nn.LSTM
     assert quantized[0].weight_hh_l0.dtype == torch.float32
     assert "Quantized" in type(quantized[1]).__name__ or "quantized" in type(quantized[1]).__module__
@@ -93,6 +95,28 @@ def test_quantization_knows_torchs_layers_alone() -> None:
     seqkernels.revert(model)
     torch.testing.assert_close(model[0](x)[0], expected)
     assert "quantized" in type(torch.ao.quantization.quantize_dynamic(model)[0]).__module__
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "layer", [seqkernels.nn.GRU(3, 4), seqkernels.nn.RNNCell(3, 4), seqkernels.nn.MultiheadAttention(4, 2)]
+)
+def test_quantization_of_our_layers_is_refused(layer: Any) -> None:
+    name = f"seqkernels.nn.{type(layer).__name__}"
+    with pytest.raises(TypeError, match=rf"qconfig: expected None, .*: {re.escape(name)} cannot be quantized; call"):
+        torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {type(layer)})
+    model = nn.Sequential(layer, nn.Linear(4, 4))
+    model.qconfig = torch.ao.quantization.default_qconfig
+    with pytest.raises(TypeError, match="qconfig: expected None"):
+        torch.ao.quantization.prepare(model)
+    assert not hasattr(layer, "qconfig")
+    with pytest.warns(UserWarning, match="is not quantized"):
+        layer.qconfig = None
+    assert copy.deepcopy(layer).qconfig is None
+    seqkernels.revert(model)
+    assert not hasattr(layer, "qconfig")
+    seqkernels.convert(model)
+    assert not hasattr(layer, "qconfig")
 
 
 TRANSFORMERS: dict[str, tuple[Callable[[Any], nn.Module], int]] = {

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import backends
 from .._attention import attend, check_float_mask
 from ..precision import check_precision
+from ._quantization import Refusal
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -45,6 +46,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         >>> layer = seqkernels.nn.MultiheadAttention(64, 4, batch_first=True)
         >>> out, _ = layer(x, x, x, key_padding_mask=padding, need_weights=False)
     """
+
+    qconfig = Refusal()
 
     # Of the class, so that a layer that was torch's has it too.
     precision: str = "ieee"

@@ -11,10 +11,13 @@ from torch.nn.modules.rnn import RNNCellBase
 from .. import functional
 from .._recurrent import step
 from ..ops.step import step as quick_step
+from ._quantization import Refusal
 
 
 class _Cell(RNNCellBase):
     """What the cells share: input with or without a batch, states given or absent."""
+
+    qconfig = Refusal()
 
     def _check(self, input: Tensor, states: dict[str, Tensor]) -> None:
         name = self._get_name()

@@ -23,12 +23,15 @@ from .._recurrent import run
 from .._sequences import check_reset
 from ..cells import CELLS
 from ..precision import check_precision
+from ._quantization import Refusal
 
 _CELLS = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
 class _Layer(RNNBase):
     """What RNN, LSTM and GRU share: one forward pass for every form of input, over weights read by name."""
+
+    qconfig = Refusal()
 
     _input_error = ""
     # Of the class, so that a layer that was torch's has them too.
