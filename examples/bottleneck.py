@@ -19,6 +19,10 @@ from tqdm import tqdm
 
 from seqkernels.models import Seq2Seq, Seq2SeqConfig
 
+if __name__ == "bottleneck":
+    # Pandas asks for a library of this name, and a program's own folder is the first to be looked in.
+    raise ImportError("bottleneck: this is an example, not the library Bottleneck")
+
 SHORTEST, LONGEST = 5, 97
 RATE, BATCH = 3e-3, 32
 PAD, BOS, EOS = range(3)

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import cldr
 import compare_kernels
-import outcome
 import torch
 import torch.nn.functional as F
+import translation_report
 from cldr import Pair
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -205,9 +205,9 @@ def main(arguments: list[str] | None = None) -> None:
     train(runs, data, epochs)
     found = {run.name: translate(run.model, test, tokenizer) for run in runs}
     print("\nHeld-out names:")
-    outcome.print_accuracy(test.pairs, found)
+    translation_report.print_accuracy(test.pairs, found)
     print()
-    outcome.print_examples(test.pairs, found)
+    translation_report.print_examples(test.pairs, found)
     print()
     compare_kernels.main(["--quick"] if options.quick else [])
 
@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     alignment = runs[1].model.align(batch.source, batch.lengths, torch.tensor([[int(batch.target[0, 0]), *ids]]))
     tokens = [[tokenizer.id_to_token(i) for i in row] for row in (batch.source[0].tolist(), [*ids, config.eos])]
     curves = {run.name: (run.seconds, run.losses) for run in runs}
-    outcome.draw(options.picture, curves, alignment[0], *tokens)
+    translation_report.draw(options.picture, curves, alignment[0], *tokens)
     print(f"\nLoss against seconds, and an alignment: {options.picture}")
 
 

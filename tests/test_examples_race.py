@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,19 @@ def load(name: str) -> ModuleType:
         pytest.importorskip(needed)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
-        return importlib.import_module(name)
+        # By another name: there are libraries called like some of them.
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+
+def test_pandas_does_not_take_an_example_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(ImportError, match="this is an example"):
+        importlib.import_module("bottleneck")
 
 
 @pytest.fixture(autouse=True)

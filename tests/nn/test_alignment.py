@@ -35,7 +35,7 @@ def draw(*batch: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def formula(weight: Tensor, y: Tensor, h: Tensor, mask: Tensor | None) -> Tensor:
-    scores = torch.einsum("...my,yh,...nh->...mn", y, weight, h)
+    scores = y @ weight @ h.mT
     return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ h
 
 
@@ -124,7 +124,7 @@ def over_first_dimension(weight: Tensor, y: Tensor, h: Tensor) -> Tensor:
 
 def competing(weight: Tensor, y: Tensor, h: Tensor, keep: Tensor | None) -> Tensor:
     """The same, batched and masked."""
-    scores = torch.einsum("...my,yh,...nh->...mn", y, weight, h)
+    scores = y @ weight @ h.mT
     if keep is None:
         return scores.softmax(-2) @ h
     return scores.masked_fill(~keep, -1e30).softmax(-2).masked_fill(~keep, 0) @ h
