@@ -92,7 +92,7 @@ def draw(path: Path, lengths: list[int], accuracies: dict[str, list[float]], run
 def main(arguments: list[str] | None = None) -> None:
     """Train both, measure by length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="of training, of each model (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="of training, of each model (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps of small models: does it run")
     parser.add_argument("--picture", type=Path, default=Path("report/bottleneck.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
