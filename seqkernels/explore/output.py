@@ -75,7 +75,7 @@ def show(found: Exploration, console: Console | None = None) -> None:
     """
     console = console or _console()
     for part in _parts(found):
-        console.print(part)
+        console.print(part, markup=False, emoji=False, highlight=False)  # tokens are no markup
 
 
 def _console() -> Console:
@@ -83,8 +83,7 @@ def _console() -> Console:
         from rich.console import Console
     except ImportError as error:
         raise ImportError(f"tables are drawn by rich: {error}; {_NEEDS}") from error
-    # Tokens are no markup.
-    return Console(markup=False, emoji=False, highlight=False)
+    return Console()
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -192,7 +191,7 @@ def picture(found: Exploration, path: str) -> None:
             image = _heat_map(axis, values, found.tokens, 0.0 if name in _SHARES else largest)
             axis.set_title(_words(name), fontsize=9)
             if name in _OF_QUERIES:
-                axis.set_yticks(range(len(found.tokens)), found.tokens, fontsize=8)
+                axis.set_yticks(range(len(found.tokens)), found.tokens, fontsize=8, parse_math=False)
             scales[name in _SHARES] = image
         for _, image in sorted(scales.items()):
             part.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
@@ -225,7 +224,8 @@ def _heat_map(axis: Any, values: Tensor, tokens: Sequence[str], largest: float) 
     shown = values.double().masked_fill(~values.isfinite(), torch.nan).numpy()
     low, high = (-largest, largest) if largest else (0.0, 1.0)
     image = axis.imshow(shown, cmap="RdBu_r" if largest else "viridis", vmin=low, vmax=high, aspect="auto")
-    axis.set_xticks(range(len(tokens)), tokens, fontsize=8, rotation=90 if max(map(len, tokens)) > 4 else 0)
+    rotation = 90 if max(map(len, tokens)) > 4 else 0
+    axis.set_xticks(range(len(tokens)), tokens, fontsize=8, rotation=rotation, parse_math=False)
     axis.set_yticks([])
     if shown.size <= _CELLS_WITH_NUMBERS:
         for (i, j), value in np.ndenumerate(shown):
