@@ -16,19 +16,23 @@ Source: Abadi et al., "Deep Learning with Differential Privacy", 2016.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention  # type: ignore[import-untyped]
-from opacus.validators.errors import (  # type: ignore[import-untyped]
-    NotYetSupportedModuleError,
-    ShouldReplaceModuleError,
-    UnsupportedModuleError,
-)
-from opacus.validators.utils import register_module_fixer, register_module_validator  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import Module
+
+try:
+    from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention  # type: ignore[import-untyped]
+    from opacus.validators.errors import (  # type: ignore[import-untyped]
+        NotYetSupportedModuleError,
+        ShouldReplaceModuleError,
+        UnsupportedModuleError,
+    )
+    from opacus.validators.utils import register_module_fixer, register_module_validator  # type: ignore[import-untyped]
+except ImportError as error:
+    raise ImportError(f"private training needs Opacus: {error}; pip install 'seqkernels[opacus]'") from error
 
 from .. import nn
 
@@ -131,5 +135,20 @@ def fix(module: Any, **_: Any) -> Module:
         if isinstance(module, nn.RNN):
             options["nonlinearity"] = module.nonlinearity
         made = _RECURRENT[type(module)](**options)
-    made.load_state_dict(module.state_dict())
+    weight = next(module.parameters())
+    made.to(weight.device, weight.dtype).load_state_dict(module.state_dict())
+    trained = {name: weight.requires_grad for name, weight in module.named_parameters()}
+    for name, weight in made.named_parameters():
+        weight.requires_grad_(trained[_origin(name, trained)])
     return made.train(module.training)
+
+
+def _origin(name: str, names: Collection[str]) -> str:
+    """Which of the weights of a layer of seqkernels a weight of Opacus' layer is, or is part of."""
+    if name in names:
+        return name
+    layer, _, kind = name.partition(".")
+    if layer.startswith("seq_bias_"):
+        return layer.removeprefix("seq_")
+    packed = f"in_proj_{kind}"
+    return packed if packed in names else f"{layer[0]}_proj_{kind}"

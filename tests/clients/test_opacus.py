@@ -83,6 +83,26 @@ def test_gradients_of_each_sample(kind: type[nn.Module], dim: int) -> None:
     assert_within_budget(*(torch.cat([part.flatten() for part in parts]) for parts in vectors))
 
 
+def test_dtypes_and_frozen_weights_stay() -> None:
+    register()
+    model = nn.Sequential(
+        seqkernels.nn.LSTM(4, 4, bidirectional=True),
+        seqkernels.nn.MultiheadAttention(4, 2, add_bias_kv=True),
+        seqkernels.nn.MultiheadAttention(4, 2, kdim=3),
+    ).double()
+    for name in ("0.weight_ih_l0_reverse", "0.bias_hh_l0", "1.in_proj_weight", "1.bias_k", "2.k_proj_weight"):
+        model.get_parameter(name).requires_grad_(False)
+    fixed = ModuleValidator.fix(model)
+    assert {weight.dtype for weight in fixed.parameters()} == {torch.float64}
+    assert {name for name, weight in fixed.named_parameters() if not weight.requires_grad} == {
+        "0.weight_ih_l0_reverse",
+        "0.bias_hh_l0",
+        *(f"1.{part}linear.weight" for part in "qkv"),
+        "1.seq_bias_k.bias",
+        "2.klinear.weight",
+    }
+
+
 def test_options_that_opacus_lacks_are_named() -> None:
     register()
     model = nn.Sequential(
