@@ -61,9 +61,9 @@ def run(
         The output in the form of the input, the S final states, and with ``return_states`` or ``return_gates`` a
         list of `Trace`, for each layer and direction.
     """
-    if _eager.exporter is not None:
+    if _eager.exporter is not None and (exporter := _eager.exporting()) is not None:
         settings = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
-        return _eager.exporter.run(cell, x, batch_sizes, hx, params, *settings, options)
+        return exporter.run(cell, x, batch_sizes, hx, params, *settings, options)
     if torch._C._is_any_autocast_enabled():
         device = x.device.type
         low = autocast_dtype(device)
@@ -467,8 +467,8 @@ def step(
         states: S states (B, H), or ``None`` for zeros.
         weight_ih, weight_hh, bias_ih, bias_hh: (G*H, I), (G*H, H), (G*H,) and (G*H,) or ``None``.
     """
-    if _eager.exporter is not None:
-        return _eager.exporter.step(cell, x, states, weight_ih, weight_hh, bias_ih, bias_hh)
+    if _eager.exporter is not None and (exporter := _eager.exporting()) is not None:
+        return exporter.step(cell, x, states, weight_ih, weight_hh, bias_ih, bias_hh)
     if torch._C._is_any_autocast_enabled():
         device = x.device.type
         low = autocast_dtype(device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,18 @@ def export(
     return found
 
 
+#: Held while there is an exporter: one thread after another traces its model.
+_lock = threading.RLock()
+
+
 @contextlib.contextmanager
 def _exporting(exporter: _eager.Exporter) -> Iterator[None]:
-    before, _eager.exporter = _eager.exporter, exporter
-    try:
-        yield
-    finally:
-        _eager.exporter = before
+    with _lock:
+        before, _eager.exporter = _eager.exporter, exporter
+        try:
+            yield
+        finally:
+            _eager.exporter = before
 
 
 class _Exporter:
@@ -110,6 +116,7 @@ class _Exporter:
 
     def __init__(self, opset_version: int) -> None:
         self.opset_version = opset_version
+        self.thread = threading.get_ident()
 
     def run(
         self,
@@ -148,7 +155,11 @@ class _Exporter:
         self, cell: str, x: Tensor, states: Tensors | None, weight_ih: Tensor, weight_hh: Tensor, *biases: Tensor | None
     ) -> tuple[Tensor, ...]:
         """`seqkernels._recurrent.step` as an operator that runs one step."""
-        weights = [weight_ih, weight_hh, *(bias for bias in biases if bias is not None)]
+        _refuse_autocast()
+        weights = [weight_ih, weight_hh]
+        if any(bias is not None for bias in biases):
+            # The operator has both or none.
+            weights += [weight_ih.new_zeros(weight_ih.shape[0]) if bias is None else bias for bias in biases]
         state0 = None if states is None else [state.unsqueeze(0) for state in states]
         _, *last = _operator(cell, x.unsqueeze(0), [weights], None, None, state0)
         return tuple(state.squeeze(0) for state in last)
@@ -164,23 +175,29 @@ class _Exporter:
 
 def _refuse(cell: str, params: Tensors, has_biases: bool, drops: bool, options: Options) -> None:
     """Raise for what the recurrent operators of ONNX have not."""
-    if torch._C._is_any_autocast_enabled():
-        raise ValueError(
-            "autocast: expected off, since the operators of ONNX have one dtype; convert the model with .to"
-        )
+    _refuse_autocast()
+    projected = cell == "lstm" and params[1].shape[0] != 4 * params[1].shape[1]
+    normed = any(norm is not None for norm in (options.norm_ih, options.norm_hh, options.norm_c))
     what = {
-        "proj_size": ("0", "a projection", cell == "lstm" and len(params) % (4 if has_biases else 2) != 0),
+        "proj_size": ("0", "a projection", projected),
         "dropout": ("layers in evaluation mode", "one that drops", drops),
         "reset": ("None", "a Tensor", options.reset is not None),
         "cu_seqlens": ("None", "a Tensor", options.cu_seqlens is not None),
         "return_states": ("False", "True", options.return_states),
         "return_gates": ("False", "True", options.return_gates),
         "zoneout": ("0", str(options.zoneout), any(zoneout_of(cell, options.zoneout, False))),
-        "layer_norm": ("False", "True", options.norm_ih is not None or options.norm_hh is not None),
+        "layer_norm": ("False", "True", normed),
     }
     for name, (expected, got, used) in what.items():
         if used:
             raise ValueError(f"{name}: ONNX has no recurrence with it; expected {expected}, got {got}")
+
+
+def _refuse_autocast() -> None:
+    if torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            "autocast: expected off, since the operators of ONNX have one dtype; convert the model with .to"
+        )
 
 
 def _operator(

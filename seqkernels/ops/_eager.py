@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -23,7 +24,13 @@ _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
 class Exporter(Protocol):
-    """What writes a traced program in the terms of another format, in place of ops that the format has not."""
+    """What writes a traced program in the terms of another format, in place of ops that the format has not.
+
+    Attributes:
+        thread: the one that exports, as ``threading.get_ident()`` gives it.
+    """
+
+    thread: int
 
     def run(self, *args: Any) -> tuple[Any, ...]:
         """Stand in for `seqkernels._recurrent.run`."""
@@ -35,8 +42,14 @@ class Exporter(Protocol):
         """Stand in for `seqkernels.ops.attention.attend`."""
 
 
-#: Set by an integration while it exports, else ``None``.
+#: Set by an integration while it exports, else ``None``. What is there may be another thread's: see `exporting`.
 exporter: Exporter | None = None
+
+
+def exporting() -> Exporter | None:
+    """The exporter that looks on in this thread; other threads compute meanwhile."""
+    found = exporter
+    return None if found is None or found.thread != threading.get_ident() else found
 
 
 def undisturbed() -> bool:
@@ -56,7 +69,7 @@ def transformed() -> bool:
     """
     if _is_compiling():
         # The first of them by the name that dynamo knows.
-        return torch._C._are_functorch_transforms_active() or exporter is not None
+        return torch._C._are_functorch_transforms_active() or exporting() is not None
     return _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None
 
 

@@ -323,8 +323,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Ten
     if bias is not scores.bias or sink is not scores.sink or slopes is not scores.alibi_slopes:
         scores = scores._replace(bias=bias, sink=sink, alibi_slopes=slopes)
     module = _compiled(q, k, v, scores)
-    if module is None and _eager.exporter is not None:
-        return _eager.exporter.attend(q, k, v, scores)
+    if module is None and _eager.exporter is not None and (exporter := _eager.exporting()) is not None:
+        return exporter.attend(q, k, v, scores)
     if module is None and transformed():
         backends.note("torch.func, forward mode or tracing: attention with its (M, N) weights in memory")
         return attend_densely(q, k, v, scores)

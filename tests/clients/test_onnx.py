@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,8 @@ def layer(kind: str, **options: Any) -> Any:
 X = torch.randn(5, 2, 3)
 REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (lambda: layer("LSTM", proj_size=2), {}, "proj_size: ONNX has no .*; expected 0, got a projection"),
+    # Three weights for each of two layers could be two for each of three.
+    (lambda: layer("LSTM", num_layers=2, bias=False, proj_size=2), {}, "proj_size: ONNX has no "),
     (lambda: layer("GRU"), {"reset": torch.zeros(5, 2).bool()}, "reset: ONNX has .* expected None, got a Tensor"),
     (lambda: layer("GRU"), {"return_states": True}, "return_states: .* expected False, got True"),
     (lambda: layer("GRU"), {"return_gates": True}, "return_gates: .* expected False, got True"),
@@ -214,6 +217,53 @@ def test_wrong_states_of_a_model() -> None:
         export(holder, (X,))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"^autocast: expected off"):
         export(layer("GRU").eval(), (X,))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"^autocast: expected off"):
+        export(layer("GRUCell").eval(), (X[0],))
+
+
+def test_functions_with_what_layers_have_not() -> None:
+    torch.manual_seed(0)
+    weights = [weight.detach() for weight in layer("LSTM").parameters()]
+
+    def normed(_: nn.Module, x: Tensor) -> Any:
+        h = x.new_zeros(1, 2, 4)
+        norm_c = [x.new_ones(2, 4)]
+        return functional.lstm(x, (h, h), weights, True, 1, 0.0, False, False, False, norm_c=norm_c)
+
+    with pytest.raises(ValueError, match=r"^layer_norm: ONNX has no "):
+        export(Holder(nn.Identity(), normed).eval(), (X,))
+
+    def one_bias(_: nn.Module, x: Tensor) -> Any:
+        h = torch.zeros(2, 4, dtype=x.dtype)
+        w_ih, w_hh, _, b_hh = (weight.to(x.dtype) for weight in weights)
+        return functional.lstm_cell(x, (h, h), w_ih, w_hh, None, b_hh)
+
+    model = Holder(nn.Identity(), one_bias).eval()
+    judge(export(model, (X[0],)), model, (X[0],))
+
+
+def test_other_threads_compute_meanwhile() -> None:
+    torch.manual_seed(0)
+    other = layer("LSTM").eval()
+    q = torch.randn(1, 2, 3, 4)
+    found: list[Tensor] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.extend([other(X)[0], other.step(X[0])[0], functional.attention(q, q, q)])
+
+    run()
+
+    def in_between(layer: nn.Module, x: Tensor) -> Any:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return layer(x)
+
+    export(Holder(layer("GRU"), in_between).eval(), (X,))
+    assert len(found) == 6
+    for own, meanwhile in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(meanwhile, own)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
