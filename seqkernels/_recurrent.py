@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _sequences
 from ._options import LISTS, Options, Tensors, Trace, zoneout_of
@@ -105,8 +106,7 @@ def run(
             return (results[0].transpose(0, 1), *results[1:]) if batch_first else results
         state0 = _zeros(cell, x, x.shape[1], weight_hh.shape[1]) if hx is None else _join(hx)
         output, _, state_n = recurrence(x, weight_hh, bias_hh, state0, cell=cell, weight_ih=weight_ih, bias_ih=bias_ih)
-        # Unsafe only in name: the parts are tensors of their own, which may be modified, and nothing is copied.
-        finals = state_n.unsafe_chunk(2) if cell == "lstm" else (state_n,)
+        finals = _halves(state_n) if cell == "lstm" else (state_n,)
         return (output.transpose(0, 1) if batch_first else output, *finals)
     packed = batch_sizes is not None or (options is not None and options.cu_seqlens is not None)
     if batch_first and not packed:
@@ -164,6 +164,16 @@ def _layout(
 
 def _zeros(cell: str, x: Tensor, batch: int, hidden: int) -> Tensor:
     return x.new_zeros((CELLS[cell].states, batch, hidden))
+
+
+def _halves(state_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden and cell states from both, one behind the other, as tensors that may be modified."""
+    if type(state_n) is not Tensor and is_traceable_wrapper_subclass(state_n):
+        # Where only one of the chunks has a gradient, that of the other is a plain zero, which a DTensor refuses.
+        size = state_n.shape[0] // 2
+        return state_n.narrow(0, 0, size).clone(), state_n.narrow(0, size, size).clone()
+    # Unsafe only in name: the parts are tensors of their own, and nothing is copied.
+    return state_n.unsafe_chunk(2)  # type: ignore[return-value]
 
 
 def _join(hx: Tensors) -> Tensor:
@@ -287,7 +297,7 @@ class _Stack(NamedTuple):
         """The S final states (L*D, B, P or H), each memory that may be modified."""
         if self.cell != "lstm":
             return [finals[0] if len(finals) == 1 else torch.cat(finals)]
-        parts = [state_n.unsafe_chunk(2) for state_n in finals]
+        parts = [_halves(state_n) for state_n in finals]
         h_n = [part[0] for part in parts]
         if self.weights[0].hr is not None:
             h_n = [F.linear(h, w.hr) for h, w in zip(h_n, self.weights, strict=True) if w.hr is not None]
@@ -489,5 +499,7 @@ def step(
     _, _, state_n = recurrence(
         x.unsqueeze(0), weight_hh, bias_hh, state0, cell=cell, weight_ih=weight_ih, bias_ih=bias_ih
     )
-    # As in `run`: no views, and no copies.
-    return state_n.flatten(0, 1).unsafe_chunk(2 if lstm else 1)
+    # As in `run`: no views, and no copies. A DTensor has no chunks where there is one.
+    if not lstm:
+        return (torch.ops.aten._unsafe_view(state_n, state_n.shape[1:]),)
+    return _halves(state_n.flatten(0, 1))

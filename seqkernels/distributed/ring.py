@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..functional import merge
 from ..ops._eager import as_in_forward, insisted
@@ -281,6 +282,9 @@ def ring_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+        if type(x) is not Tensor and is_traceable_wrapper_subclass(x):
+            # Of a DTensor, which says by itself which part is whose.
+            raise TypeError(f"{name}: expected this process's part as a plain Tensor, got a {type(x).__name__}")
     check_balance(balance)
     kind = q.device.type
     autocast = torch.is_autocast_enabled(kind)

@@ -9,6 +9,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import seqkernels
 from seqkernels import testing
@@ -175,6 +177,10 @@ def _errors():
     ):
         with pytest.raises(kind, match=text):
             call()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    spread = distribute_tensor(q, mesh, [Shard(1)])
+    with pytest.raises(TypeError, match="q: expected this process's part as a plain Tensor, got a DTensor"):
+        ring_attention(spread, spread, spread)
 
 
 @pytest.mark.parametrize("job", [_gradients, _autocast, _sequences, _errors], ids=lambda job: job.__name__[1:])

@@ -70,6 +70,26 @@ def _layers():
             _same(one, exact)
 
 
+def _parts_of_results():
+    """A gradient of one final state alone, and cells, whose batch the processes do not divide."""
+    mesh = _mesh()
+    x, final = _random(6, 3, 4), _random(3, 4)
+    for layer, given, part in (
+        (seqkernels.nn.LSTM(4, 5, dtype=torch.float64), x, lambda found: found[1][1]),
+        (seqkernels.nn.LSTM(4, 5, 2, bidirectional=True, dtype=torch.float64), x, lambda found: found[1][0]),
+        (seqkernels.nn.LSTMCell(4, 5, dtype=torch.float64), final, lambda found: found[1]),
+        (seqkernels.nn.GRUCell(4, 5, dtype=torch.float64), final, lambda found: found),
+    ):
+        whole = part(layer(given))
+        expected = torch.autograd.grad(whole.square().sum(), list(layer.parameters()))
+        spread = distribute_module(layer, mesh)
+        found = part(spread(_split(given, mesh, Shard(given.dim() - 2))))
+        _same(found, whole)
+        grads = torch.autograd.grad(found.square().sum(), list(spread.parameters()))
+        for one, exact in zip(grads, expected, strict=True):
+            _same(one, exact)
+
+
 def _checkpoints_and_several():
     """What layers reach on a GPU, or with options, alone."""
     mesh = _mesh()
@@ -188,7 +208,7 @@ def _two_dimensions():
         _same(one, exact)
 
 
-JOBS = [_layers, _checkpoints_and_several, _attention, _weights, _not_split]
+JOBS = [_layers, _parts_of_results, _checkpoints_and_several, _attention, _weights, _not_split]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__[1:])
