@@ -166,9 +166,14 @@ def _zeros(cell: str, x: Tensor, batch: int, hidden: int) -> Tensor:
     return x.new_zeros((CELLS[cell].states, batch, hidden))
 
 
+def _spread(x: Tensor) -> bool:
+    """Whether `x` is a DTensor or the like, which has no rules for some operations."""
+    return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
+
+
 def _halves(state_n: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden and cell states from both, one behind the other, as tensors that may be modified."""
-    if type(state_n) is not Tensor and is_traceable_wrapper_subclass(state_n):
+    if _spread(state_n):
         # Where only one of the chunks has a gradient, that of the other is a plain zero, which a DTensor refuses.
         size = state_n.shape[0] // 2
         return state_n.narrow(0, 0, size).clone(), state_n.narrow(0, size, size).clone()
@@ -499,7 +504,7 @@ def step(
     _, _, state_n = recurrence(
         x.unsqueeze(0), weight_hh, bias_hh, state0, cell=cell, weight_ih=weight_ih, bias_ih=bias_ih
     )
-    # As in `run`: no views, and no copies. A DTensor has no chunks where there is one.
-    if not lstm:
-        return (torch.ops.aten._unsafe_view(state_n, state_n.shape[1:]),)
-    return _halves(state_n.flatten(0, 1))
+    if _spread(state_n):
+        return tuple(state_n[k].clone() for k in range(CELLS[cell].states))
+    # As in `run`: no views, and no copies.
+    return state_n.flatten(0, 1).unsafe_chunk(2 if lstm else 1)
