@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ class Training:
         loss: of a batch: ``loss(model, batch)`` is one number, which is minimised.
         batches: draws a batch: ``batches(generator)``. All that is random about it has to come from the generator, a
             CPU's, and nothing may be remembered between two calls, or a training that goes on sees other batches.
-        schedule: of learning rates, stepped after each step of the optimizer; none by default.
+        schedule: of learning rates of the same optimizer, stepped after each step of it, and told nothing then (which
+            ``ReduceLROnPlateau`` needs); none by default.
         dtype: of autocast, in which ``loss`` runs: bfloat16, or float16 with a scaled loss; none by default.
         clip: bound of the norm of all gradients together; none by default.
         seed: of the generator of batches. Dropout draws from torch's own generators, which are not seeded here.
@@ -54,12 +56,17 @@ class Training:
             raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.float16, got {dtype}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: expected a positive number, got {clip}")
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("schedule: expected one that needs no metric, got ReduceLROnPlateau")
+        # Not the optimizers themselves: one that wraps another shares its groups.
+        if schedule is not None and schedule.optimizer.param_groups is not optimizer.param_groups:
+            raise ValueError("schedule: expected one of this optimizer, got one of another")
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.loss, self.batches = loss, batches
         self.dtype, self.clip = dtype, clip
         self.device = next(model.parameters()).device
         self.generator = torch.Generator().manual_seed(seed)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.scaler = self._new_scaler()
         self.losses: list[float] = []
 
     @property
@@ -69,6 +76,9 @@ class Training:
 
     def run(self, steps: int, progress: bool = True) -> list[float]:
         """Take so many steps more, with the model in training mode.
+
+        Where an error or an interrupt stops one before the optimizer's step, it is as if that step had not begun: the
+        next run draws the same batch and drops the same. Within the optimizer's step, part of it may have been done.
 
         Args:
             steps: how many.
@@ -101,17 +111,18 @@ class Training:
         return self.losses[begin:]
 
     def _step(self) -> Tensor:
-        batch = self.batches(self.generator)
-        self.optimizer.zero_grad()
-        lower = contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
-        with lower:
-            loss = self.loss(self.model, batch)
-        if loss.dim() != 0:
-            raise ValueError(f"loss: expected one number, got {tuple(loss.shape)}")
-        self.scaler.scale(loss).backward()
-        if self.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        with self._undone():
+            batch = self.batches(self.generator)
+            self.optimizer.zero_grad()
+            lower = contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+            with lower:
+                loss = self.loss(self.model, batch)
+            if loss.dim() != 0:
+                raise ValueError(f"loss: expected one number, got {tuple(loss.shape)}")
+            self.scaler.scale(loss).backward()
+            if self.clip is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -119,6 +130,33 @@ class Training:
         if self.schedule is not None and self.scaler.get_scale() >= scale:
             self.schedule.step()
         return loss.detach()
+
+    @contextlib.contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Put generators and scaler back where an error ends this."""
+        random = self._random()
+        try:
+            yield
+        except BaseException:
+            self._set_random(random)
+            # A scaler that has unscaled gradients does not do so again before a step.
+            scaler = self._new_scaler()
+            scaler.load_state_dict(self.scaler.state_dict())
+            self.scaler = scaler
+            raise
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def _random(self) -> dict[str, Tensor | None]:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"batches": self.generator.get_state(), "cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def _set_random(self, random: dict[str, Any]) -> None:
+        self.generator.set_state(random["batches"])
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda" and random["cuda"] is not None:
+            torch.cuda.set_rng_state(random["cuda"], self.device)
 
     def _read(self, waiting: list[Tensor]) -> None:
         if waiting:
@@ -133,14 +171,13 @@ class Training:
         """
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {
             "training": self._identity(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": {"batches": self.generator.get_state(), "cpu": torch.get_rng_state(), "cuda": cuda},
+            "random": self._random(),
             "losses": self.losses,
         }
         torch.save(state, partial)
@@ -155,10 +192,14 @@ class Training:
             path: of the file.
 
         Raises:
-            ValueError: it is of another model, configuration, optimizer, schedule or dtype; nothing has changed then.
+            ValueError: `save` did not write it, or for another model, configuration, optimizer, schedule or dtype;
+                nothing has changed then.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "training" not in state:
+        with open(path, "rb") as file:
+            # What torch.load says of other files names no argument.
+            known = zipfile.is_zipfile(file)
+        state = torch.load(path, map_location="cpu", weights_only=True) if known else None
+        if not isinstance(state, dict) or not isinstance(state.get("training"), dict):
             raise ValueError("path: expected a file that Training.save wrote, got another")
         theirs, ours = state["training"], self._identity()
         others = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
@@ -170,10 +211,7 @@ class Training:
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["random"]["batches"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self._set_random(state["random"])
         self.losses = state["losses"]
 
     def _identity(self) -> dict[str, Any]:

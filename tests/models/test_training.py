@@ -162,6 +162,15 @@ def test_files_of_other_optimizers_and_things_are_refused(tmp_path: Path) -> Non
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"path: expected a file that Training\.save wrote"):
         other.resume(tmp_path / "weights.pt")
+    for text in (b"", b"weights", torch.arange(99).numpy().tobytes()):
+        (tmp_path / "weights.pt").write_bytes(text)
+        with pytest.raises(ValueError, match=r"path: expected a file that Training\.save wrote"):
+            other.resume(tmp_path / "weights.pt")
+    torch.save({"training": 3}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"path: expected a file that Training\.save wrote"):
+        other.resume(tmp_path / "weights.pt")
+    with pytest.raises(FileNotFoundError):
+        other.resume(tmp_path / "none.pt")
 
 
 def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +186,35 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="no space"):
         training.save(tmp_path / "training.pt")
     assert (tmp_path / "training.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["batches", "loss", "clipping"])
+def test_a_step_that_was_stopped_is_taken_again(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, training = (make(LM_CONFIG, dtype=torch.float16) for _ in range(2))
+    whole.run(6, progress=False)
+    torch.manual_seed(0)
+    RecurrentLM(LM_CONFIG)  # the numbers that `make` has drawn from torch's generator
+    training.run(3, progress=False)
+    places = {
+        "batches": (training, "batches"),
+        "loss": (training, "loss"),
+        "clipping": (torch.nn.utils, "clip_grad_norm_"),
+    }
+    place, name = places[where]
+    original = getattr(place, name)
+
+    def stop(*arguments: Any) -> None:
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.run(2, progress=False)
+    assert training.steps == 3
+    training.run(3, progress=False)
+    for mine, its in zip(bits(training), bits(whole), strict=True):
+        assert torch.equal(mine, its)
 
 
 def test_losses_are_there_after_an_error() -> None:
@@ -218,6 +256,12 @@ def test_bad_arguments() -> None:
         Training(*arguments, dtype=torch.float32)
     with pytest.raises(ValueError, match="clip: expected a positive number, got 0"):
         Training(*arguments, clip=0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(arguments[1])
+    with pytest.raises(ValueError, match="schedule: expected one that needs no metric, got ReduceLROnPlateau"):
+        Training(*arguments, schedule=plateau)
+    another = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters()), 1)
+    with pytest.raises(ValueError, match="schedule: expected one of this optimizer, got one of another"):
+        Training(*arguments, schedule=another)
     with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
         Training(*arguments).run(-1)
     with pytest.raises(ValueError, match=r"loss: expected one number, got \(2,\)"):
