@@ -34,12 +34,13 @@ def attention_of(layers: ModuleType) -> Attention:
     Raises:
         ValueError: `layers` is neither.
     """
-    if layers.__name__ not in _ATTENTION:
-        raise ValueError(f"layers: expected torch.nn or seqkernels.nn, got {layers.__name__}")
-    return _ATTENTION[layers.__name__]
+    name = getattr(layers, "__name__", repr(layers))
+    if name not in _ATTENTION:
+        raise ValueError(f"layers: expected torch.nn or seqkernels.nn, got {name}")
+    return _ATTENTION[name]
 
 
-def check_tokens(tokens: Tensor) -> None:
+def check_tokens(tokens: Tensor, name: str = "tokens") -> None:
     """Raise unless `tokens` are (B, M) of int64 or int32.
 
     Raises:
@@ -47,9 +48,56 @@ def check_tokens(tokens: Tensor) -> None:
         TypeError: they are not integers.
     """
     if tokens.ndim != 2:
-        raise ValueError(f"tokens: expected (B, M), got {tuple(tokens.shape)}")
-    if tokens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"tokens: expected int64 or int32, got {tokens.dtype}")
+        raise ValueError(f"{name}: expected (B, M), got {tuple(tokens.shape)}")
+    check_integers(tokens, name)
+
+
+def check_integers(x: Tensor, name: str) -> None:
+    """Raise unless `x` is of int64 or int32.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int64 or int32, got {x.dtype}")
+
+
+def check_ints(config: Any, *names: str) -> None:
+    """Raise unless attributes are integers, of Python alone: a file holds a configuration as JSON.
+
+    Raises:
+        TypeError: one is not, or a boolean.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Raise unless attributes are positive integers.
+
+    Raises:
+        TypeError: one is no integer.
+        ValueError: one is not positive.
+    """
+    check_ints(config, *names)
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected a positive number, got {getattr(config, name)}")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise unless `dropout` is a probability below 1.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise TypeError(f"dropout: expected a number, got {dropout!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
 
 
 def check_cell(cell: str) -> None:
@@ -160,9 +208,14 @@ class Model(nn.Module):
             metadata = file.metadata() or {}
             if metadata.get("model") != cls.__name__ or "config" not in metadata:
                 raise ValueError(f"path: expected a file of a {cls.__name__}, got one of {metadata.get('model')}")
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: the file's own memory is mapped, one block for all, and not aligned as torch aligns tensors.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         model = cls.from_config(json.loads(metadata["config"]), layers).to(device)
         model.load_state_dict(weights, assign=True)
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                # Into one block, as cuDNN wants it.
+                module.flatten_parameters()
         return model
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as seqkernels_nn
-from ._model import Model
+from ._model import Model, check_dropout, check_integers, check_ints, check_sizes, check_tokens
 
 #: The target of tokens that are not to be predicted, which ``cross_entropy`` leaves out.
 IGNORED = -100
@@ -37,6 +37,7 @@ class BERTConfig:
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
+        TypeError: likewise, of an attribute that is no number.
     """
 
     vocab_size: int
@@ -52,13 +53,11 @@ class BERTConfig:
     mask: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "embed_size", "num_layers", "num_heads", "num_segments"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        check_sizes(self, "vocab_size", "context", "embed_size", "num_layers", "num_heads", "num_segments")
+        check_ints(self, "num_classes", "num_special", "pad", "mask")
         if self.embed_size % self.num_heads:
             raise ValueError(f"embed_size: expected a multiple of {self.num_heads} heads, got {self.embed_size}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        check_dropout(self.dropout)
         if self.num_classes < 0 or self.num_classes == 1:
             raise ValueError(f"num_classes: expected 0, or 2 or more, got {self.num_classes}")
         if not 2 <= self.num_special < self.vocab_size:
@@ -94,7 +93,7 @@ def mask_tokens(
         TypeError: `tokens` are not integers.
         ValueError: `probability` is none.
     """
-    _check_integers("tokens", tokens)
+    check_integers(tokens, "tokens")
     if not 0 <= probability <= 1:
         raise ValueError(f"probability: expected from 0 to 1, got {probability}")
     drawn = torch.rand(tokens.shape, generator=generator, device=tokens.device)
@@ -180,9 +179,7 @@ class BERT(Model):
             ValueError: there are more tokens than the model is made for, or a shape is another.
             TypeError: an argument has no integers.
         """
-        _check_integers("tokens", tokens)
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens: expected (B, M), got {tuple(tokens.shape)}")
+        check_tokens(tokens)
         if tokens.shape[1] > self.config.context:
             raise ValueError(f"tokens: expected at most {self.config.context} in a row, got {tokens.shape[1]}")
         padding = None if lengths is None else _padding(tokens, lengths)
@@ -197,7 +194,7 @@ class BERT(Model):
         """Their embeddings, (B, M, E), or (E,) for all."""
         if segments is None:
             return self.segments.weight[0]
-        _check_integers("segments", segments)
+        check_integers(segments, "segments")
         if segments.shape != tokens.shape:
             raise ValueError(f"segments: expected {tuple(tokens.shape)} as tokens, got {tuple(segments.shape)}")
         found: Tensor = self.segments(segments)
@@ -243,14 +240,9 @@ class BERT(Model):
 
 def _padding(tokens: Tensor, lengths: Tensor) -> Tensor:
     """Where nothing is to be read, (B, M) bool."""
-    _check_integers("lengths", lengths)
+    check_integers(lengths, "lengths")
     if lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths: expected ({tokens.shape[0]},), got {tuple(lengths.shape)}")
     # With nothing to read at all, torch's attention gives NaN: such a row reads its first place.
     lengths = lengths.to(tokens.device).clamp(min=1)
     return torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
-
-
-def _check_integers(name: str, x: Tensor) -> None:
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected int64 or int32, got {x.dtype}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as seqkernels_nn
-from ._model import Model
+from ._model import Model, check_dropout, check_sizes
 
 _CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
@@ -29,6 +29,7 @@ class ForecasterConfig:
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
+        TypeError: likewise, of an attribute that is no number.
     """
 
     features: int = 1
@@ -39,13 +40,10 @@ class ForecasterConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("features", "horizon", "hidden_size", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        check_sizes(self, "features", "horizon", "hidden_size", "num_layers")
         if self.cell not in _CELLS:
             raise ValueError(f"cell: expected one of {', '.join(map(repr, _CELLS))}, got {self.cell!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        check_dropout(self.dropout)
 
 
 class Forecaster(Model):
@@ -89,8 +87,7 @@ class Forecaster(Model):
         Raises:
             ValueError: `x` has another shape, or no steps.
         """
-        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.config.features:
-            raise ValueError(f"x: expected (B, T, {self.config.features}) with T at least 1, got {tuple(x.shape)}")
+        self._check(x)
         hidden, state = self.recurrent(x, state)
         change = self.output(self.dropout(hidden)).unflatten(-1, (self.config.horizon, self.config.features))
         return x.unsqueeze(2) + change, state
@@ -125,6 +122,7 @@ class Forecaster(Model):
         Raises:
             ValueError: `x` has another shape, or no steps; or `steps` is negative.
         """
+        self._check(x)
         if steps < 0:
             raise ValueError(f"steps: expected at least 0, got {steps}")
         state, parts = None, [x.new_empty(len(x), 0, self.config.features)]
@@ -133,3 +131,7 @@ class Forecaster(Model):
             x = found[:, -1]
             parts.append(x)
         return torch.cat(parts, dim=1)[:, :steps]
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.config.features:
+            raise ValueError(f"x: expected (B, T, {self.config.features}) with T at least 1, got {tuple(x.shape)}")

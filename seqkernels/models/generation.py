@@ -5,6 +5,7 @@ B rows of start tokens, R rows that a model is asked for, W beams, V vocabulary 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -54,7 +55,9 @@ def draw(
     if temperature == 0:
         return logits.argmax(-1)
     logits, numbers = logits.to(_wide(logits)).topk(top_k or logits.shape[1])
-    # Less the largest: no temperature makes it infinite.
+    # In the range where it and its inverse are normal numbers, and less the largest: no temperature makes a NaN.
+    tiny = torch.finfo(logits.dtype).tiny
+    temperature = min(max(temperature, tiny), 1 / tiny)
     probabilities = ((logits - logits[:, :1]) / temperature).softmax(-1)
     if top_p is not None:
         likelier = probabilities.cumsum(-1) - probabilities
@@ -151,6 +154,8 @@ def beam_search(
     _check(start_tokens, steps)
     if width < 1:
         raise ValueError(f"width: expected at least 1 beam, got {width}")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
     batch, device = len(start_tokens), start_tokens.device
     found = start_tokens.new_full((batch, width, steps), 0 if eos is None else eos)
     if steps == 0:
@@ -170,10 +175,10 @@ def beam_search(
         state = reorder(state, rows)
         if place > 0:
             logits, state = step(found[:, :, place - 1].reshape(-1, 1), state)
-        added = logits.log_softmax(-1, dtype=wide).view(batch, width, -1)
+        added = logits.log_softmax(-1, dtype=wide).view(batch, width, logits.shape[1])
         if eos is not None:
             # What has ended has one successor, itself.
-            stays = torch.full_like(added[0, 0], -torch.inf).index_fill(0, torch.tensor(eos, device=device), 0)
+            stays = added.new_full(logits.shape[1:], -torch.inf).index_fill(0, torch.tensor(eos, device=device), 0)
             added = torch.where(ended.unsqueeze(-1), stays, added)
         totals = scores.unsqueeze(-1) + added
         lengths = lengths + ~ended

@@ -19,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from .. import functional
 from .. import nn as seqkernels_nn
 from . import generation
-from ._model import Attention, Model, attention_of, check_tokens
+from ._model import Attention, Model, attention_of, check_dropout, check_ints, check_sizes, check_tokens
 
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 
@@ -46,6 +46,7 @@ class GPTConfig:
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
+        TypeError: likewise, of an attribute that is no number.
     """
 
     vocab_size: int
@@ -58,19 +59,19 @@ class GPTConfig:
     positions: str = "rotary"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "embed_size", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        check_sizes(self, "vocab_size", "context", "embed_size", "num_layers", "num_heads")
+        if self.num_kv_heads is not None:
+            check_ints(self, "num_kv_heads")
         if self.embed_size % self.num_heads:
             raise ValueError(f"embed_size: expected a multiple of {self.num_heads} heads, got {self.embed_size}")
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
             raise ValueError(f"num_kv_heads: expected a divisor of {self.num_heads} heads, got {self.num_kv_heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        check_dropout(self.dropout)
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(map(repr, POSITIONS))}, got {self.positions!r}")
         if self.positions == "rotary" and self.embed_size // self.num_heads % 2:
-            raise ValueError(f"embed_size: expected an even number for each of {self.num_heads} heads with rotary")
+            text = f"expected an even number for each of {self.num_heads} heads with rotary"
+            raise ValueError(f"embed_size: {text}, got {self.embed_size}")
 
 
 class Cache:
@@ -293,6 +294,7 @@ class GPT(Model):
         Raises:
             ValueError: the message names the argument, what it was and what is allowed.
         """
+        check_tokens(tokens)
         batch, length = tokens.shape
         if steps < 0 or length + steps > self.config.context:
             raise ValueError(f"steps: expected from 0 to {self.config.context - length} after {length}, got {steps}")

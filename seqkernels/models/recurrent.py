@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import nn as seqkernels_nn
 from .._sequences import check_reset
 from . import generation
-from ._model import Model, State, check_cell, check_tokens, rows_of
+from ._model import Model, State, check_cell, check_dropout, check_sizes, check_tokens, rows_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class RecurrentLMConfig:
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
+        TypeError: likewise, of an attribute that is no number.
     """
 
     vocab_size: int
@@ -45,13 +46,11 @@ class RecurrentLMConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embed_size", "hidden_size", "num_layers"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name}: expected a positive number, got {size}")
+        check_sizes(self, "vocab_size", "embed_size", "num_layers")
+        if self.hidden_size is not None:
+            check_sizes(self, "hidden_size")
         check_cell(self.cell)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        check_dropout(self.dropout)
 
 
 class RecurrentLM(Model):
@@ -102,6 +101,8 @@ class RecurrentLM(Model):
             TypeError: `tokens` are not integers, or `reset` not booleans.
         """
         check_tokens(tokens)
+        if tokens.shape[1] < 1:
+            raise ValueError(f"tokens: expected at least one in each row, got {tuple(tokens.shape)}")
         x = self.dropout(self.embedding(tokens))
         if reset is None:
             y, last = self.recurrent(x, state)

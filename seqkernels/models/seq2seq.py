@@ -18,7 +18,16 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from .. import nn as seqkernels_nn
 from ..nn.alignment import BilinearAttention
 from . import generation
-from ._model import Model, attention_of, check_cell
+from ._model import (
+    Model,
+    attention_of,
+    check_cell,
+    check_dropout,
+    check_integers,
+    check_ints,
+    check_sizes,
+    check_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Seq2SeqConfig:
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
+        TypeError: likewise, of an attribute that is no number.
     """
 
     vocab_size: int
@@ -52,13 +62,11 @@ class Seq2SeqConfig:
     attention: str = "bilinear"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embed_size", "hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        check_sizes(self, "vocab_size", "embed_size", "hidden_size")
+        check_ints(self, "pad", "bos", "eos")
         if self.hidden_size % 2:
             raise ValueError(f"hidden_size: expected an even number, got {self.hidden_size}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        check_dropout(self.dropout)
         for name in ("pad", "bos", "eos"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name}: expected an id below {self.vocab_size}, got {getattr(self, name)}")
@@ -139,7 +147,15 @@ class Seq2Seq(Model):
 
         Returns:
             What the decoder sees, ``None`` without attention, and the state it starts from.
+
+        Raises:
+            ValueError: an argument has another shape.
+            TypeError: one has no integers.
         """
+        check_tokens(source, "source")
+        check_integers(lengths, "lengths")
+        if lengths.shape != source.shape[:1]:
+            raise ValueError(f"lengths: expected ({source.shape[0]},), got {tuple(lengths.shape)}")
         embedded = self.dropout(self.embedding(source))
         if isinstance(self.encoder, seqkernels_nn.RNN | seqkernels_nn.LSTM | seqkernels_nn.GRU):
             # Without packing, whose sizes depend on values, torch.compile and torch.export see one graph. Dropout
@@ -170,7 +186,14 @@ class Seq2Seq(Model):
 
         Returns:
             Logits (B, M, V) and the state after the last token.
+
+        Raises:
+            ValueError: `target` has another shape, or no tokens.
+            TypeError: it has no integers.
         """
+        check_tokens(target, "target")
+        if target.shape[1] < 1:
+            raise ValueError(f"target: expected at least one in each row, got {tuple(target.shape)}")
         y, state = self._run_decoder(target, state)
         if self.attention is not None and self.combine is not None and memory is not None:
             context = self.attention(y, memory.hidden, memory.mask)
@@ -197,8 +220,8 @@ class Seq2Seq(Model):
 
         Args:
             source: (B, N) int64 token ids, padded at the end.
-            lengths: (B,) int64 on the CPU, the number of tokens of each source.
-            target: (B, M) int64 token ids, the opening token first.
+            lengths: (B,) int64, the number of tokens of each source, as of `encode`.
+            target: (B, M) int64 token ids, M at least 1, the opening token first.
             teacher_forcing: probability with which the decoder is fed a token of `target`, but for the first one; else
                 it is fed the token that it scored highest itself, in all rows of the batch (Bengio et al., "Scheduled
                 Sampling for Sequence Prediction with Recurrent Neural Networks", 2015). With 1, the default, the
@@ -209,10 +232,12 @@ class Seq2Seq(Model):
             (B, M, V).
 
         Raises:
-            ValueError: `teacher_forcing` is no probability.
+            ValueError: `teacher_forcing` is no probability, or an argument has another shape.
+            TypeError: `source`, `lengths` or `target` have no integers.
         """
         if not 0 <= teacher_forcing <= 1:
             raise ValueError(f"teacher_forcing: expected a probability from 0 to 1, got {teacher_forcing}")
+        check_tokens(target, "target")
         memory, state = self.encode(source, lengths)
         length, own = target.shape[1], []
         if teacher_forcing < 1:
@@ -242,7 +267,7 @@ class Seq2Seq(Model):
 
         Args:
             source: (B, N) int64 token ids, padded at the end.
-            lengths: (B,) int64 on the CPU, the number of tokens of each source.
+            lengths: (B,) int64, the number of tokens of each source, as of `encode`.
             start: (B,) int64, the token that opens each target; ``config.bos`` by default.
             max_length: tokens after which a translation is cut off.
             beams: width of a beam search for the likeliest translation; 1, the default, is greedy.
@@ -262,7 +287,9 @@ class Seq2Seq(Model):
         if max_length < 0:
             raise ValueError(f"max_length: expected at least 0, got {max_length}")
         eos = self.config.eos
-        token = source.new_full((len(source),), self.config.bos) if start is None else start
+        token = source.new_full(source.shape[:1], self.config.bos) if start is None else start
+        if token.shape != source.shape[:1]:
+            raise ValueError(f"start: expected ({source.shape[0]},), got {tuple(token.shape)}")
         found = generation.generate(
             step,
             token.unsqueeze(1),

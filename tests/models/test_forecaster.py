@@ -215,5 +215,7 @@ def test_bad_arguments() -> None:
     for shape in ((15, 2), (4, 0, 2), (4, 15, 1)):
         with pytest.raises(ValueError, match=r"x: expected \(B, T, 2\) with T at least 1, got"):
             model(torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"x: expected \(B, T, 2\) with T at least 1, got"):
+            model.forecast(torch.zeros(shape), 0)
     with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
         model.forecast(series(), -1)

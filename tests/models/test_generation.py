@@ -117,6 +117,13 @@ def test_rows_end(beams: int) -> None:
     assert not calls
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_no_rows_at_all(beams: int) -> None:
+    arguments: tuple[Any, ...] = counted([]), torch.ones(0, 2, dtype=torch.int64), torch.arange(0), reorder, 9
+    assert generate(*arguments, beams=beams).shape == (0, 9)
+    assert generate(*arguments, beams=beams, eos=0).shape == (0, 9)
+
+
 LOGITS = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15]).log()
 
 
@@ -139,6 +146,8 @@ def frequencies(count: int = 20_000, **options: Any) -> Tensor:
         ({"temperature": 1.0, "top_k": 2, "top_p": 0.99}, [0, 4, 0, 3, 0]),
         ({"temperature": 0.25, "top_p": 0.7}, [0, 1, 0, 0, 0]),
         ({"temperature": 1e-30}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e-60}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e60}, [1, 1, 1, 1, 1]),
         ({"temperature": 0.0, "top_p": 0.9}, [0, 1, 0, 0, 0]),
     ],
 )
@@ -162,8 +171,8 @@ def test_the_nucleus_is_the_smallest_set() -> None:
 
 def test_what_is_impossible_is_not_drawn() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 0.0]], dtype=torch.bfloat16).expand(500, -1)
-    for options in ({}, {"top_k": 3}, {"top_p": 0.99}):
-        drawn = draw(logits, 1.0, generator=torch.Generator().manual_seed(3), **options)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.99}, {"temperature": 1e60}, {"temperature": float("inf")}):
+        drawn = draw(logits, generator=torch.Generator().manual_seed(3), **{"temperature": 1.0, **options})
         assert drawn.unique().tolist() == [0, 2]
 
 
@@ -183,6 +192,9 @@ def test_bad_arguments() -> None:
         draw(LOGITS)
     with pytest.raises(ValueError, match="width: expected at least 1 beam, got 0"):
         beam_search(step, *arguments, reorder, 0, 1)
+    for penalty in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="length_penalty: expected a finite number, got"):
+            beam_search(step, *arguments, reorder, 2, 1, length_penalty=penalty)
     with pytest.raises(ValueError, match=r"tokens: expected \(B, M\) with at least one in each row, got \(3, 0\)"):
         beam_search(step, STARTS[:, :0], STARTS, reorder, 2, 1)
     with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):

@@ -246,5 +246,7 @@ def test_bad_arguments() -> None:
     ],
 )
 def test_tokens_that_are_none(tokens, error, message):
-    with pytest.raises(error, match=message):
-        make(CONFIGS["rotary"], seqkernels.nn)(tokens)
+    model = make(CONFIGS["rotary"], seqkernels.nn)
+    for call in (model, lambda tokens: model.generate(tokens, 1)):
+        with pytest.raises(error, match=message):
+            call(tokens)

@@ -170,6 +170,9 @@ def test_bad_arguments(layers: ModuleType) -> None:
         model(tokens()[:, 0])
     with pytest.raises(TypeError, match=r"tokens: expected int64 or int32, got torch\.float32"):
         model(tokens().float())
+    for empty in (None, resets()[:, :0]):
+        with pytest.raises(ValueError, match=r"tokens: expected at least one in each row, got \(3, 0\)"):
+            model(tokens(0), reset=empty)
     with pytest.raises(ValueError, match=r"reset: expected \(3, 13\)"):
         model(tokens(), reset=resets()[:, 1:])
     with pytest.raises(TypeError, match="reset: expected"):
