@@ -203,7 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
     known = 12 * (SPLIT_YEAR - FIRST_YEAR)
     runs = [Run(cell, library, hidden, horizon, updates) for cell in CELLS for library in LAYERS]
     print(
-        f"{known} months until {SPLIT_YEAR}, {len(sunspots) - known} held out, {updates} updates of {BATCH} x {steps}"
+        f"{known} months until {SPLIT_YEAR}, {len(sunspots) - known} held out, {updates} updates of {BATCH} x {steps},"
+        " one training each"
     )
     train(runs, scale(sunspots[:known]), steps, updates)
     origins = torch.arange(known, len(sunspots) - horizon + 1)

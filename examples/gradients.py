@@ -110,11 +110,18 @@ def draw(
     figure.savefig(path, dpi=110)
 
 
+def rate_of(norms: Tensor) -> float:
+    """By what a step multiplies norms (T,), in the later half of those that float64 holds."""
+    held = norms.isfinite() & (norms > torch.finfo(norms.dtype).tiny)
+    far = int(held.nonzero().max())
+    return (norms[far] / norms[far // 2]).item() ** (1 / (far - far // 2))
+
+
 def report(inputs: dict[str, Tensor], delays: list[int], right: dict[str, list[float]]) -> None:
     """Print both tables, and what they say about the claim that an LSTM keeps what an RNN forgets."""
     far = len(inputs["RNN"]) - 1
     shown = [distance for distance in (1, 3, 10, 30, 100, 200) if distance <= far]
-    rate = {name: (norms[far] / norms[far // 2]).item() ** (1 / (far - far // 2)) for name, norms in inputs.items()}
+    rate = {name: rate_of(norms) for name, norms in inputs.items()}
     print(f"Gradient of an input so many steps before the last, relative to the last's, {far + 1} steps, float64:")
     print(f"{'':26}" + "".join(f"{distance:>9}" for distance in shown) + f"{'a step':>9}")
     for name, norms in inputs.items():

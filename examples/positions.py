@@ -110,7 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     quick, full = (80, 280, 32, 16, 20, 1), (4, 512, 128, options.length, options.steps, 16)
     every, vocab_size, features, length, steps, count = quick if options.quick else full
     _, data, held_out = stdlib_text.load(every, vocab_size)
-    print(f"{len(data)} tokens of {vocab_size}, {len(held_out)} held out; {steps} steps of {BATCH} x {length} tokens")
+    training = f"{steps} steps of {BATCH} x {length} tokens, one training each"
+    print(f"{len(data)} tokens of {vocab_size}, {len(held_out)} held out; {training}")
     found: dict[str, dict[int, Tensor]] = {}
     with tqdm(total=steps * len(POSITIONS), unit="step") as bar:
         for kind in POSITIONS:

@@ -84,9 +84,10 @@ class Run:
         self.losses.append(total / len(batches))
 
     def until(self, loss: float) -> float:
-        """Seconds until the mean loss of a turn is at most `loss`."""
-        turns = next(number for number, found in enumerate(self.losses, 1) if found <= loss)
-        return sum(self.seconds[:turns])
+        """Seconds until the mean loss of a turn is at most `loss`; NaN where none is."""
+        turns = (number for number, found in enumerate(self.losses, 1) if found <= loss)
+        number = next(turns, None)
+        return math.nan if number is None else sum(self.seconds[:number])
 
 
 def train(runs: list[Run], data: Tensor, context: int, steps: int) -> None:
@@ -111,6 +112,19 @@ def held_out_loss(run: Run, data: Tensor, context: int, count: int) -> float:
     generator = torch.Generator().manual_seed(1)
     batches = (stdlib_text.draw_batch(data, BATCH, context, generator) for _ in range(count))
     return statistics.mean(run.loss(batch).item() for batch in batches)
+
+
+def reached(losses: list[float]) -> float:
+    """The largest of the last losses, to which all have come but those that diverged; NaN where all did."""
+    return max((loss for loss in losses if math.isfinite(loss)), default=math.nan)
+
+
+def compared(ratio: float, loss: float) -> str:
+    """What a ratio of the seconds to a loss says about the claim of ten times; NaN where one has not come to it."""
+    if math.isnan(ratio):
+        return "one of them diverged"
+    ten = "ten times" if ratio >= 9.5 else "not ten times"
+    return f"{ratio:.2f} times to a loss of {loss:.2f}: {ten}, at this size, length and hardware"
 
 
 def draw(runs: list[Run], path: Path) -> None:
@@ -147,10 +161,10 @@ def main(arguments: list[str] | None = None) -> None:
     _, data, held_out = stdlib_text.load(every, vocab_size)
     makers = models(vocab_size, size, context)
     runs = [Run(kind, name, make, steps) for kind, make in makers.items() for name in LAYERS]
-    print(f"{steps} steps of {BATCH} x {context} tokens, {torch.get_num_threads()} threads")
+    print(f"{steps} steps of {BATCH} x {context} tokens, {torch.get_num_threads()} threads, one training each")
     train(runs, data, context, steps)
 
-    common = max(run.losses[-1] for run in runs)  # all have come so far
+    common = reached([run.losses[-1] for run in runs])
     print(f"\n{'':13}{'layers':15}{'parameters':>10}{'tokens/s':>10}{'held-out':>10}{f's to {common:.2f}':>12}")
     for run in runs:
         loss = held_out_loss(run, held_out, context, 2 if options.quick else 20)
@@ -163,11 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in LAYERS:
         lstm, transformer = by["lstm", name], by["transformer", name]
         each = sum(lstm.seconds) / sum(transformer.seconds)
-        found = lstm.until(common) / transformer.until(common)
-        print(
-            f"With {name} the transformer is {each:.2f} times as fast as the LSTM for each token, and {found:.2f} times"
-            f" to a loss of {common:.2f}: {'' if found >= 9.5 else 'not '}ten times, at this size, length and hardware."
-        )
+        found = compared(lstm.until(common) / transformer.until(common), common)
+        print(f"With {name} the transformer is {each:.2f} times as fast as the LSTM for each token, and {found}.")
     for kind in KINDS:
         ratio = sum(by[kind, "torch.nn"].seconds) / sum(by[kind, "seqkernels.nn"].seconds)
         print(f"With seqkernels.nn the {kind} trains {ratio:.2f} times as fast as with torch.nn.")

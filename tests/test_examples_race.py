@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +63,19 @@ def test_the_race_and_its_report(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert (tmp_path / "race.png").stat().st_size > 10_000
 
 
+def test_a_race_that_not_all_finish() -> None:
+    race, nan = load("race"), float("nan")
+    assert race.reached([nan, 2.0, 3.0, float("inf")]) == race.reached([3.0, nan, 2.0]) == 3.0
+    assert math.isnan(race.reached([nan, nan]))
+    run = race.Run("lstm", "seqkernels.nn", race.models(20, 8, 4)["lstm"], 10)
+    run.losses, run.seconds = [4.0, 2.5, nan], [1.0, 2.0, 4.0]
+    assert [run.until(loss) for loss in (4.0, 3.0)] == [1.0, 3.0]
+    assert math.isnan(run.until(2.0))
+    assert race.compared(nan, 3.0) == "one of them diverged"
+    assert race.compared(9.4, 3.0).startswith("9.40 times to a loss of 3.00: not ten times,")
+    assert race.compared(9.6, 3.0).startswith("9.60 times to a loss of 3.00: ten times,")
+
+
 def test_pieces_of_the_bottleneck_are_of_the_text() -> None:
     bottleneck = load("bottleneck")
     found = bottleneck.draw_pieces(torch.arange(50), 7, 20, torch.Generator().manual_seed(0))
@@ -82,7 +96,8 @@ def test_the_bottleneck_and_its_report(capsys: pytest.CaptureFixture[str], tmp_p
     bottleneck.main(["--quick", "--picture", str(tmp_path / "bottleneck.png")])
     text = capsys.readouterr().out
     assert "the last state alone" in text
-    assert "From 5 to 97 tokens of held-out text" in text
+    # An LSTM of 32 units carries two states over.
+    assert "From 5 to 97 tokens of held-out text, a state of 64 numbers (h and c) goes from" in text
     assert (tmp_path / "bottleneck.png").stat().st_size > 10_000
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +32,15 @@ forecast, gradients, positions = map(load, ("forecast", "gradients", "positions"
 def one_thread() -> Iterator[None]:
     with threads(1):
         yield
+
+
+def test_no_example_hides_a_package() -> None:
+    """A script's folder comes first where modules are sought, by pandas too, which imports bottleneck if it can."""
+    optional = pytest.importorskip("pandas.compat._optional").VERSIONS
+    installed = importlib.metadata.packages_distributions()
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    # That one says, when it is imported as a library, that it is none.
+    assert names & {*sys.stdlib_module_names, *installed, *optional} <= {"bottleneck"}
 
 
 def test_sunspots_are_those_of_each_month() -> None:
@@ -134,6 +145,12 @@ def test_gradients_of_inputs_by_distance() -> None:
     assert found["RNN, weights x 3.5"][40] > 1
     far = found["attention"][1:]
     assert far.max() < 1.2 * far.min()
+
+
+def test_rates_where_gradients_underflow_or_overflow() -> None:
+    for rate, steps in ((0.5, 40), (0.25, 2001), (4.0, 2001), (1.0, 11)):
+        norms = rate ** torch.arange(float(steps), dtype=torch.float64)
+        assert gradients.rate_of(norms) == pytest.approx(rate, rel=1e-12)
 
 
 def test_gradients_and_their_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
