@@ -59,7 +59,8 @@ def draw(
     tiny = torch.finfo(logits.dtype).tiny
     temperature = min(max(temperature, tiny), 1 / tiny)
     probabilities = ((logits - logits[:, :1]) / temperature).softmax(-1)
-    if top_p is not None:
+    # Rounded sums reach 1 before the last tokens do.
+    if top_p is not None and top_p < 1:
         likelier = probabilities.cumsum(-1) - probabilities
         likelier[:, 0] = 0
         probabilities = probabilities.masked_fill(likelier >= top_p, 0)

@@ -176,6 +176,14 @@ def test_what_is_impossible_is_not_drawn() -> None:
         assert drawn.unique().tolist() == [0, 2]
 
 
+def test_a_nucleus_of_one_is_all_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    multinomial = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *args, **options: seen.append(p) or multinomial(p, *args))
+    draw(torch.randn(20, 100_000, generator=torch.Generator().manual_seed(0)), 1.0, top_p=1.0)
+    assert bool((seen[0] > 0).all())
+
+
 def test_bad_arguments() -> None:
     arguments = STARTS, STARTS[:, :0]
     for options, message in (
