@@ -1,9 +1,8 @@
 """Recurrent layers with the interface of ``torch.nn``'s, and what it lacks, run by `seqkernels.functional`.
 
-They subclass ``RNNBase`` rather than ``torch.nn.LSTM`` and its like, because Dynamo breaks the
-graph at those types; ``isinstance(layer, torch.nn.LSTM)`` is therefore false. TorchScript does not compile them. The
-output of a layer in one direction is memory that its backward pass reads: while gradients are recorded, modifying it
-in place is an error, as it is for torch's LSTM.
+They subclass ``RNNBase``, not ``torch.nn.LSTM`` and its like, at which Dynamo breaks the graph; so ``isinstance(layer,
+torch.nn.LSTM)`` is false. TorchScript does not compile them. The output of a layer in one direction is memory that its
+backward pass reads: while gradients are recorded, to modify it in place is an error, as for torch's LSTM.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ class _Layer(RNNBase):
     """What RNN, LSTM and GRU share: one forward pass for every form of input, over weights read by name."""
 
     qconfig = Refusal()
-
     _input_error = ""
     # Of the class, so that a layer that was torch's has them too.
     zoneout: Any = 0.0
