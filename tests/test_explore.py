@@ -21,6 +21,13 @@ pytest.importorskip("matplotlib")
 TEXTS = ("a b c", "b a a b", "x")
 
 
+def assert_rounded(found, wanted):
+    """Within some roundings of the largest number, or of 1 where all are smaller: sums are of a few products."""
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    allowed = 8 * torch.finfo(wanted.dtype).eps * max(1.0, wanted.abs().max().item())
+    assert (found - wanted).abs().max().item() <= allowed
+
+
 def transcribed(text, dtype, embedding=2, hidden=2, seed=42):
     """The mathematics in plain torch, with the layout of draws of the notebook that the command grew from."""
     with torch.random.fork_rng():
@@ -114,24 +121,22 @@ def test_gru(text):
         r, z, n = (value[name] for name in ("reset_gate", "update_gate", "candidate"))
         of_x, of_h = value["input_contribution"].chunk(3), value["memory_contribution"].chunk(3)
         for gate, wanted in ((r, of_x[0] + of_h[0]), (z, of_x[1] + of_h[1])):
-            torch.testing.assert_close(gate, wanted.sigmoid(), rtol=1e-14, atol=1e-15)
-        torch.testing.assert_close(n, (of_x[2] + r * of_h[2]).tanh(), rtol=1e-14, atol=1e-15)
+            assert_rounded(gate, wanted.sigmoid())
+        assert_rounded(n, (of_x[2] + r * of_h[2]).tanh())
         h = torch.gru_cell(x[None], h, w_input.T, w_memory.T)
         for state in (value["state"], value["kept_part"] + value["new_part"]):
-            torch.testing.assert_close(state, h[0], rtol=1e-14, atol=1e-15)
+            assert_rounded(state, h[0])
 
 
 def test_causal():
     whole = explore.explore("a b c b", models=["attention"], is_causal=True, dtype=torch.float64).sections[0].whole
     q, k, v = (whole[name].values[None, None] for name in ("queries", "keys", "values"))
     wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0]
-    torch.testing.assert_close(whole["output"].values, wanted, rtol=1e-14, atol=1e-15)
+    assert_rounded(whole["output"].values, wanted)
     later = torch.ones(4, 4).triu(1).bool()
     assert torch.equal(whole["scores"].values == -torch.inf, later)
     assert torch.equal(whole["weights"].values == 0, later)
-    torch.testing.assert_close(
-        (whole["scores"].values - whole["lse"].values[:, None]).exp(), whole["weights"].values, rtol=1e-14, atol=1e-15
-    )
+    assert_rounded((whole["scores"].values - whole["lse"].values[:, None]).exp(), whole["weights"].values)
 
 
 def test_where_numbers_are_from():

@@ -40,7 +40,12 @@ def _split(x, mesh, *placements):
 def _same(found, expected):
     """Elements that are not split are the same to the last bits; sums over the processes are in another order."""
     assert isinstance(found, DTensor)
-    torch.testing.assert_close(found.full_tensor(), expected, rtol=1e-12, atol=1e-12)
+    found = found.full_tensor()
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    if expected.numel():
+        # Roundings of what is added, some hundred numbers around 1; a bias of keys has a gradient of nothing else.
+        allowed = 256 * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
+        assert (found - expected).abs().max() <= allowed
 
 
 def _layers():

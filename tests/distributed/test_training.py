@@ -38,7 +38,11 @@ def _half(x):
 
 def _close(found, expected):
     """Sums over the batch in two parts, in float64."""
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    if expected.numel():
+        # Roundings of what is added, some hundred numbers around 1; a bias of keys has a gradient of nothing else.
+        allowed = 256 * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
+        assert (found - expected).abs().max() <= allowed
 
 
 def _given(make, size):
