@@ -14,10 +14,9 @@ from pathlib import Path
 import stdlib_text
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from seqkernels.models import Seq2Seq, Seq2SeqConfig
+from seqkernels.models import Seq2Seq, Seq2SeqConfig, Training
 
 if __name__ == "bottleneck":
     # Pandas asks for a library of this name, and a program's own folder is the first to be looked in.
@@ -34,32 +33,32 @@ def draw_pieces(data: Tensor, length: int, count: int, generator: torch.Generato
     return stdlib_text.draw_batch(data, count, length - 1, generator) + EOS + 1
 
 
-class Run:
-    """A training with or without attention, and the loss of each step."""
+def loss_of(model: Seq2Seq, pieces: Tensor) -> Tensor:
+    """Mean cross entropy of the tokens of pieces (B, N) and of their ends."""
+    lengths = torch.full((len(pieces),), pieces.shape[1])
+    logits = model(pieces, lengths, F.pad(pieces, (1, 0), value=BOS))
+    return F.cross_entropy(logits.flatten(0, 1), F.pad(pieces, (0, 1), value=EOS).flatten())
 
-    def __init__(self, attention: str, vocab_size: int, size: int, steps: int) -> None:
+
+class Run:
+    """A training with or without attention."""
+
+    def __init__(self, attention: str, vocab_size: int, size: int, steps: int, data: Tensor) -> None:
         torch.manual_seed(0)
         config = Seq2SeqConfig(
             vocab_size + EOS + 1, size // 2, size, dropout=0.0, pad=PAD, bos=BOS, eos=EOS, attention=attention
         )
         self.name, self.model = KINDS[attention], Seq2Seq(config)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1, (step + 1) / 50) * (1 + math.cos(math.pi * min(1, step / steps))) / 2
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, (step + 1) / 50) * (1 + math.cos(math.pi * min(1, step / steps))) / 2
         )
-        self.losses: list[float] = []
 
-    def train(self, pieces: Tensor) -> None:
-        """One step on pieces (B, N)."""
-        lengths = torch.full((len(pieces),), pieces.shape[1])
-        logits = self.model(pieces, lengths, F.pad(pieces, (1, 0), value=BOS))
-        loss = F.cross_entropy(logits.flatten(0, 1), F.pad(pieces, (0, 1), value=EOS).flatten())
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.losses.append(loss.item())
+        def draw_pieces_of_a_length(generator: torch.Generator) -> Tensor:
+            length = int(torch.randint(SHORTEST, LONGEST + 1, (), generator=generator))
+            return draw_pieces(data, length, BATCH, generator)
+
+        self.training = Training(self.model, optimizer, loss_of, draw_pieces_of_a_length, schedule=schedule, clip=1.0)
 
     def accuracy(self, pieces: Tensor) -> float:
         """Share of the tokens that are repeated at their places, written out token by token."""
@@ -78,7 +77,7 @@ def draw(path: Path, lengths: list[int], accuracies: dict[str, list[float]], run
     left, right = figure.subplots(1, 2)
     for run in runs:
         left.plot(lengths, accuracies[run.name], "o-", markersize=4, label=run.name)
-        means = torch.tensor(run.losses).unfold(0, min(50, len(run.losses)), 1).mean(1)
+        means = torch.tensor(run.training.losses).unfold(0, min(50, len(run.training.losses)), 1).mean(1)
         right.plot(means.tolist(), label=run.name)
     left.set(xlabel="tokens of the source", ylabel="tokens repeated at their places", ylim=(0, 1.02))
     right.set(xlabel="steps", ylabel="training loss per token, mean of 50 steps")
@@ -100,19 +99,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
     every, vocab_size, size, steps = (40, 300, 32, 12) if options.quick else (1, 512, 256, options.steps)
     _, data, held_out = stdlib_text.load(every, vocab_size)
-    runs = [Run(attention, vocab_size, size, steps) for attention in KINDS]
+    runs = [Run(attention, vocab_size, size, steps, data) for attention in KINDS]
     for run in runs:
         print(f"{run.name}: {sum(p.numel() for p in run.model.parameters())} parameters")
 
-    generator = torch.Generator().manual_seed(0)
-    bar = tqdm(range(steps), unit="step")
-    for step in bar:
-        length = int(torch.randint(SHORTEST, LONGEST + 1, (), generator=generator))
-        pieces = draw_pieces(data, length, BATCH, generator)
-        for run in runs:
-            run.train(pieces)
-        if step % 20 == 0:
-            bar.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in runs})
+    for run in runs:
+        run.training.run(steps)
 
     lengths = [*range(SHORTEST, LONGEST, 51 if options.quick else 8), LONGEST]
     generator = torch.Generator().manual_seed(1)

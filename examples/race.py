@@ -7,6 +7,7 @@ The models are `seqkernels.models.RecurrentLM` and `GPT`, each with torch's laye
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import statistics
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import seqkernels
-from seqkernels.models import GPT, GPTConfig, Model, RecurrentLM, RecurrentLMConfig
+from seqkernels.models import GPT, GPTConfig, Model, RecurrentLM, RecurrentLMConfig, Training
 
 LAYERS = {"torch.nn": torch.nn, "seqkernels.nn": seqkernels.nn}
 KINDS = ("lstm", "gru", "transformer")
@@ -49,39 +50,36 @@ def models(vocab_size: int, size: int, context: int) -> dict[str, Callable[[Modu
     return {kind: found[kind] for kind in KINDS}
 
 
+def loss_of(model: Model, batch: Tensor) -> Tensor:
+    """Mean cross entropy of each next token."""
+    found = model(batch[:, :-1])
+    logits = found[0] if isinstance(found, tuple) else found
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
 class Run:
     """A training of one kind of model with one kind of layers: loss and seconds of each turn."""
 
-    def __init__(self, kind: str, name: str, make: Callable[[ModuleType], Model], steps: int) -> None:
+    def __init__(
+        self, kind: str, name: str, make: Callable[[ModuleType], Model], steps: int, data: Tensor, context: int
+    ) -> None:
         torch.manual_seed(0)
         self.kind, self.name, self.model = kind, name, make(LAYERS[name])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: min((step + 1) * 10 / steps, (1 + math.cos(math.pi * min(1, step / steps))) / 2),
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) * 10 / steps, (1 + math.cos(math.pi * min(1, step / steps))) / 2)
         )
+        draw_batch = functools.partial(stdlib_text.draw_batch, data, BATCH, context)
+        self.training = Training(self.model, optimizer, loss_of, draw_batch, schedule=schedule, clip=1.0)
+        loss_of(self.model, draw_batch(torch.Generator())).backward()  # the first call loads or compiles kernels
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
-    def loss(self, batch: Tensor) -> Tensor:
-        """Mean cross entropy of each next token."""
-        found = self.model(batch[:, :-1])
-        logits = found[0] if isinstance(found, tuple) else found
-        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-    def train(self, batches: list[Tensor]) -> None:
+    def train(self, steps: int) -> None:
         """One turn."""
-        begin, total = time.perf_counter(), 0.0
-        for batch in batches:
-            self.optimizer.zero_grad()
-            loss = self.loss(batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.schedule.step()
-            total += loss.item()
+        begin = time.perf_counter()
+        self.losses.append(statistics.mean(self.training.run(steps, progress=False)))
         self.seconds.append(time.perf_counter() - begin)
-        self.losses.append(total / len(batches))
 
     def until(self, loss: float) -> float:
         """Seconds until the mean loss of a turn is at most `loss`; NaN where none is."""
@@ -90,19 +88,14 @@ class Run:
         return math.nan if number is None else sum(self.seconds[:number])
 
 
-def train(runs: list[Run], data: Tensor, context: int, steps: int) -> None:
+def train(runs: list[Run], steps: int) -> None:
     """Train all by turns of `TURN` steps, each turn in another order."""
-    for run in runs:  # the first calls load or compile kernels
-        run.loss(stdlib_text.draw_batch(data, BATCH, context, torch.Generator())).backward()
-    generator = torch.Generator().manual_seed(0)
     with tqdm(total=steps, unit="step") as bar:
         for turn, begin in enumerate(range(0, steps, TURN)):
-            count = min(TURN, steps - begin)
-            batches = [stdlib_text.draw_batch(data, BATCH, context, generator) for _ in range(count)]
             first = turn % len(runs)
             for run in runs[first:] + runs[:first]:
-                run.train(batches)
-            bar.update(count)
+                run.train(min(TURN, steps - begin))
+            bar.update(min(TURN, steps - begin))
             bar.set_postfix({run.kind: f"{run.losses[-1]:.3f}" for run in runs if run.name == "seqkernels.nn"})
 
 
@@ -111,7 +104,7 @@ def held_out_loss(run: Run, data: Tensor, context: int, count: int) -> float:
     """Mean loss on `count` batches of held-out text, always the same ones."""
     generator = torch.Generator().manual_seed(1)
     batches = (stdlib_text.draw_batch(data, BATCH, context, generator) for _ in range(count))
-    return statistics.mean(run.loss(batch).item() for batch in batches)
+    return statistics.mean(loss_of(run.model, batch).item() for batch in batches)
 
 
 def reached(losses: list[float]) -> float:
@@ -160,9 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
     every, vocab_size, size, context, steps = quick if options.quick else full
     _, data, held_out = stdlib_text.load(every, vocab_size)
     makers = models(vocab_size, size, context)
-    runs = [Run(kind, name, make, steps) for kind, make in makers.items() for name in LAYERS]
+    runs = [Run(kind, name, make, steps, data, context) for kind, make in makers.items() for name in LAYERS]
     print(f"{steps} steps of {BATCH} x {context} tokens, {torch.get_num_threads()} threads, one training each")
-    train(runs, data, context, steps)
+    train(runs, steps)
 
     common = reached([run.losses[-1] for run in runs])
     print(f"\n{'':13}{'layers':15}{'parameters':>10}{'tokens/s':>10}{'held-out':>10}{f's to {common:.2f}':>12}")

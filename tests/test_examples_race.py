@@ -67,7 +67,7 @@ def test_a_race_that_not_all_finish() -> None:
     race, nan = load("race"), float("nan")
     assert race.reached([nan, 2.0, 3.0, float("inf")]) == race.reached([3.0, nan, 2.0]) == 3.0
     assert math.isnan(race.reached([nan, nan]))
-    run = race.Run("lstm", "seqkernels.nn", race.models(20, 8, 4)["lstm"], 10)
+    run = race.Run("lstm", "seqkernels.nn", race.models(20, 8, 4)["lstm"], 10, torch.arange(20), 4)
     run.losses, run.seconds = [4.0, 2.5, nan], [1.0, 2.0, 4.0]
     assert [run.until(loss) for loss in (4.0, 3.0)] == [1.0, 3.0]
     assert math.isnan(run.until(2.0))
@@ -86,7 +86,7 @@ def test_pieces_of_the_bottleneck_are_of_the_text() -> None:
 
 def test_accuracy_counts_tokens_at_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     bottleneck = load("bottleneck")
-    run = bottleneck.Run("none", 20, 8, 10)
+    run = bottleneck.Run("none", 20, 8, 10, torch.arange(20))
     monkeypatch.setattr(run.model, "translate", lambda *_, **__: [[4, 5, 6], [4], []])
     assert run.accuracy(torch.tensor([[4, 5, 7], [4, 5, 6], [4, 5, 6]])) == pytest.approx(3 / 9)
 
