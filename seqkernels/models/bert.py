@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as seqkernels_nn
+from .._sequences import require
 from ._model import Model, check_dropout, check_integers, check_ints, check_sizes, check_tokens
 
 #: The target of tokens that are not to be predicted, which ``cross_entropy`` leaves out.
@@ -176,7 +177,8 @@ class BERT(Model):
             (B, M, E); that of padding means nothing.
 
         Raises:
-            ValueError: there are more tokens than the model is made for, or a shape is another.
+            ValueError: there are more tokens than the model is made for, a shape is another, or a length out of range
+                (torch's error in a compiled program or on a GPU).
             TypeError: an argument has no integers.
         """
         check_tokens(tokens)
@@ -243,6 +245,8 @@ def _padding(tokens: Tensor, lengths: Tensor) -> Tensor:
     check_integers(lengths, "lengths")
     if lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths: expected ({tokens.shape[0]},), got {tuple(lengths.shape)}")
+    text = "lengths: expected values from 0 to M, the tokens of a row"
+    require((lengths >= 0) & (lengths <= tokens.shape[1]), lengths, text)
     # With nothing to read at all, torch's attention gives NaN: such a row reads its first place.
     lengths = lengths.to(tokens.device).clamp(min=1)
     return torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]

@@ -76,7 +76,9 @@ class RecurrentLM(Model):
         super().__init__(config, layers)
         hidden = config.hidden_size or config.embed_size
         self.embedding = nn.Embedding(config.vocab_size, config.embed_size)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        # Hidden states begin small: with the small embedding of a transformer the logits, their products, stay so for
+        # hundreds of steps, and the model learns no more than how frequent tokens are.
+        nn.init.normal_(self.embedding.weight, std=0.3)
         between = config.dropout if config.num_layers > 1 else 0.0
         kind = getattr(layers, config.cell.upper())
         self.recurrent = kind(config.embed_size, hidden, config.num_layers, dropout=between, batch_first=True)

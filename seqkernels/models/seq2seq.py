@@ -260,6 +260,10 @@ class Seq2Seq(Model):
         start: Tensor | None = None,
         max_length: int = 64,
         *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
         beams: int = 1,
         length_penalty: float = 0.0,
     ) -> list[list[int]]:
@@ -270,7 +274,11 @@ class Seq2Seq(Model):
             lengths: (B,) int64, the number of tokens of each source, as of `encode`.
             start: (B,) int64, the token that opens each target; ``config.bos`` by default.
             max_length: tokens after which a translation is cut off.
-            beams: width of a beam search for the likeliest translation; 1, the default, is greedy.
+            temperature: as of `GPT.generate`, and so the next three; 0, the default, takes the likeliest token.
+            top_k: draw among so many of the likeliest; among all by default.
+            top_p: draw among the fewest of the likeliest that have this probability together.
+            generator: of the draws; torch's own by default.
+            beams: width of a beam search for the likeliest translation; 1, the default, does not search.
             length_penalty: of the beam search, see `generation.beam_search`.
 
         Returns:
@@ -296,6 +304,10 @@ class Seq2Seq(Model):
             self.encode(source, lengths),
             _reorder,
             max_length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
             beams=beams,
             eos=eos,
             length_penalty=length_penalty,

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import backends, functional
 from ..cells import accumulate_dtype
+from ..ops._eager import transformed
 from ..ops.attention import attention as attention_op
 
 #: Elements of the largest intermediate of `AdditiveAttention` where no `chunk_size` is given.
@@ -243,6 +244,8 @@ class AdditiveAttention(nn.Module):
         q, k = self._projections(query, key, projected)
         score, value = self.weight_score, value.to(k.dtype)
         grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, score, value))
+        # The transforms of torch.func refuse the hooks of a checkpoint.
+        grads = grads and not transformed()
         parts = []
         for rows, mask in self._chunks(q, k, keep):
             inputs = (rows, k, score, value, mask)

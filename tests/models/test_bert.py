@@ -311,6 +311,9 @@ def test_bad_arguments() -> None:
         model(tokens, lengths[:4])
     with pytest.raises(TypeError, match=r"lengths: expected int64 or int32, got torch\.bool"):
         model(tokens, tokens[:, 0] > 3)
+    for wrong in (12, -1):
+        with pytest.raises(ValueError, match=rf"lengths: expected values from 0 to M, .*, got \[3, 3, {wrong}, 3, 3\]"):
+            model(tokens, torch.tensor([3, 3, wrong, 3, 3]))
     with pytest.raises(ValueError, match=r"segments: expected \(5, 11\) as tokens, got \(5, 1\)"):
         model(tokens, lengths, segments[:, :1])
     with pytest.raises(ValueError, match=r"tokens: expected at least one in a row, got \(5, 0\)"):

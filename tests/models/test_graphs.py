@@ -13,7 +13,18 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 
 import seqkernels
-from seqkernels.models import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
+from seqkernels.models import (
+    BERT,
+    GPT,
+    BERTConfig,
+    Forecaster,
+    ForecasterConfig,
+    GPTConfig,
+    RecurrentLM,
+    RecurrentLMConfig,
+    Seq2Seq,
+    Seq2SeqConfig,
+)
 from seqkernels.testing import assert_within_budget
 
 from ..twins import cast, leaves
@@ -35,6 +46,17 @@ class Classifier(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         _, (hidden, _) = self.lstm(self.embedding(tokens), lengths=lengths)
         return self.out(torch.cat((hidden[-2], hidden[-1]), -1))
+
+
+class Logits(nn.Module):
+    """A recurrent language model of which the state is not asked."""
+
+    def __init__(self, model: RecurrentLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, reset: Tensor) -> Tensor:
+        return self.model(tokens, reset=reset)[0]
 
 
 def encoder() -> nn.Module:
@@ -72,6 +94,24 @@ MODELS = {
         ({0: ANY, 1: ANY},),
         {"attention_forward": 1, "rotary": 2},
     ),
+    "bert": Model(
+        lambda: BERT(BERTConfig(7, 32, 8, 1, 2, dropout=0.0)),
+        lambda b, t: (torch.randint(7, (b, t)), some(b, t)),
+        ({0: ANY, 1: ANY}, {0: ANY}),
+        {"attention_forward": 1},
+    ),
+    "recurrent": Model(
+        lambda: Logits(RecurrentLM(RecurrentLMConfig(7, 6, 8, 1, "gru"))),
+        lambda b, t: (torch.randint(7, (b, t)), torch.rand(b, t) < 0.3),
+        ({0: ANY, 1: ANY}, {0: ANY, 1: ANY}),
+        {"recurrence_forward": 1},
+    ),
+    "forecaster": Model(
+        lambda: Forecaster(ForecasterConfig(2, 3, 8)),
+        lambda b, t: (torch.randn(b, t, 2),),
+        ({0: ANY, 1: ANY},),
+        {"recurrence_forward": 1},
+    ),
     "encoder": Model(
         encoder,
         lambda b, t: (torch.randn(b, t, 8), None, torch.arange(t) >= some(b, t)[:, None]),
@@ -102,7 +142,7 @@ def value_and_gradients(call: Callable[..., Tensor], model: nn.Module, args: tup
     return torch.cat([x.detach().flatten() for x in leaves((found, grads))])
 
 
-@pytest.mark.parametrize("name", ["seq2seq", "gpt"])
+@pytest.mark.parametrize("name", ["seq2seq", "gpt", "bert", "recurrent", "forecaster"])
 def test_a_compiled_model_serves_other_sizes(name: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

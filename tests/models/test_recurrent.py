@@ -21,7 +21,7 @@ CONFIGS = {
     "lstm": RecurrentLMConfig(**SIZES, cell="lstm", hidden_size=10),
     "gru": RecurrentLMConfig(**SIZES, cell="gru", num_layers=1),
 }
-RATES = {"rnn": 0.1, "lstm": 0.4, "gru": 0.1}
+RATES = {"rnn": 0.03, "lstm": 0.1, "gru": 0.03}
 LAYERS = [torch.nn, seqkernels.nn]
 
 

@@ -207,6 +207,22 @@ def test_translate_is_greedy(layers: ModuleType) -> None:
         assert len(tokens) == 7 or best[len(tokens)] == CONFIG.eos
 
 
+def test_drawn_translations() -> None:
+    source, lengths, _ = batch()
+    model = make(seqkernels.nn).eval()
+
+    def draw(seed: int, **options: Any) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return model.translate(source, lengths, max_length=20, generator=generator, **options)
+
+    likeliest = draw(0)
+    assert draw(0, temperature=1.0) == draw(0, temperature=1.0)
+    assert draw(0, temperature=1.0) not in (draw(1, temperature=1.0), likeliest)
+    assert draw(0, temperature=1.0, top_k=1) == draw(0, temperature=1.0, top_p=1e-6) == likeliest
+    with pytest.raises(ValueError, match=r"top_p: expected a number above 0 and at most 1, got 2\.0"):
+        draw(0, temperature=1.0, top_p=2.0)
+
+
 @pytest.mark.parametrize("layers", LAYERS)
 def test_translate_stops_at_eos(layers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     source, lengths, _ = batch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +15,38 @@ import torch
 from torch import Tensor
 
 import seqkernels
-from seqkernels.models import GPT, GPTConfig, RecurrentLM, RecurrentLMConfig, Seq2Seq, Seq2SeqConfig, Training
+from seqkernels.models import (
+    BERT,
+    GPT,
+    BERTConfig,
+    Forecaster,
+    ForecasterConfig,
+    GPTConfig,
+    RecurrentLM,
+    RecurrentLMConfig,
+    Seq2Seq,
+    Seq2SeqConfig,
+    Training,
+)
 from seqkernels.testing import threads
 
 GPT_CONFIG = GPTConfig(23, 16, 16, 2, 2, dropout=0.1, positions="alibi")
 LM_CONFIG = RecurrentLMConfig(23, 16, cell="gru", dropout=0.1)
 PAIRS_CONFIG = Seq2SeqConfig(23, 8, 12)
-CONFIGS: dict[str, Any] = {"gpt": GPT_CONFIG, "recurrent": LM_CONFIG, "seq2seq": PAIRS_CONFIG}
-MODELS = {GPTConfig: GPT, RecurrentLMConfig: RecurrentLM, Seq2SeqConfig: Seq2Seq}
+CONFIGS: dict[str, Any] = {
+    "gpt": GPT_CONFIG,
+    "recurrent": LM_CONFIG,
+    "seq2seq": PAIRS_CONFIG,
+    "bert": BERTConfig(23, 16, 16, 1, 2, dropout=0.1),
+    "forecaster": ForecasterConfig(23, cell="lstm"),
+}
+MODELS = {
+    GPTConfig: GPT,
+    RecurrentLMConfig: RecurrentLM,
+    Seq2SeqConfig: Seq2Seq,
+    BERTConfig: BERT,
+    ForecasterConfig: Forecaster,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +61,9 @@ def batches(generator: torch.Generator) -> Tensor:
 
 
 def loss_of(model: Any, batch: Tensor) -> Tensor:
+    if isinstance(model, Forecaster):
+        series = torch.nn.functional.one_hot(batch, 23).float()
+        return (model(series[:, :-1])[:, :, 0] - series[:, 1:]).square().sum(-1).mean()
     sources = (batch, torch.full((4,), 12)) if isinstance(model, Seq2Seq) else ()
     logits = model(*sources, batch[:, :-1])
     logits = logits[0] if isinstance(model, RecurrentLM) else logits
@@ -61,7 +89,14 @@ def bits(training: Training) -> list[Any]:
 @pytest.mark.parametrize("layers", [torch.nn, seqkernels.nn], ids=lambda layers: layers.__name__)
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("gpt", torch.bfloat16), ("recurrent", torch.float16), ("seq2seq", torch.bfloat16), ("gpt", None)],
+    [
+        ("gpt", None),
+        ("gpt", torch.bfloat16),
+        ("recurrent", torch.float16),
+        ("seq2seq", torch.bfloat16),
+        ("bert", torch.bfloat16),
+        ("forecaster", torch.bfloat16),
+    ],
 )
 def test_a_training_that_goes_on_is_one_that_never_stopped(
     name: str, dtype: torch.dtype | None, layers: ModuleType, tmp_path: Path
@@ -99,6 +134,27 @@ def test_other_layers_go_on_too(tmp_path: Path) -> None:
     ours.resume(tmp_path / "training.pt")
     for mine, its in zip(bits(ours), bits(theirs), strict=True):
         assert torch.equal(mine, its)
+
+
+def test_the_bar_counts_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tqdm
+
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.update(disable=False, file=io.StringIO())
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    training = make(LM_CONFIG)
+    training.run(25)
+    (bar,) = bars
+    assert bar.total == bar.n == 25
+    assert "loss=" in bar.postfix
+    training.run(2, progress=False)
+    assert len(bars) == 1
 
 
 def test_clipping_schedules_and_overflows() -> None:

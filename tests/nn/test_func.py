@@ -32,6 +32,17 @@ class OurAttend(seqkernels.nn.MultiheadAttention):
         return super().forward(x, x, x)
 
 
+class Decode(nn.Module):
+    """A decoder layer that reads its own input."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.layer = layers.TransformerDecoderLayer(4, 2, 8, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x, x)
+
+
 def encoder(layers: Any) -> nn.Module:
     return layers.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
 
@@ -45,6 +56,7 @@ MODULES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "lstm cell": (lambda layers: layers.LSTMCell(4, 3), (2, 4)),
     "attention": (lambda layers: (Attend if layers is nn else OurAttend)(4, 2), (3, 2, 4)),
     "encoder": (encoder, (3, 2, 4)),
+    "decoder": (Decode, (3, 2, 4)),
 }
 
 
@@ -110,5 +122,29 @@ def test_forward_mode(case: Any) -> None:
 
 def test_second_order(case: Any) -> None:
     ours, _, xs = case
-    x = xs[0].requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: loss(ours[0], dict(ours[0].named_parameters()), x), x, fast_mode=True)
+    names, weights = zip(*ours[0].named_parameters(), strict=True)
+    inputs = (xs[0].requires_grad_(), *weights)
+    assert torch.autograd.gradgradcheck(
+        lambda x, *own: loss(ours[0], dict(zip(names, own, strict=True)), x), inputs, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("kind", ["AdditiveAttention", "BilinearAttention"])
+def test_alignment(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = getattr(seqkernels.nn, kind)(4, 3, *([5] if kind == "AdditiveAttention" else [])).double()
+    names, weights = zip(*layer.named_parameters(), strict=True)
+    query, key = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 6, 3, dtype=torch.float64)
+
+    def value(own: tuple[Tensor, ...], query: Tensor, key: Tensor) -> Tensor:
+        return functional_call(layer, dict(zip(names, own, strict=True)), (query, key)).square().sum()
+
+    frozen = tuple(weight.detach() for weight in weights)
+    found = vmap(grad(value), (None, 0, 0))(frozen, query, key)
+    one_by_one = [torch.autograd.grad(value(weights, *pair), weights) for pair in zip(query, key, strict=True)]
+    torch.testing.assert_close(list(found), stacked(one_by_one))
+    along = tuple(map(torch.ones_like, frozen))
+    _, tangent = jvp(lambda *own: value(own, query, key), frozen, along)
+    torch.testing.assert_close(tangent, sum((part.sum() for grads in one_by_one for part in grads), torch.zeros(())))
+    inputs = (*weights, query.requires_grad_(), key.requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda *x: value(x[:-2], *x[-2:]), inputs, fast_mode=True)
