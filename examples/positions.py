@@ -12,15 +12,15 @@ Generalization in Transformers", 2023.
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import stdlib_text
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from seqkernels.models import GPT, GPTConfig
+from seqkernels.models import GPT, GPTConfig, Training
 
 POSITIONS = ("sinusoidal", "learned", "rotary", "alibi", "none")
 RATE, BATCH, LONGER = 3e-3, 16, (2, 4, 8)
@@ -32,21 +32,21 @@ def losses_of(model: GPT, batch: Tensor, length: int) -> Tensor:
     return F.cross_entropy(model(tokens).transpose(1, 2), following, reduction="none").view(len(batch), -1)
 
 
-def train(config: GPTConfig, data: Tensor, length: int, steps: int, bar: tqdm) -> GPT:
+def train(config: GPTConfig, data: Tensor, length: int, steps: int) -> GPT:
     """A model trained on pieces of `length` tokens, the same for each configuration."""
     torch.manual_seed(0)
-    model, generator = GPT(config), torch.Generator().manual_seed(0)
+    model = GPT(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        loss = losses_of(model, stdlib_text.draw_batch(data, BATCH, length, generator), length).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix_str(f"{config.positions}, loss {loss.item():.3f}", refresh=False)
-        bar.update()
+    training = Training(
+        model,
+        optimizer,
+        lambda model, batch: losses_of(model, batch, length).mean(),
+        functools.partial(stdlib_text.draw_batch, data, BATCH, length),
+        schedule=schedule,
+        clip=1.0,
+    )
+    training.run(steps)
     return model.eval()
 
 
@@ -82,7 +82,7 @@ def draw(path: Path, found: dict[str, dict[int, Tensor]]) -> None:
     lengths = list(found["none"])
     for name, tested in found.items():
         left.plot(lengths, [losses.mean().exp() for losses in tested.values()], "o-", label=name)
-        width = max(1, lengths[0] // 2)
+        width = lengths[0]
         means = (tested[lengths[-1]] - tested[lengths[0]]).unfold(0, width, width).mean(1).exp()
         right.plot(width * (torch.arange(len(means)) + 0.5), means)
     left.set(xscale="log", xlabel="tokens of a piece", ylabel="perplexity of held-out text")
@@ -113,12 +113,11 @@ def main(arguments: list[str] | None = None) -> None:
     training = f"{steps} steps of {BATCH} x {length} tokens, one training each"
     print(f"{len(data)} tokens of {vocab_size}, {len(held_out)} held out; {training}")
     found: dict[str, dict[int, Tensor]] = {}
-    with tqdm(total=steps * len(POSITIONS), unit="step") as bar:
-        for kind in POSITIONS:
-            # Learned positions behind the length trained on stay as they were drawn.
-            config = GPTConfig(vocab_size, LONGER[-1] * length, features, num_layers=3, num_heads=4, positions=kind)
-            model = train(config, data, length, steps, bar)
-            found[kind] = {size: read(model, held_out, size, count) for size in (length, *(length * x for x in LONGER))}
+    for kind in POSITIONS:
+        # Learned positions behind the length trained on stay as they were drawn.
+        config = GPTConfig(vocab_size, LONGER[-1] * length, features, num_layers=3, num_heads=4, positions=kind)
+        model = train(config, data, length, steps)
+        found[kind] = {size: read(model, held_out, size, count) for size in (length, *(length * x for x in LONGER))}
     report(found)
     draw(options.picture, found)
     print(f"Picture: {options.picture}")

@@ -27,7 +27,10 @@ from seqkernels.models import GPT, GPTConfig, Model, RecurrentLM, RecurrentLMCon
 
 LAYERS = {"torch.nn": torch.nn, "seqkernels.nn": seqkernels.nn}
 KINDS = ("lstm", "gru", "transformer")
-RATE, BATCH, TURN = 3e-3, 8, 10
+#: The learning rates with which each kind comes furthest, of those that ``--tune`` tries.
+RATES = {"lstm": 2e-2, "gru": 2e-2, "transformer": 2e-3}
+TRIED = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+BATCH, TURN = 8, 10
 
 
 def parameters(model: nn.Module) -> int:
@@ -61,11 +64,19 @@ class Run:
     """A training of one kind of model with one kind of layers: loss and seconds of each turn."""
 
     def __init__(
-        self, kind: str, name: str, make: Callable[[ModuleType], Model], steps: int, data: Tensor, context: int
+        self,
+        kind: str,
+        name: str,
+        make: Callable[[ModuleType], Model],
+        steps: int,
+        data: Tensor,
+        context: int,
+        rate: float | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.kind, self.name, self.model = kind, name, make(LAYERS[name])
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+        rate = RATES[kind] if rate is None else rate
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) * 10 / steps, (1 + math.cos(math.pi * min(1, step / steps))) / 2)
         )
@@ -97,6 +108,17 @@ def train(runs: list[Run], steps: int) -> None:
                 run.train(min(TURN, steps - begin))
             bar.update(min(TURN, steps - begin))
             bar.set_postfix({run.kind: f"{run.losses[-1]:.3f}" for run in runs if run.name == "seqkernels.nn"})
+
+
+def tune(makers: dict[str, Callable[[ModuleType], Model]], steps: int, data: Tensor, context: int) -> None:
+    """Print the last training loss of each kind of model with each learning rate."""
+    print(f"loss of the last {TURN} of {steps} steps\n{'':13}" + "".join(f"{rate:>10g}" for rate in TRIED))
+    for kind, make in makers.items():
+        runs = [Run(kind, "seqkernels.nn", make, steps, data, context, rate) for rate in TRIED]
+        for run in tqdm(runs, desc=kind, leave=False):
+            run.train(steps)
+        means = [statistics.mean(run.training.losses[-TURN:]) for run in runs]
+        print(f"{kind:13}" + "".join(f"{mean:>10.4f}" for mean in means))
 
 
 @torch.no_grad()
@@ -145,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="of training, of each model (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps of small models: does it run")
+    parser.add_argument("--tune", action="store_true", help="print what each learning rate gives, and end")
     parser.add_argument("--picture", type=Path, default=Path("report/race.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.steps < 1:
@@ -153,6 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
     every, vocab_size, size, context, steps = quick if options.quick else full
     _, data, held_out = stdlib_text.load(every, vocab_size)
     makers = models(vocab_size, size, context)
+    if options.tune:
+        tune(makers, steps, data, context)
+        return
     runs = [Run(kind, name, make, steps, data, context) for kind, make in makers.items() for name in LAYERS]
     print(f"{steps} steps of {BATCH} x {context} tokens, {torch.get_num_threads()} threads, one training each")
     train(runs, steps)

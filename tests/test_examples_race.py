@@ -63,6 +63,15 @@ def test_the_race_and_its_report(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert (tmp_path / "race.png").stat().st_size > 10_000
 
 
+def test_learning_rates_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    race = load("race")
+    race.main(["--quick", "--tune"])
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert list(rows) == list(race.KINDS)
+    for losses in rows.values():
+        assert len({float(loss) for loss in losses}) == len(race.TRIED)
+
+
 def test_a_race_that_not_all_finish() -> None:
     race, nan = load("race"), float("nan")
     assert race.reached([nan, 2.0, 3.0, float("inf")]) == race.reached([3.0, nan, 2.0]) == 3.0

@@ -11,7 +11,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from tqdm import tqdm
 
 from seqkernels.models import GPTConfig
 from seqkernels.testing import threads
@@ -181,8 +180,7 @@ def test_positions_and_their_report(capsys: pytest.CaptureFixture[str], tmp_path
 def test_losses_in_pieces() -> None:
     """Pieces of a round of a text that repeats itself are all the same, and know nothing of one another."""
     data, config = torch.arange(4000) % 8, GPTConfig(8, 64, 16, 1, 2, positions="sinusoidal")
-    with tqdm(total=20, disable=True) as bar:
-        model = positions.train(config, data, 8, 20, bar)
+    model = positions.train(config, data, 8, 20)
     long, pieces = positions.read(model, data, 64, 2), positions.read(model, data, 8, 2)
     assert long.shape == pieces.shape == (64,)
     torch.testing.assert_close(pieces, pieces[:8].repeat(8))
