@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# What is never imported need not be compiled.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 export SEQKERNELS_BUILD ?= 1
 export SEQKERNELS_EMULATOR ?= 1
 
@@ -11,13 +13,13 @@ export SEQKERNELS_EMULATOR ?= 1
 
 $(VENV)/.installed: requirements-dev.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) torch==2.13.0
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install --quiet --disable-pip-version-check \
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) \
 		--no-build-isolation --no-deps --editable .
 	touch $@
 
@@ -40,7 +42,7 @@ bench-quick: build
 
 # Inference beside ONNX Runtime and OpenVINO, which are installed for it, once.
 $(VENV)/.engines: $(VENV)/.built pyproject.toml
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install --quiet --disable-pip-version-check \
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) \
 		--no-build-isolation --editable ".[bench-engines]"
 	touch $@
 
@@ -50,7 +52,7 @@ bench-engines: $(VENV)/.engines
 
 # The site of docs/, in site/: strict, then looked at file by file and in headless Chromium. (Debian: chromium, chromium-driver.)
 $(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(PIP) -r requirements-docs.txt
 	touch $@
 
 docs: $(VENV)/.docs
@@ -69,9 +71,9 @@ lint: $(VENV)/.installed
 pure: $(VENV)/.installed
 	.ci/pure $(RUN)
 
-# Built in isolation in an environment without torch, within a minute, or four with nvcc; the wheel lies in dist/.
-wheel:
-	.ci/wheel $(PYTHON) $(wildcard $(RUN))
+# Built in isolation in an environment without torch, within a minute, or four with nvcc, and tried in a new one with torch; the wheel lies in dist/.
+wheel: $(VENV)/.installed
+	.ci/wheel $(PYTHON) $(RUN)
 
 # For CPython 3.10 to 3.13 in manylinux containers, which docker runs; into wheelhouse/.
 CIBUILDWHEEL := cibuildwheel==4.3.3

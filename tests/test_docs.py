@@ -85,6 +85,13 @@ def test_every_block_says_what_it_is() -> None:
             assert language in ("python", "sh", "text", "math"), f"{name_of(page)}: {language!r} in front of {block!r}"
 
 
+def assert_options_of(program: Path, words: list[str]) -> None:
+    """Each option of a command is one that the program's text names."""
+    for word in words:
+        if word.startswith("--"):
+            assert f'"{word}"' in program.read_text(), f"{program.name} has no option {word}"
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")], ids=name_of)
 def test_commands_are_there(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a command names exists; those that take seconds only say what they would do."""
@@ -109,8 +116,11 @@ def test_commands_are_there(page: Path, capsys: pytest.CaptureFixture[str]) -> N
                             main([arguments[0], "--help"])
                         known = capsys.readouterr().out
                         assert all(word in known for word in arguments if word.startswith("--")), line
+                    elif beside.is_file():
+                        assert_options_of(beside, arguments)
                 else:
                     assert (ROOT / words[1]).is_file(), line
+                    assert_options_of(ROOT / words[1], words[2:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
