@@ -210,6 +210,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     panels[0].set(xlabel="steps of the environments", ylabel="mean return of the last 30 episodes")
     panels[1].set(xlabel="seconds")
     panels[1].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 

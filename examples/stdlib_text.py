@@ -60,7 +60,7 @@ def read_sources(every: int) -> tuple[list[str], list[str]]:
 
 def find_functions(source: str) -> list[str]:
     """The functions of four lines and more that are not inside of others, without what they are indented by."""
-    lines, found = source.splitlines(), []
+    lines, found = source.split("\n"), []  # as ast counts them: a form feed ends none
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes in old sources
         pending: list[ast.AST] = [ast.parse(source)]

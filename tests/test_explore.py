@@ -95,6 +95,11 @@ def test_numbers_are_those_of_the_mathematics(text, dtype):
             assert error <= allowed * max(wanted.abs().max().item(), 1.0), name
 
 
+def test_one_name_is_no_sequence_of_names():
+    with pytest.raises(TypeError, match="models: expected a sequence of names, got the text 'rnn'"):
+        explore.explore("a b", models="rnn")
+
+
 def test_numbers_of_the_notebook():
     """As it prints them, of its own seed and text."""
     found = flat(explore.explore("a b c"))
@@ -108,6 +113,8 @@ def test_numbers_of_the_notebook():
         assert repr(found[name]) == f"tensor({wanted})"
     weights = ["[0.2899, 0.2954, 0.4148]", "[0.2864, 0.2924, 0.4212]", "[0.4283, 0.4076, 0.1641]"]
     assert explore.numbers(found["attention", 0, "weights"]) == weights
+    for name, values in expected("a b c", torch.float32).items():
+        assert explore.numbers(found[name]) == explore.numbers(values), name
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -120,6 +120,8 @@ def explore(
         raise ValueError(f"seed: expected from 0 to 2**63 - 1, got {seed}")
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {DTYPES}, got {dtype}")
+    if isinstance(models, str):
+        raise TypeError(f"models: expected a sequence of names, got the text {models!r}")
     if not models:
         raise ValueError(f"models: expected some of {', '.join(map(repr, MODELS))}, got none")
     for model in models:

@@ -210,7 +210,9 @@ class Model(nn.Module):
                 raise ValueError(f"path: expected a file of a {cls.__name__}, got one of {metadata.get('model')}")
             # Copies: the file's own memory is mapped, one block for all, and not aligned as torch aligns tensors.
             weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        model = cls.from_config(json.loads(metadata["config"]), layers).to(device)
+        # The weights that it begins with are drawn for nothing.
+        with torch.random.fork_rng(devices=[]):
+            model = cls.from_config(json.loads(metadata["config"]), layers).to(device)
         model.load_state_dict(weights, assign=True)
         for module in model.modules():
             if isinstance(module, nn.RNNBase):

@@ -36,7 +36,7 @@ def draw(
         top_k: draw among so many of the likeliest tokens; among all by default.
         top_p: draw among the fewest of the likeliest tokens whose probabilities, those after `temperature`, add up to
             at least this much; among all by default.
-        generator: of the draws; torch's own by default.
+        generator: of the draws, on the device of `logits`; torch's own by default.
 
     Returns:
         (R,) int64.
@@ -183,7 +183,9 @@ def beam_search(
             added = torch.where(ended.unsqueeze(-1), stays, added)
         totals = scores.unsqueeze(-1) + added
         lengths = lengths + ~ended
-        ranked = totals / ((5 + lengths.to(wide)) / 6).pow(length_penalty).unsqueeze(-1)
+        # No power of a finite penalty overflows, or makes all hypotheses alike.
+        weight = (-length_penalty * ((5 + lengths.double()) / 6).log()).clamp(-700, 700).exp()
+        ranked = (totals * weight.unsqueeze(-1)).masked_fill(totals == -torch.inf, -torch.inf)
         best = ranked.flatten(1).topk(width).indices
         origin, tokens = best // added.shape[-1], best % added.shape[-1]
         scores = totals.flatten(1).gather(1, best)

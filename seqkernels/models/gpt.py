@@ -215,7 +215,7 @@ class GPT(Model):
 
         Args:
             tokens: (B, M) int64 or int32.
-            cache: of the tokens before; `tokens` are added to it.
+            cache: of the tokens before, of B rows; `tokens` are added to it, in place: without gradients.
 
         Returns:
             Logits (B, M, V).
@@ -225,6 +225,8 @@ class GPT(Model):
             TypeError: `tokens` are not integers.
         """
         check_tokens(tokens)
+        if cache is not None and cache.keys[0].shape[0] != tokens.shape[0]:
+            raise ValueError(f"cache: expected one of {tokens.shape[0]} rows, got {cache.keys[0].shape[0]}")
         before = 0 if cache is None else cache.length
         end = before + tokens.shape[1]
         most = self.config.context if cache is None else min(self.config.context, cache.keys[0].shape[2])
@@ -281,7 +283,7 @@ class GPT(Model):
             cache: keep keys and values, instead of computing those of all tokens again in each step.
             temperature: logits are divided by it before one is drawn; 0 takes the likeliest.
             top_k: draw among so many of the likeliest; among all by default.
-            generator: of the draws; torch's own by default.
+            generator: of the draws, on the model's device; torch's own by default.
             top_p: draw among the fewest of the likeliest that have this probability together, see `generation.draw`.
             beams: width of a beam search for the likeliest continuation; 1, the default, does not search. Only with
                 a temperature of 0.
@@ -296,6 +298,8 @@ class GPT(Model):
         """
         check_tokens(tokens)
         batch, length = tokens.shape
+        if length > self.config.context:
+            raise ValueError(f"tokens: expected at most {self.config.context} in a row, got {length}")
         if steps < 0 or length + steps > self.config.context:
             raise ValueError(f"steps: expected from 0 to {self.config.context - length} after {length}, got {steps}")
 

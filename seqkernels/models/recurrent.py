@@ -151,7 +151,7 @@ class RecurrentLM(Model):
             steps: how many tokens to add; any number.
             temperature: as of `GPT.generate`, and so the other arguments.
             top_k: draw among so many of the likeliest; among all by default.
-            generator: of the draws; torch's own by default.
+            generator: of the draws, on the model's device; torch's own by default.
             top_p: draw among the fewest of the likeliest that have this probability together.
             beams: width of a beam search for the likeliest continuation; 1, the default, does not search.
             eos: the token that ends a sequence; none does by default.

@@ -277,7 +277,7 @@ class Seq2Seq(Model):
             temperature: as of `GPT.generate`, and so the next three; 0, the default, takes the likeliest token.
             top_k: draw among so many of the likeliest; among all by default.
             top_p: draw among the fewest of the likeliest that have this probability together.
-            generator: of the draws; torch's own by default.
+            generator: of the draws, on the model's device; torch's own by default.
             beams: width of a beam search for the likeliest translation; 1, the default, does not search.
             length_penalty: of the beam search, see `generation.beam_search`.
 
@@ -325,6 +325,9 @@ class Seq2Seq(Model):
         Raises:
             RuntimeError: the model has no attention.
         """
+        check_tokens(target, "target")
+        if target.shape[1] < 1:
+            raise ValueError(f"target: expected at least one token in each row, got {tuple(target.shape)}")
         memory, state = self.encode(source, lengths)
         if self.attention is None or memory is None:
             raise RuntimeError("align: expected a model with attention 'bilinear', got one with 'none'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,8 @@ class Training:
             raise ValueError(f"clip: expected a positive number, got {clip}")
         if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ValueError("schedule: expected one that needs no metric, got ReduceLROnPlateau")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("optimizer: expected one whose step needs no closure, got LBFGS")
         # Not the optimizers themselves: one that wraps another shares its groups.
         if schedule is not None and schedule.optimizer.param_groups is not optimizer.param_groups:
             raise ValueError("schedule: expected one of this optimizer, got one of another")
@@ -133,12 +136,16 @@ class Training:
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
-        """Put generators and scaler back where an error ends this."""
+        """Put generators, buffers and scaler back where an error ends this."""
         random = self._random()
+        buffers = [x.clone() for x in self.model.buffers()]
         try:
             yield
         except BaseException:
             self._set_random(random)
+            with torch.no_grad():
+                for x, before in zip(self.model.buffers(), buffers, strict=True):
+                    x.copy_(before)
             # A scaler that has unscaled gradients does not do so again before a step.
             scaler = self._new_scaler()
             scaler.load_state_dict(self.scaler.state_dict())
@@ -198,13 +205,20 @@ class Training:
         with open(path, "rb") as file:
             # What torch.load says of other files names no argument.
             known = zipfile.is_zipfile(file)
-        state = torch.load(path, map_location="cpu", weights_only=True) if known else None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True) if known else None
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"path: expected a file that Training.save wrote, got another: {error}") from error
         if not isinstance(state, dict) or not isinstance(state.get("training"), dict):
             raise ValueError("path: expected a file that Training.save wrote, got another")
         theirs, ours = state["training"], self._identity()
         others = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
         if others:
-            texts = [f"{name} {theirs.get(name)!r} instead of {ours.get(name)!r}" for name in others[:3]]
+            # Those of a configuration are text that was quoted where it was made.
+            said = {name: str if name.startswith("config.") else repr for name in others}
+            texts = [
+                f"{name} {said[name](theirs.get(name))} instead of {said[name](ours.get(name))}" for name in others[:3]
+            ]
             raise ValueError(f"path: expected a training like this one, got one with {', '.join(texts)}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.model.load_state_dict(state["model"])
@@ -221,11 +235,21 @@ class Training:
         return {
             "model": type(self.model).__name__,
             "optimizer": type(self.optimizer).__name__,
-            "schedule": None if self.schedule is None else type(self.schedule).__name__,
+            "schedule": None if self.schedule is None else _names(self.schedule),
             "dtype": str(self.dtype),
-            **{f"config.{name}": value for name, value in fields.items()},
-            **{name: f"{x.dtype} {tuple(x.shape)}" for name, x in self.model.state_dict().items()},
+            # As text: a file may hold whatever a configuration does.
+            **{f"config.{name}": repr(value) for name, value in fields.items()},
+            **{
+                name: f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                for name, x in self.model.state_dict().items()
+            },
         }
+
+
+def _names(schedule: Any) -> str:
+    """Its class, and those of the schedules that it is made of."""
+    parts = ", ".join(map(_names, getattr(schedule, "_schedulers", ())))
+    return type(schedule).__name__ + (f"({parts})" if parts else "")
 
 
 def _bar(steps: int, progress: bool) -> contextlib.AbstractContextManager[Any]:

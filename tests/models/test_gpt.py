@@ -92,6 +92,24 @@ def test_the_same_text_with_and_without_a_cache(name: str) -> None:
         assert torch.equal(other, found[0])
 
 
+def test_beams_end_whatever_the_length_is_worth() -> None:
+    model = make(CONFIGS["rotary"], seqkernels.nn).eval()
+    for penalty in (60.0, 400.0, -400.0):
+        found = model.generate(tokens(4), 20, beams=4, eos=1, length_penalty=penalty)[:, 4:]
+        for row in found.tolist():
+            assert 1 not in row or set(row[row.index(1) :]) == {1}
+
+
+def test_caches_and_lengths_of_other_calls_are_refused() -> None:
+    model = make(CONFIGS["rotary"], seqkernels.nn).eval()
+    cache = Cache(model.config, 4, 8, model.embedding.weight)
+    with pytest.raises(ValueError, match="cache: expected one of 1 rows, got 4"):
+        model(tokens(1, 1), cache)
+    long = torch.zeros(1, model.config.context + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"tokens: expected at most {model.config.context} in a row"):
+        model.generate(long, 0)
+
+
 def test_drawn_text() -> None:
     model = make(CONFIGS["rotary"], seqkernels.nn).eval()
 

@@ -61,7 +61,9 @@ def test_what_is_loaded_owns_its_memory(layers: ModuleType, tmp_path: Path, monk
     torch.manual_seed(0)
     model = RecurrentLM(CONFIGS[RecurrentLM], layers).double()
     model.save(path)
+    before = torch.get_rng_state()
     found = RecurrentLM.load(path, layers)
+    assert torch.equal(torch.get_rng_state(), before)
     for parameter in found.parameters():
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
         assert parameter.data_ptr() % 64 == 0

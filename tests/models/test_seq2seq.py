@@ -325,6 +325,10 @@ def test_bad_arguments() -> None:
         model.translate(source, lengths, max_length=-1)
     with pytest.raises(ValueError, match="beams: expected at least 1, got 0"):
         model.translate(source, lengths, beams=0)
+    with pytest.raises(ValueError, match=r"target: expected \(B, M\), got \("):
+        model.align(source, lengths, target[0])
+    with pytest.raises(ValueError, match=r"target: expected at least one token in each row, got \(5, 0\)"):
+        model.align(source, lengths, target[:, :0])
 
 
 @pytest.mark.parametrize("layers", LAYERS, ids=lambda layers: layers.__name__)

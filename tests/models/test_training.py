@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import io
 import math
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -203,6 +205,74 @@ def test_files_of_other_trainings_are_refused(make_other: Callable[[], Training]
         training.resume(tmp_path / "training.pt")
     for mine, its in zip(bits(training), before, strict=True):
         assert torch.equal(mine, its)
+
+
+class Noted(torch.nn.Module):
+    """A model with statistics, state of its own kind, and a configuration that is no plain data."""
+
+    @dataclasses.dataclass
+    class Config:
+        where: Path = Path("here")
+        unknown: float = math.nan
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.notes = self.Config(), {"seen": 0}
+        self.norm, self.out = torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return self.notes
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.notes = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+def noted(stop: list[bool], parts: int = 2) -> Training:
+    torch.manual_seed(0)
+    model = Noted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    constant = [torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(parts)]
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, constant, list(range(2, parts + 1)))
+
+    def loss(model: Noted, x: Tensor) -> Tensor:
+        value = model(x).square().mean()
+        if stop and stop.pop():
+            raise KeyboardInterrupt
+        return value
+
+    return Training(model, optimizer, loss, lambda generator: torch.randn(4, 2, generator=generator), schedule=schedule)
+
+
+def test_statistics_and_configurations_of_any_kind(tmp_path: Path) -> None:
+    whole, training = noted([]), noted([True])
+    whole.run(4, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        training.run(1, progress=False)
+    assert training.model.norm.num_batches_tracked == 0
+    training.run(2, progress=False)
+    training.save(tmp_path / "training.pt")
+    other = noted([])
+    other.resume(tmp_path / "training.pt")
+    other.run(2, progress=False)
+    assert other.losses == whole.losses
+    assert torch.equal(other.model.norm.running_var, whole.model.norm.running_var)
+    more = noted([], parts=3)
+    before = more.model.out.weight.clone()
+    with pytest.raises(ValueError, match=r"schedule 'SequentialLR\(ConstantLR, ConstantLR\)' instead of"):
+        more.resume(tmp_path / "training.pt")
+    assert torch.equal(more.model.out.weight, before)
+    torch.save(training.model.out, tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"path: expected a file that Training\.save wrote"):
+        more.resume(tmp_path / "module.pt")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
+        file.writestr("text", "text")
+    with pytest.raises(ValueError, match=r"path: expected a file that Training\.save wrote"):
+        more.resume(tmp_path / "other.zip")
+    with pytest.raises(ValueError, match="optimizer: expected one whose step needs no closure, got LBFGS"):
+        Training(more.model, torch.optim.LBFGS(more.model.parameters()), more.loss, more.batches)
 
 
 def test_files_of_other_optimizers_and_things_are_refused(tmp_path: Path) -> None:
