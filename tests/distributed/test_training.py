@@ -115,6 +115,21 @@ def _heads_parallel():
     for (name, own), exact in zip(split.named_parameters(), layer.parameters(), strict=True):
         assert own.to_local().numel() == exact.numel() // (1 if name == "out.bias" else 2)
         _close(own.grad.full_tensor(), exact.grad)
+    _packed_heads_parallel(mesh)
+
+
+def _packed_heads_parallel(mesh):
+    """A `MultiheadAttention` taken apart."""
+    packed, x = _given(lambda: seqkernels.nn.MultiheadAttention(16, 4, batch_first=True), 16)
+    apart = _Attention(16, 4, 4).to(x.dtype)
+    rows = zip(packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3), strict=True)
+    for part, (weight, bias) in zip((apart.q, apart.k, apart.v), rows, strict=True):
+        part.load_state_dict({"weight": weight, "bias": bias})
+    apart.out.load_state_dict(packed.out_proj.state_dict())
+    plan = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "out": RowwiseParallel()}
+    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    expected, _ = packed(x, x, x, attn_mask=later, need_weights=False)
+    _close(parallelize_module(apart, mesh, plan)(x), expected)
 
 
 @pytest.mark.parametrize("job", [_data_parallel, _fully_sharded, _heads_parallel], ids=lambda job: job.__name__[1:])
