@@ -183,9 +183,11 @@ def beam_search(
             added = torch.where(ended.unsqueeze(-1), stays, added)
         totals = scores.unsqueeze(-1) + added
         lengths = lengths + ~ended
-        # No power of a finite penalty overflows, or makes all hypotheses alike.
-        weight = (-length_penalty * ((5 + lengths.double()) / 6).log()).clamp(-700, 700).exp()
-        ranked = (totals * weight.unsqueeze(-1)).masked_fill(totals == -torch.inf, -torch.inf)
+        ranked = totals
+        if length_penalty != 0:
+            # No power of a finite penalty overflows, or makes all hypotheses alike.
+            weight = (-length_penalty * ((5 + lengths.double()) / 6).log()).clamp(-700, 700).exp()
+            ranked = (totals * weight.unsqueeze(-1)).masked_fill(totals == -torch.inf, -torch.inf)
         best = ranked.flatten(1).topk(width).indices
         origin, tokens = best // added.shape[-1], best % added.shape[-1]
         scores = totals.flatten(1).gather(1, best)
