@@ -135,7 +135,9 @@ def test_text(monkeypatch, capsys, healthy):
     lines = capsys.readouterr().out.splitlines()
     line = re.compile(r"attention, causal +reference +cpu +float32 +ok +0\.\d\d of the error budget")
     assert any(map(line.match, lines))
-    assert re.fullmatch(rf"healthy: all \d+ cases are within their error budgets, on {', '.join(HERE)}", lines[-1])
+    assert re.fullmatch(
+        rf"healthy: all \d+ cases are within their error budgets, on {', '.join(HERE)}, in \d\.\d s", lines[-1]
+    )
 
 
 def test_info_alone_stays_fast(monkeypatch, capsys):
@@ -216,7 +218,7 @@ def test_a_cold_cache_is_told(healthy):
     found = doctor.diagnose(rows)
     assert [advice.text for advice in found.advice] == ["numba compiled kernels for 7 s, once: its cache has them now"]
     assert found.healthy
-    assert found.verdict == "healthy: all 3 cases are within their error budgets, on native, numba"
+    assert found.verdict == "healthy: all 3 cases are within their error budgets, on native, numba, in 7.6 s"
 
 
 def test_nothing_was_run(healthy):

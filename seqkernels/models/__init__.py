@@ -6,7 +6,7 @@ from ._model import Model
 from .bert import BERT, BERTConfig, mask_tokens
 from .forecaster import Forecaster, ForecasterConfig
 from .generation import beam_search, draw, sample
-from .gpt import GPT, GPTConfig
+from .gpt import GPT, GPTCache, GPTConfig
 from .recurrent import RecurrentLM, RecurrentLMConfig
 from .seq2seq import Seq2Seq, Seq2SeqConfig
 from .training import Training
@@ -17,6 +17,7 @@ __all__ = [
     "BERTConfig",
     "Forecaster",
     "ForecasterConfig",
+    "GPTCache",
     "GPTConfig",
     "Model",
     "RecurrentLM",

@@ -74,7 +74,7 @@ class GPTConfig:
             raise ValueError(f"embed_size: {text}, got {self.embed_size}")
 
 
-class Cache:
+class GPTCache:
     """Keys and values of the tokens seen so far, in memory for all that may come; filled in place.
 
     Args:
@@ -112,7 +112,7 @@ class Cache:
             store[:, :, self.length : end] = new
         return self.keys[number][:, :, :end], self.values[number][:, :, :end]
 
-    def reorder(self, rows: Tensor) -> Cache:
+    def reorder(self, rows: Tensor) -> GPTCache:
         """Take other rows of the batch, as a beam search does.
 
         Args:
@@ -154,7 +154,7 @@ class Block(nn.Module):
         x: Tensor,
         attention: Attention,
         rotary: seqkernels_nn.RotaryEmbedding | None,
-        cache: Cache | None = None,
+        cache: GPTCache | None = None,
         number: int = 0,
     ) -> Tensor:
         """The block's output, (B, M, E) as `x`; with a cache the M tokens follow those in it."""
@@ -210,7 +210,7 @@ class GPT(Model):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: GPTCache | None = None) -> Tensor:
         """Score the tokens that follow each of `tokens`.
 
         Args:
@@ -303,7 +303,7 @@ class GPT(Model):
         if steps < 0 or length + steps > self.config.context:
             raise ValueError(f"steps: expected from 0 to {self.config.context - length} after {length}, got {steps}")
 
-        def cached(new: Tensor, store: Cache) -> tuple[Tensor, Cache]:
+        def cached(new: Tensor, store: GPTCache) -> tuple[Tensor, GPTCache]:
             return self(new, store)[:, -1], store
 
         def whole(new: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,8 +313,8 @@ class GPT(Model):
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         options |= {"beams": beams, "eos": eos, "length_penalty": length_penalty}
         if cache:
-            store = Cache(self.config, batch, length + steps, self.embedding.weight)
-            new = generation.generate(cached, tokens, store, Cache.reorder, steps, **options)
+            store = GPTCache(self.config, batch, length + steps, self.embedding.weight)
+            new = generation.generate(cached, tokens, store, GPTCache.reorder, steps, **options)
         else:
             new = generation.generate(whole, tokens, tokens[:, :0], _rows, steps, **options)
         return torch.cat((tokens, new), dim=1)

@@ -41,7 +41,7 @@ class Diagnosis(NamedTuple):
         rows: of `seqkernels.testing.selftest.selftest`.
         advice: what to do.
         healthy: whether every case that ran is within its budget, and nothing is broken.
-        verdict: that in a line.
+        verdict: that in a line, with the seconds of processor time of all cases.
     """
 
     rows: tuple[Row, ...]
@@ -67,7 +67,8 @@ def diagnose(rows: Iterable[Row]) -> Diagnosis:
         verdict = f"broken: {broken} to mend, see above" if broken else "broken: no case was run"
     else:
         names = ", ".join(dict.fromkeys(row.backend for row in ran))
-        verdict = f"healthy: all {len(ran)} cases are within their error budgets, on {names}"
+        seconds = sum(row.seconds for row in rows)
+        verdict = f"healthy: all {len(ran)} cases are within their error budgets, on {names}, in {seconds:.1f} s"
     return Diagnosis(rows, advice, not wrong and not broken and bool(ran), verdict)
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import seqkernels
-from seqkernels.models import GPT, GPTConfig
-from seqkernels.models.gpt import Cache
+from seqkernels.models import GPT, GPTCache, GPTConfig
 from seqkernels.testing import assert_within_budget
 
 from .parity import assert_same_training
@@ -73,7 +72,7 @@ def test_with_a_cache_in_pieces(name: str, layers: ModuleType) -> None:
     for dtype in (torch.float32, torch.float64):
         model = make(config, layers, dtype)
         with torch.no_grad():
-            cache = Cache(config, 3, 13, model.embedding.weight)
+            cache = GPTCache(config, 3, 13, model.embedding.weight)
             parts = [model(tokens()[:, begin:end], cache) for begin, end in ((0, 5), (5, 6), (6, 10), (10, 13))]
         assert cache.length == 13
         assert_within_budget(torch.cat(parts, 1), oracle, baseline, "logits")
@@ -102,7 +101,7 @@ def test_beams_end_whatever_the_length_is_worth() -> None:
 
 def test_caches_and_lengths_of_other_calls_are_refused() -> None:
     model = make(CONFIGS["rotary"], seqkernels.nn).eval()
-    cache = Cache(model.config, 4, 8, model.embedding.weight)
+    cache = GPTCache(model.config, 4, 8, model.embedding.weight)
     with pytest.raises(ValueError, match="cache: expected one of 1 rows, got 4"):
         model(tokens(1, 1), cache)
     long = torch.zeros(1, model.config.context + 1, dtype=torch.int64)
@@ -238,7 +237,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="tokens: expected at most 24"):
         model(tokens(25))
     with pytest.raises(ValueError, match="tokens: expected at most 5"):
-        model(tokens(6), Cache(model.config, 3, 5, model.embedding.weight))
+        model(tokens(6), GPTCache(model.config, 3, 5, model.embedding.weight))
     with pytest.raises(ValueError, match=r"tokens: .* at least one in each row"):
         model.generate(tokens(0), 1)
     with pytest.raises(ValueError, match="steps: expected from 0 to 20 after 4"):

@@ -29,8 +29,11 @@ from seqkernels.testing import assert_within_budget
 
 from ..twins import cast, leaves
 
-# Torch's own, from Dynamo when it traces an autograd.Function.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# Torch's own, from Dynamo when it traces an autograd.Function, and from Inductor when it is imported.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 ANY = torch.export.Dim.DYNAMIC
 
 
@@ -142,14 +145,21 @@ def value_and_gradients(call: Callable[..., Tensor], model: nn.Module, args: tup
     return torch.cat([x.detach().flatten() for x in leaves((found, grads))])
 
 
-@pytest.mark.parametrize("name", ["seq2seq", "gpt", "bert", "recurrent", "forecaster"])
-def test_a_compiled_model_serves_other_sizes(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "aot_eager") for name in ("seq2seq", "gpt", "bert", "recurrent", "forecaster")),
+        # As torch.compile does it by itself, with what it makes of the layers around ours.
+        pytest.param("recurrent", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_model_serves_other_sizes(name: str, backend: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     make, inputs, _, _ = MODELS[name]
     model = make()
     exact = copy.deepcopy(model).double()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     frames = []
     for sizes in ((3, 5), (2, 9)):

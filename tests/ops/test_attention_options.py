@@ -32,8 +32,9 @@ def _call(
 ):  # fmt: skip
     """Several draws of inputs, and options; with ``"varlen"`` the lengths are those of all documents together."""
     if count is None:
-        # Few scores, or elements, are judged over more draws.
-        count = min(2 if INTERPRETED else 24, 2 + 600 // (1 + min(lengths) * min(size, value_size or size, 8)))
+        # Few scores, or elements, are judged over more draws; where there are none, all is zero in each.
+        few = 600 // (1 + min(lengths) * min(size, value_size or size, 8)) if min(lengths) else 0
+        count = min(2 if INTERPRETED else 24, 2 + few)
     common = {"layout": layout, "requires_grad": requires_grad}
     options = testing.attention_options(names, batch, heads, *lengths, dtype, seed=seed, **common)
     full = options.get("max_seqlen_q", lengths[0]), options.get("max_seqlen_k", lengths[1])

@@ -1,7 +1,7 @@
 """Philox4x32-10, the counter-based generator of zoneout and dropout, in tensor arithmetic.
 
-Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words of 32 bits lie in int64, and
-products are taken in halves of 16 bits, so nothing overflows.
+Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words of 32 bits lie in int64,
+whose products of 64 bits are right modulo 2^64: the sign is the highest bit of the high word.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """High and low word of ``x * factor``."""
-    upper, lower = x * (factor >> 16), x * (factor & 0xFFFF)
-    high = (upper + (lower >> 16)) >> 16
-    low = (((upper & 0xFFFF) << 16) + lower) & _WORD
-    return high, low
+    product = x * factor
+    return (product >> 32) & _WORD, product & _WORD
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
