@@ -276,9 +276,14 @@ def test_errors_of_the_function():
         explore.explore("a", models=["bert"])
     with pytest.raises(TypeError, match="dtype: expected one of"):
         explore.explore("a", dtype=torch.int64)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device: cuda was asked for, but there is no CUDA device"):
-            explore.explore("a", device="cuda")
+
+
+@pytest.mark.parametrize(
+    "device", ["hpu", "meta", "mps", "nonsense", "xpu", *([] if torch.cuda.is_available() else ["cuda:0"])]
+)
+def test_devices_that_are_not_there_are_named(device):
+    with pytest.raises(ValueError, match=f"^device: expected one that torch can use here, got '{device}': .+"):
+        explore.explore("a", device=device)
 
 
 @pytest.mark.parametrize(("module", "words"), [("rich.console", []), ("matplotlib.figure", ["--png", "a.png"])])

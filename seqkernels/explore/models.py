@@ -127,8 +127,7 @@ def explore(
     for model in models:
         if model not in MODELS:
             raise ValueError(f"models: {model!r} is not one of {', '.join(map(repr, MODELS))}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device} was asked for, but there is no CUDA device")
+    _check_device(device)
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     drawn = {n: x.to(device, dtype) for n, x in draw(len(vocabulary), embedding, hidden, seed).items()}
     x = drawn["embedding"][[vocabulary[token] for token in tokens]]
@@ -335,3 +334,12 @@ def _attention(x: Tensor, drawn: dict[str, Tensor], is_causal: bool) -> Section:
         about += " Causal: a token reads itself and those before it."
     here = {name: quantity._replace(values=quantity.values.cpu()) for name, quantity in whole.items()}
     return Section("attention", about, (), here, _ran(entries))
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
+        # What torch says of a device that it is not built for, in one sentence.
+        said = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device: expected one that torch can use here, got {str(device)!r}: {said}") from error
