@@ -6,6 +6,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 export SEQKERNELS_BUILD ?= 1
 export SEQKERNELS_EMULATOR ?= 1
+# Of each test function so many-th cases only, in `interpret` and `sanitize`.
+EVERY ?= 1
 
 .PHONY: demo test bench bench-quick bench-engines errors docs lint build pure wheel wheels sanitize interpret kernels \
 	gpu gpu-test gpu-bench ci clean
@@ -82,13 +84,12 @@ wheels:
 	build/cibuildwheel/bin/pip install --quiet --disable-pip-version-check $(CIBUILDWHEEL)
 	build/cibuildwheel/bin/cibuildwheel --platform linux
 
-# Native tests under the address and undefined-behaviour sanitizers.
+# Native tests under the address and undefined-behaviour sanitizers; CI runs a third of each function's cases.
 sanitize: $(VENV)/.installed
-	.ci/sanitize $(RUN)
+	.ci/sanitize $(RUN) $(EVERY)
 
 # The Triton kernels in Triton's interpreter, which has to be switched on before a kernel is defined. All cases take ten
 # minutes on two cores; CI runs a part of each test function's.
-EVERY ?= 1
 interpret: build
 	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 		-m "not many and not slow" -k triton --every $(EVERY) \

@@ -1,7 +1,6 @@
 """Philox4x32-10, the counter-based generator of zoneout and dropout, in tensor arithmetic.
 
-Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words of 32 bits lie in int64,
-whose products of 64 bits are right modulo 2^64: the sign is the highest bit of the high word.
+Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Words of 32 bits lie in int64.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low word of ``x * factor``."""
-    product = x * factor
-    return (product >> 32) & _WORD, product & _WORD
+    """High and low word of ``x * factor``, for a factor from 2^31: without 2^32 of it nothing overflows."""
+    product = x * (factor - 2**32)
+    return (product >> 32) + x, product & _WORD
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
