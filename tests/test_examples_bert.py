@@ -45,7 +45,7 @@ def test_functions_are_the_outer_ones_and_not_the_short() -> None:
 
 def test_held_out_functions_are_in_no_file_to_learn_from() -> None:
     library = stdlib_text.read_library(4)
-    assert len(library.packages) > 3
+    assert len(library.packages) > 1
     text = "\n".join(line.strip() for source in library.texts for line in source.splitlines())
     for functions, present in ((library.train, True), (library.held_out, False)):
         assert {function.package for function in functions} == set(library.packages)
