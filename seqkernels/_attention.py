@@ -23,6 +23,8 @@ from .precision import of_products
 from .scores import UNBOUNDED, Scores
 
 _autocast = torch.is_autocast_enabled
+#: Devices whose autocast leaves softmax, and so the weights, in the lower dtype; that of others makes it float32.
+_LOWER_SOFTMAX = ("cpu",)
 
 
 def scaled_dot_product_attention(
@@ -148,7 +150,7 @@ class LazyWeights(NamedTuple):
     is_batched: bool = True
 
     def compute(self, average: bool = True) -> Tensor:
-        """The weights after dropout, of the dtype of the query; differentiable.
+        """The weights after dropout, of the dtype of the query, under autocast of a GPU float32; differentiable.
 
         Args:
             average: over the heads, without storing those of all heads where the implementation can.
@@ -201,7 +203,7 @@ def attend(
     if kind != "meta" and torch.is_autocast_enabled(kind):
         q, k, v, bias = _lower(q, k, v, bias)
         with torch.autocast(kind, enabled=False):
-            return attend(
+            out, weights = attend(
                 q,
                 k,
                 v,
@@ -213,6 +215,9 @@ def attend(
                 dropout_p=dropout_p,
                 precision=precision,
             )
+        if kind not in _LOWER_SOFTMAX and weights.dtype != torch.float64:
+            weights = weights._replace(dtype=torch.float32)
+        return out, weights
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"dropout_p: dropout probability has to be between 0 and 1, but got {dropout_p}")
     dtype = q.dtype

@@ -85,7 +85,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Returns:
             The output, in shape and layout of `query`, and the weights after dropout, (B, L, S), with
             ``average_attn_weights=False`` (B, H, L, S), without a batch without B; ``None`` for
-            ``need_weights=False``, a `LazyWeights` for ``"lazy"``.
+            ``need_weights=False``, a `LazyWeights` for ``"lazy"``. Under autocast the output is of its dtype; so are
+            the weights on the CPU; those on a GPU, where softmax is of float32, are float32.
 
         Raises:
             AssertionError, RuntimeError: shapes or dtypes do not fit; the message names the argument.

@@ -140,6 +140,23 @@ def test_autocast_dtype(able: str, dtype: torch.dtype) -> None:
     assert results[0].equal(results[1])
 
 
+@pytest.mark.parametrize("need_weights", [True, "lazy"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_of_other_devices(
+    able: str, dtype: torch.dtype, need_weights: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where softmax is of float32 weights are too, and not rounded in between; what attention gives is not."""
+    monkeypatch.setattr("seqkernels._attention._LOWER_SOFTMAX", ())
+    ours = layer(dtype=torch.float32)
+    x = torch.randn(BATCH, QUERIES, SIZE)
+    with torch.autocast("cpu", dtype):
+        out, weights = ours(x, x, x, need_weights=need_weights)
+        weights = weights if need_weights is True else weights.compute()
+    assert (out.dtype, weights.dtype) == (dtype, torch.float32)
+    assert not torch.equal(weights, weights.to(dtype).float())
+    assert ours.double()(x.double(), x.double(), x.double())[1].dtype == torch.float64
+
+
 @pytest.mark.parametrize("need_weights", [True, "lazy", False])
 def test_weights_of_all_heads_are_never_stored(able: str, need_weights: bool | str) -> None:
     """Outside of the op, and in its gradient; dropout included."""
