@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 export SEQKERNELS_BUILD ?= 1
 export SEQKERNELS_EMULATOR ?= 1
-# Of each test function so many-th cases only, in `interpret` and `sanitize`.
+# Of each test function every so-many-th case, in `interpret` and `sanitize`.
 EVERY ?= 1
 
 .PHONY: demo test bench bench-quick bench-engines errors docs lint build pure wheel wheels sanitize interpret kernels \
