@@ -33,9 +33,9 @@ def reason(error: Exception) -> str:
     return f"cmake failed with status {error.returncode}, see above" if failed else str(error)
 
 
-def compile_target(build: Path, target: str) -> None:
+def compile_targets(build: Path, *targets: str) -> None:
     jobs = str(os.cpu_count() or 1)
-    subprocess.run(["cmake", "--build", str(build), "--target", target, "--parallel", jobs], check=True)
+    subprocess.run(["cmake", "--build", str(build), "--target", *targets, "--parallel", jobs], check=True)
 
 
 class CMakeBuild(build_ext):
@@ -47,12 +47,13 @@ class CMakeBuild(build_ext):
             return
         try:
             build = self.configure(cuda)
-            compile_target(build, "_C")
-            if setting("SEQKERNELS_EMULATOR") == "1":
-                compile_target(build, "_emulator")
+            # Those that have to be there at once, so that no core waits for the last source of each.
+            emulator = ["_emulator"] if setting("SEQKERNELS_EMULATOR") == "1" else []
+            compile_targets(build, *emulator, "_C", *(["cuda"] if cuda == "1" else []))
         except (OSError, subprocess.CalledProcessError) as error:
             if "1" in (mode, cuda):
-                raise SystemExit(f"seqkernels: the native module could not be built: {reason(error)}") from error
+                modules = "native and CUDA modules" if cuda == "1" else "native module"
+                raise SystemExit(f"seqkernels: the {modules} could not be built: {reason(error)}") from error
             print(
                 f"seqkernels: the native module was not built: {reason(error)}",
                 "seqkernels: installing the pure-Python package (numba and reference implementations)",
@@ -61,12 +62,11 @@ class CMakeBuild(build_ext):
                 file=sys.stderr,
             )
             return
-        try:
-            compile_target(build, "cuda")
-        except subprocess.CalledProcessError as error:
-            if cuda == "1":
-                raise SystemExit(f"seqkernels: the CUDA module could not be built: {reason(error)}") from error
-            print(f"seqkernels: the CUDA module was not built: {reason(error)}", file=sys.stderr)
+        if cuda == "auto":
+            try:
+                compile_targets(build, "cuda")
+            except subprocess.CalledProcessError as error:
+                print(f"seqkernels: the CUDA module was not built: {reason(error)}", file=sys.stderr)
 
     def configure(self, cuda: str) -> Path:
         import pybind11

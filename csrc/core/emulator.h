@@ -280,28 +280,17 @@ void run_block(HostWarp& warp, const Launch& launch, const Place& place) {
   }
 }
 
-template <class E>
-void run_cell(HostWarp& warp, const Launch& launch, const Place& place) {
-  switch (launch.plan.cell) {
-    case CellKind::kLstm:
-      return run_block<Lstm<float>, E>(warp, launch, place);
-    case CellKind::kGru:
-      return run_block<Gru<float>, E>(warp, launch, place);
-    default:
-      return run_block<RnnTanh<float>, E>(warp, launch, place);
-  }
-}
-
-inline void run_product(HostWarp& warp, const Launch& launch, const Place& place) {
+template <class Cell>
+void run_product(HostWarp& warp, const Launch& launch, const Place& place) {
   switch (launch.plan.product) {
     case Product::kFloat16:
-      return run_cell<OfFloat16>(warp, launch, place);
+      return run_block<Cell, OfFloat16>(warp, launch, place);
     case Product::kBFloat16:
-      return run_cell<OfBFloat16>(warp, launch, place);
+      return run_block<Cell, OfBFloat16>(warp, launch, place);
     case Product::kTf32x3:
-      return run_cell<OfTf32x3>(warp, launch, place);
+      return run_block<Cell, OfTf32x3>(warp, launch, place);
     default:
-      return run_cell<OfExact>(warp, launch, place);
+      return run_block<Cell, OfExact>(warp, launch, place);
   }
 }
 

@@ -4,6 +4,8 @@
 // behind one that does not: a `Space`, to which a call writes before its steps.
 #pragma once
 
+#include <initializer_list>
+
 #include "core/persistent_job.h"
 
 namespace seqkernels::stepwise {

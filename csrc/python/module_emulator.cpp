@@ -1,14 +1,25 @@
 // Recurrences of GPUs without one, for tests: the text of persistent kernels, run by core/emulator.h, and that of
 // kernels of one step, of which all elements take their turns.
-#include "core/emulator.h"
 #include "core/stepwise.h"
 #include "python/bind_persistent.h"
 #include "python/bind_stepwise.h"
+#include "python/emulate.h"
 
 namespace seqkernels {
 constexpr Place kPlace = {dlpack::kCpu, "a tensor on the CPU"};
 
 namespace {
+
+void emulate(const persistent::Launch& launch) {
+  switch (launch.plan.cell) {
+    case CellKind::kLstm:
+      return persistent::emulate_lstm(launch);
+    case CellKind::kGru:
+      return persistent::emulate_gru(launch);
+    default:
+      return persistent::emulate_rnn(launch);
+  }
+}
 
 template <class F>
 void each_thread(const stepwise::Step& given, const F& f) {
@@ -47,7 +58,7 @@ PYBIND11_MODULE(_emulator, m) {
   persistent_python::bind_passes(m,
                                  [](const persistent::Launch& launch, const Tensor&, const persistent_python::Beside&) {
                                    const py::gil_scoped_release release;
-                                   persistent::emulate(launch, persistent::run_product);
+                                   emulate(launch);
                                  });
   stepwise_python::Runner steps;
   steps.prepare = [](CellKind, stepwise::Product, bool, const Tensor&) {};
