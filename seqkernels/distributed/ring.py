@@ -23,7 +23,7 @@ from ..ops.attention import attend, backward_op
 from ..ops.attention_check import check
 from ..precision import of_products
 from ..scores import UNBOUNDED, Scores
-from .sequence import check_balance, place, refuse_second_order
+from .sequence import check_alike, check_balance, place, refuse_second_order
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -246,7 +246,8 @@ def ring_attention(
     Differentiable once, also through the log-sum-exp. Gradients of k and v are sums over the queries of all processes:
     those of the sum of the losses of all processes, of which each computes its own. All processes have to call this
     function, and run its backward pass, in the same order with the same shapes, dtypes and arguments, or they wait for
-    one another for ever. In programs that are compiled it runs as it is, between their parts.
+    one another for ever, or take each other's numbers for what they are not; ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` makes
+    them compare those in each call. In programs that are compiled it runs as it is, between their parts.
 
     Under autocast q, k and v go to its dtype, except float64.
 
@@ -301,6 +302,7 @@ def ring_attention(
         raise ValueError(f"k: expected as many keys as queries, {length}, with is_causal, got {k.shape[2]}")
     if is_causal and balance == "zigzag" and length % 2:
         raise ValueError(f"q: expected an even number of queries with balance 'zigzag' and is_causal, got {length}")
+    check_alike(group, q=q, k=k, v=v, is_causal=is_causal, balance=balance, scale=scale, precision=precision)
     # What the reference computes with is no business of autocast.
     with torch.autocast(kind, enabled=False):
         out, lse = _RingAttention.apply(q, k, v, group, is_causal, balance, scale, of_products(precision, q))

@@ -35,6 +35,35 @@ def place(group: ProcessGroup | None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
+def check_alike(group: ProcessGroup | None, **given: object) -> None:
+    """See that all processes give the same, where ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``, as torch's own calls do.
+
+    Args:
+        group: the processes.
+        given: what they give, by its name; of tensors the shapes and dtypes.
+
+    Raises:
+        ValueError: something differs; every process raises it.
+    """
+    debug: Any = dist
+    if debug.get_debug_level() != debug.DebugLevel.DETAIL:
+        return
+    every: list[Any] = [None] * place(group)[1]
+    given = {name: (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for name, x in given.items()}
+    dist.all_gather_object(every, given, group)
+    for name, mine in given.items():
+        for number, theirs in enumerate(every):
+            if theirs[name] != mine:
+                raise ValueError(
+                    f"{name}: expected the same on all processes of the group, got {_shown(mine)} here and"
+                    f" {_shown(theirs[name])} on process {number}"
+                )
+
+
+def _shown(x: object) -> str:
+    return f"{x[1]} of shape {x[0]}" if isinstance(x, tuple) else repr(x)
+
+
 def check_balance(balance: str) -> None:
     """Raise a ValueError for what is none of `BALANCES`."""
     if balance not in BALANCES:
@@ -95,7 +124,8 @@ def unshard_sequence(x: Tensor, dim: int, group: ProcessGroup | None = None, *, 
     number. Every process has to take part, in the backward pass too.
 
     Args:
-        x: this process's part, of the same shape and dtype on all processes.
+        x: this process's part, of the same shape and dtype on all processes; with ``TORCH_DISTRIBUTED_DEBUG=DETAIL``
+            that is looked at.
         dim: of the sequence.
         group: the processes; all by default.
         balance: as in `shard_sequence`.
@@ -105,13 +135,14 @@ def unshard_sequence(x: Tensor, dim: int, group: ProcessGroup | None = None, *, 
 
     Raises:
         ValueError: the length is not a multiple of the number of chunks of a process; `balance` is none, or `group`
-            another's.
+            another's; parts that are not alike.
         IndexError: `x` has no dimension `dim`.
     """
     check_balance(balance)
     place(group)
     if x.shape[dim] % BALANCES[balance]:
         raise ValueError(f"x: expected an even length in dimension {dim} with balance 'zigzag', got {x.shape[dim]}")
+    check_alike(group, x=x, dim=dim % x.dim(), balance=balance)
     found: Tensor = _Unshard.apply(x, dim, group, balance)
     return found
 

@@ -183,7 +183,37 @@ def _errors():
         ring_attention(spread, spread, spread)
 
 
-@pytest.mark.parametrize("job", [_gradients, _autocast, _sequences, _errors], ids=lambda job: job.__name__[1:])
+def _unlike():
+    """What each process has for itself, found out where torch is told to look."""
+    rank = dist.get_rank()
+    x = torch.randn(1, 2, 4, 4)
+    longer, double, wider = torch.randn(1, 2, 4 + 2 * rank, 4), (x, x.double())[rank], torch.randn(1, 2, 4, 4 + rank)
+    shapes = [r"torch\.float32 of shape \(1, 2, 4, 4\)", r"torch\.float32 of shape \(1, 2, 6, 4\)"]
+    dtypes = [shapes[0], r"torch\.float64 of shape \(1, 2, 4, 4\)"]
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        for call, name, said in (
+            (lambda: ring_attention(longer, x, x), "q", shapes),
+            (lambda: ring_attention(double, double, double), "q", dtypes),
+            (lambda: ring_attention(x, x, wider), "v", None),
+            (lambda: ring_attention(x, x, x, is_causal=bool(rank)), "is_causal", ["False", "True"]),
+            (lambda: ring_attention(x, x, x, scale=0.5 + rank), "scale", ["0.5", "1.5"]),
+            (lambda: ring_attention(x, x, x, balance=BALANCES[rank]), "balance", ["'zigzag'", "'contiguous'"]),
+            (lambda: unshard_sequence(longer, 2), "x", shapes),
+            (lambda: unshard_sequence(x, rank + 1), "dim", ["1", "2"]),
+        ):
+            here, there = (said[rank], said[1 - rank]) if said else (".*", ".*")
+            text = f"^{name}: expected the same on all processes of the group, got {here} here and {there} on process"
+            with pytest.raises(ValueError, match=f"{text} {1 - rank}$"):
+                call()
+        ring_attention(x, x, x, is_causal=True)
+        assert unshard_sequence(x, -2).shape == (1, 2, 8, 4)
+    finally:
+        dist.set_debug_level(level)
+
+
+@pytest.mark.parametrize("job", [_gradients, _autocast, _sequences, _errors, _unlike], ids=lambda job: job.__name__[1:])
 def test_more(pair, job):
     pair.run(job)
 

@@ -32,7 +32,6 @@ from ..twins import cast, leaves
 # Torch's own, from Dynamo when it traces an autograd.Function, and from Inductor when it is imported.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning"),
 ]
 ANY = torch.export.Dim.DYNAMIC
 

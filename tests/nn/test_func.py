@@ -15,7 +15,6 @@ import seqkernels
 from ..twins import leaves
 
 # Torch's own, of the first dual tensor.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
 
 
 class Attend(nn.MultiheadAttention):

@@ -45,7 +45,6 @@ def test_negation_by_a_bit(kind: str, steps: int, inputs: int, hidden: int) -> N
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # of make_dual itself
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_transforms_run_plain_operations(kind: str, steps: int) -> None:

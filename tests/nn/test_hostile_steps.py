@@ -22,7 +22,6 @@ def _first(result: Any) -> Tensor:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # of make_dual itself
 @pytest.mark.parametrize("kind", [*CELLS, *LAYERS])
 def test_tangents_are_not_lost(kind: str) -> None:
     module = getattr(seqkernels.nn, kind)(4, 5).requires_grad_(False)

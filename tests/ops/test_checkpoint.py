@@ -20,7 +20,6 @@ from .judging import judge
 # Torch's own: from Dynamo when it traces an autograd.Function, from Inductor when it is imported.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
 ]
 
 T, B, H, SIZE = 7, 3, 19, 6

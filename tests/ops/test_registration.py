@@ -23,7 +23,6 @@ from seqkernels.scores import Scores
 # Torch's own: from Dynamo when it traces an autograd.Function, from Inductor when it is imported.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
 ]
 
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")

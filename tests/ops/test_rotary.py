@@ -23,10 +23,9 @@ from seqkernels.ops.rotary import rotary_op, rotate
 
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
-# Torch's own, from Dynamo when it traces an autograd.Function and from torch.jit.
+# Torch's own, from Dynamo when it traces an autograd.Function.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
 ]
 
 
