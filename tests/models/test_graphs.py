@@ -29,10 +29,8 @@ from seqkernels.testing import assert_within_budget
 
 from ..twins import cast, leaves
 
-# Torch's own, from Dynamo when it traces an autograd.Function, and from Inductor when it is imported.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
+# Torch's own, from Dynamo when it traces an autograd.Function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 ANY = torch.export.Dim.DYNAMIC
 
 

@@ -14,8 +14,6 @@ import seqkernels
 
 from ..twins import leaves
 
-# Torch's own, of the first dual tensor.
-
 
 class Attend(nn.MultiheadAttention):
     """Self-attention as a function of one tensor."""

@@ -17,10 +17,8 @@ from seqkernels.ops.recurrence import backward_op, forward_op, recurrence
 from ..conftest import INTERPRETED
 from .judging import judge
 
-# Torch's own: from Dynamo when it traces an autograd.Function, from Inductor when it is imported.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
+# Torch's own, from Dynamo when it traces an autograd.Function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 T, B, H, SIZE = 7, 3, 19, 6
 EVERY = (2, T + 5) if INTERPRETED else (1, 2, 3, T - 1, T, T + 5)

@@ -20,10 +20,8 @@ from seqkernels.ops.attention import attention
 from seqkernels.ops.recurrence import recurrence
 from seqkernels.scores import Scores
 
-# Torch's own: from Dynamo when it traces an autograd.Function, from Inductor when it is imported.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
+# Torch's own, from Dynamo when it traces an autograd.Function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 # What no implementation sees.

@@ -24,9 +24,7 @@ from seqkernels.ops.rotary import rotary_op, rotate
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
 # Torch's own, from Dynamo when it traces an autograd.Function.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 def formula(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
