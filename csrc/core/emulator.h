@@ -16,17 +16,12 @@
 namespace seqkernels::persistent {
 namespace {
 
-// What a test of the tests leaves out: an order of memory, or synchronisations within a block.
-#ifdef SEQKERNELS_WITHOUT_RELEASE
-constexpr auto kOfFlags = std::memory_order_relaxed;
-#else
-constexpr auto kOfFlags = std::memory_order_release;
-#endif
-#ifdef SEQKERNELS_WITHOUT_SYNC
-constexpr bool kSynchronised = false;
-#else
-constexpr bool kSynchronised = true;
-#endif
+// What a test of the tests leaves out: the order of memory of flags, synchronisations within a block.
+struct LeftOut {
+  bool release = false;
+  bool sync = false;
+};
+inline LeftOut left_out;
 
 // mbarrier with one arrival: a phase ends when the arrival and all bytes that it announced are there.
 class Barrier {
@@ -125,7 +120,7 @@ class HostWarp {
     f(warp_);
   }
   void sync() {
-    if (kSynchronised) meet();
+    if (!left_out.sync) meet();
   }
   void team_sync(Tier tier) {
     meet();
@@ -156,7 +151,10 @@ class HostWarp {
   void put16(int block, int offset, const void* from, int barrier) { put(block, offset, from, 16, barrier); }
   void put8(int block, int offset, const void* from, int barrier) { put(block, offset, from, 8, barrier); }
 
-  static void publish(std::uint32_t* flag, std::uint32_t epoch) { std::atomic_ref(*flag).store(epoch, kOfFlags); }
+  static void publish(std::uint32_t* flag, std::uint32_t epoch) {
+    const std::atomic_ref of(*flag);
+    left_out.release ? of.store(epoch, std::memory_order_relaxed) : of.store(epoch, std::memory_order_release);
+  }
   static void poll(const std::uint32_t* flag, std::uint32_t epoch) {
     const std::atomic_ref of(*const_cast<std::uint32_t*>(flag));
     if (!wait_until([&] { return of.load(std::memory_order_acquire) >= epoch; }))

@@ -40,7 +40,7 @@ def check_alike(group: ProcessGroup | None, **given: object) -> None:
 
     Args:
         group: the processes.
-        given: what they give, by its name; of tensors the shapes and dtypes.
+        given: what they give, by its name; of tensors the shapes and dtypes, and whether there will be a backward pass.
 
     Raises:
         ValueError: something differs; every process raises it.
@@ -49,7 +49,9 @@ def check_alike(group: ProcessGroup | None, **given: object) -> None:
     if debug.get_debug_level() != debug.DebugLevel.DETAIL:
         return
     every: list[Any] = [None] * place(group)[1]
-    given = {name: (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for name, x in given.items()}
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    given |= {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
+    given["requires_grad"] = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
     dist.all_gather_object(every, given, group)
     for name, mine in given.items():
         for number, theirs in enumerate(every):

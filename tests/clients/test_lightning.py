@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 import seqkernels
 
-lightning = pytest.importorskip("pytorch_lightning")
-
 # Of Lightning: it counts processors, and knows of newer ways of torch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -22,23 +20,24 @@ pytestmark = [
 ]
 
 
-class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
-    """Two layers in both directions and a linear one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)
-        self.out = nn.Linear(8, 2)
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        x, y = batch
-        return nn.functional.cross_entropy(self.out(self.lstm(x)[0][:, -1]), y)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.5)
-
-
 def test_training(tmp_path: Any) -> None:
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        """Two layers in both directions and a linear one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)
+            self.out = nn.Linear(8, 2)
+
+        def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+            x, y = batch
+            return nn.functional.cross_entropy(self.out(self.lstm(x)[0][:, -1]), y)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.5)
+
     torch.manual_seed(0)
     model = Classifier()
     assert len(seqkernels.convert(model).swapped) == 1

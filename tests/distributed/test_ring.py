@@ -188,6 +188,7 @@ def _unlike():
     rank = dist.get_rank()
     x = torch.randn(1, 2, 4, 4)
     longer, double, wider = torch.randn(1, 2, 4 + 2 * rank, 4), (x, x.double())[rank], torch.randn(1, 2, 4, 4 + rank)
+    with_grad = x.clone().requires_grad_(bool(rank))
     shapes = [r"torch\.float32 of shape \(1, 2, 4, 4\)", r"torch\.float32 of shape \(1, 2, 6, 4\)"]
     dtypes = [shapes[0], r"torch\.float64 of shape \(1, 2, 4, 4\)"]
     level = dist.get_debug_level()
@@ -200,6 +201,8 @@ def _unlike():
             (lambda: ring_attention(x, x, x, is_causal=bool(rank)), "is_causal", ["False", "True"]),
             (lambda: ring_attention(x, x, x, scale=0.5 + rank), "scale", ["0.5", "1.5"]),
             (lambda: ring_attention(x, x, x, balance=BALANCES[rank]), "balance", ["'zigzag'", "'contiguous'"]),
+            (lambda: ring_attention(x, with_grad, x), "requires_grad", ["False", "True"]),
+            (lambda: unshard_sequence(with_grad, 2), "requires_grad", ["False", "True"]),
             (lambda: unshard_sequence(longer, 2), "x", shapes),
             (lambda: unshard_sequence(x, rank + 1), "dim", ["1", "2"]),
         ):

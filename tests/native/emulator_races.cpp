@@ -1,5 +1,6 @@
 // Persistent recurrences, emulated under ThreadSanitizer: both passes of some plans of each tier. Prints what ran.
 #include <cstdio>
+#include <string_view>
 
 #include "core/emulator.h"
 
@@ -77,9 +78,24 @@ void run(Tier tier, CellKind cell, bool backward, int hidden, int units, int row
 
 }  // namespace
 
-// With an argument, of a forward pass of one step alone, whose blocks exchange nothing but what its norms need.
-int main(int count, char**) {
-  if (count > 1) {
+// Arguments: "norms" for a forward pass of one step alone, whose blocks exchange nothing but what its norms need;
+// "without-release" and "without-sync" for what the emulator is to leave out.
+int main(int count, char** arguments) {
+  bool norms = false;
+  for (int i = 1; i < count; ++i) {
+    const std::string_view argument = arguments[i];
+    if (argument == "norms") {
+      norms = true;
+    } else if (argument == "without-release") {
+      left_out.release = true;
+    } else if (argument == "without-sync") {
+      left_out.sync = true;
+    } else {
+      std::fprintf(stderr, "no argument is called %s\n", arguments[i]);
+      return 2;
+    }
+  }
+  if (norms) {
     run(Tier::kGrid, CellKind::kLstm, false, 44, 24, 16, 1, true, true);
     return 0;
   }
