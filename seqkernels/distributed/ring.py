@@ -288,6 +288,8 @@ def ring_attention(
             raise TypeError(f"{name}: expected this process's part as a plain Tensor, got a {type(x).__name__}")
     check_balance(balance)
     kind = q.device.type
+    if kind == "meta":
+        raise ValueError("q: expected on a device that sends messages, got meta")
     autocast = torch.is_autocast_enabled(kind)
     if autocast:
         dtype = torch.get_autocast_dtype(kind)

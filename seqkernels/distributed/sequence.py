@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,17 @@ def check_balance(balance: str) -> None:
         raise ValueError(f"balance: expected one of {', '.join(map(repr, BALANCES))}, got {balance!r}")
 
 
+def _check_dimension(x: Tensor, dim: int) -> None:
+    """Raise where `x` has no dimension `dim`, or they are no tensor and no number."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if not isinstance(dim, SupportsIndex):
+        raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        allowed = f"from {-x.dim()} to {x.dim() - 1}" if x.dim() else "none, x having no dimension"
+        raise IndexError(f"dim: expected {allowed}, got {dim}")
+
+
 def chunks_of(rank: int, world: int, balance: str) -> tuple[int, ...]:
     """The chunks of process `rank` of `world`, by their numbers in the sequence."""
     return (rank,) if balance == "contiguous" else (rank, 2 * world - 1 - rank)
@@ -101,11 +112,13 @@ def shard_sequence(x: Tensor, dim: int, group: ProcessGroup | None = None, *, ba
     Raises:
         ValueError: the length is not a multiple of the number of chunks; `balance` is none, or `group` another's.
         IndexError: `x` has no dimension `dim`.
+        TypeError: `x` is no tensor, or `dim` no integer.
 
     Example:
         >>> tokens = shard_sequence(tokens, 1)  # (B, N) -> (B, N / W)
     """
     check_balance(balance)
+    _check_dimension(x, dim)
     rank, world = place(group)
     count, length = world * BALANCES[balance], x.shape[dim]
     if length % count:
@@ -139,8 +152,10 @@ def unshard_sequence(x: Tensor, dim: int, group: ProcessGroup | None = None, *, 
         ValueError: the length is not a multiple of the number of chunks of a process; `balance` is none, or `group`
             another's; parts that are not alike.
         IndexError: `x` has no dimension `dim`.
+        TypeError: `x` is no tensor, or `dim` no integer.
     """
     check_balance(balance)
+    _check_dimension(x, dim)
     place(group)
     if x.shape[dim] % BALANCES[balance]:
         raise ValueError(f"x: expected an even length in dimension {dim} with balance 'zigzag', got {x.shape[dim]}")

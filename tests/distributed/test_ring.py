@@ -173,6 +173,12 @@ def _errors():
         (lambda: ring_attention(q, None, q), TypeError, "k: expected a Tensor, got NoneType"),
         (lambda: ring_attention(q, q, q, scale="1"), TypeError, "scale: expected a number or None, got str"),
         (lambda: ring_attention(q, q, q, precision="half"), ValueError, "precision: expected one of .* got 'half'"),
+        (lambda: ring_attention(*[q.to("meta")] * 3), ValueError, "q: expected on a device that sends .* got meta"),
+        (lambda: shard_sequence(q, 4), IndexError, "dim: expected from -4 to 3, got 4"),
+        (lambda: unshard_sequence(q, -5), IndexError, "dim: expected from -4 to 3, got -5"),
+        (lambda: unshard_sequence(q.sum(), 0), IndexError, "dim: expected none, x having no dimension, got 0"),
+        (lambda: shard_sequence(q, "2"), TypeError, "dim: expected an integer, got str"),
+        (lambda: unshard_sequence([q], 2), TypeError, "x: expected a Tensor, got list"),
         (lambda: ring_attention(q, q, q, "cpu"), TypeError, "group: expected a ProcessGroup .* or None, got str"),
     ):
         with pytest.raises(kind, match=text):
