@@ -229,7 +229,7 @@ def _explore(options: argparse.Namespace) -> int:
             is_causal=options.causal,
             device=options.device,
         )
-        if options.png:
+        if options.png is not None:
             explore.picture(found, options.png)
         if options.json:
             print(explore.as_json(found))

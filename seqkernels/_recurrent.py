@@ -171,6 +171,14 @@ def _spread(x: Tensor) -> bool:
     return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
 
 
+def _projected(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden states (T, B, P) by way of `weight` (P, H)."""
+    if _spread(hidden):
+        # A linear layer views its gradient as a matrix, which a DTensor refuses where the batch lies first.
+        return torch.bmm(hidden, weight.t().expand(hidden.shape[0], -1, -1))
+    return F.linear(hidden, weight)
+
+
 def _halves(state_n: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden and cell states from both, one behind the other, as tensors that may be modified."""
     if _spread(state_n):
@@ -344,7 +352,7 @@ class _Stack(NamedTuple):
         hidden, state_n, trace = self._finish(hidden, cells, state_n, gates[0] if gates else None, reverse)
         if w.hr is None:
             return hidden, state_n, trace
-        hidden = F.linear(hidden, w.hr)
+        hidden = _projected(hidden, w.hr)
         return hidden, state_n, trace if trace.hidden is None else trace._replace(hidden=hidden)
 
     def _finish(

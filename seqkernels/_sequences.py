@@ -7,7 +7,7 @@ waits for a value of it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,11 +94,19 @@ def require(holds: Tensor, values: Tensor, text: str, error: type[Exception] = V
         torch._assert_async(holds.all(), text)
         return
     try:
-        torch._assert_async(holds.all(), text)
+        torch._assert_async(_bare(holds).all(), text)
     except RuntimeError as found:
         if text not in str(found):
             raise
-        raise error(f"{text}, got {values.tolist()}") from None
+        raise error(f"{text}, got {_bare(values).tolist()}") from None
+
+
+def _bare(x: Tensor) -> Tensor:
+    """The tensor within those that ``torch.func`` has wrapped: of ``vmap`` all of its samples."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
 
 
 def padded(x: Tensor, lengths: Tensor | None) -> Layout:

@@ -118,6 +118,9 @@ def _assign_class(module: Module, cls: type[Module]) -> None:
 
 
 def _swap(model: Module, twins: dict[type[Module], type[Module]], dry_run: bool) -> Report:
+    if not isinstance(model, Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model: expected a Module, got {what}")
     report = Report(dry_run=dry_run)
     known = {*twins, *twins.values()}
     for name, module in model.named_modules():
@@ -159,6 +162,7 @@ def convert(model: Module, *, dry_run: bool = False, precision: str | None = Non
 
     Raises:
         ValueError: `precision` is none.
+        TypeError: `model` is no module.
 
     Example:
         >>> print(seqkernels.convert(torch.nn.Sequential(torch.nn.LSTM(8, 16))))
@@ -196,6 +200,9 @@ def revert(model: Module) -> Report:
 
     Returns:
         A `Report`; ``torch.nn`` layers are not listed in it.
+
+    Raises:
+        TypeError: `model` is no module.
     """
     report = _swap(model, {ours: theirs for theirs, ours in _TWINS.items()}, False)
     for swap in report.swapped:

@@ -141,6 +141,13 @@ class Own(torch.nn.RNNBase):
     pass
 
 
+@pytest.mark.parametrize("swap", [seqkernels.convert, seqkernels.revert])
+def test_what_is_no_model(swap: Any) -> None:
+    for given, said in ((None, "NoneType"), (torch.nn.LSTM, "the class LSTM"), ({"a": torch.nn.LSTM(2, 3)}, "dict")):
+        with pytest.raises(TypeError, match=f"^model: expected a Module, got {said}$"):
+            swap(given)
+
+
 def test_what_is_left_and_why() -> None:
     patched = torch.nn.GRU(3, 4)
     patched.forward = patched.forward

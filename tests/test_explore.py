@@ -257,6 +257,7 @@ def test_tokens_of_a_picture_are_no_formulas(tmp_path):
         (["a", "--seed", "-1"], "seed: expected from 0 to 2**63 - 1, got -1"),
         (["a", "--device", "nowhere"], "nowhere"),
         (["a", "--only", "rnn", "--png", "/dev/null/a.png"], "/dev/null/a.png"),
+        (["a", "--only", "rnn", "--png", ""], "No such file or directory: ''"),
     ],
 )
 def test_errors(words, message, capsys):

@@ -274,7 +274,8 @@ def ring_attention(
     Raises:
         ValueError, TypeError: the message names the argument, what it was and what is allowed.
         RuntimeError: there are no process groups yet.
-        NotImplementedError: in the backward pass, for gradients of gradients.
+        NotImplementedError: under ``vmap``, ``grad`` and ``jvp`` of ``torch.func``; in the backward pass, for gradients
+            of gradients.
 
     Example:
         >>> q, k, v = (shard_sequence(x, 2) for x in (q, k, v))
@@ -286,7 +287,11 @@ def ring_attention(
         if type(x) is not Tensor and is_traceable_wrapper_subclass(x):
             # Of a DTensor, which says by itself which part is whose.
             raise TypeError(f"{name}: expected this process's part as a plain Tensor, got a {type(x).__name__}")
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise NotImplementedError(f"{name}: ring attention has no rules for torch.func, got what it has wrapped")
     check_balance(balance)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
     kind = q.device.type
     if kind == "meta":
         raise ValueError("q: expected on a device that sends messages, got meta")

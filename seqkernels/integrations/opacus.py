@@ -37,6 +37,7 @@ except ImportError as error:
 from .. import nn
 
 _RECURRENT: dict[type[Module], type[Module]] = {nn.RNN: DPRNN, nn.LSTM: DPLSTM, nn.GRU: DPGRU}
+_CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 _ARGUMENTS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 #: What layers of seqkernels may have, and those of Opacus have not.
 _OPTIONS = ("proj_size", "zoneout", "recurrent_dropout", "layer_norm", "peephole", "learn_reset_state")
@@ -45,16 +46,16 @@ _OPTIONS = ("proj_size", "zoneout", "recurrent_dropout", "layer_norm", "peephole
 def register() -> None:
     """Let ``ModuleValidator.fix`` put Opacus' layers, with the same weights, in place of those of `seqkernels.nn`.
 
-    That is RNN, LSTM, GRU and MultiheadAttention; ``validate`` names them, and those that ``fix`` leaves: layers with
-    options that Opacus lacks, and attention with ``batch_first``, since `DPMultiheadAttention` of Opacus 1.6 then gives
-    other results than torch's layer. Calling it again changes nothing.
+    That is RNN, LSTM, GRU and MultiheadAttention; ``validate`` names them, and those that ``fix`` leaves: cells, layers
+    with options that Opacus lacks, and attention with ``batch_first``, since `DPMultiheadAttention` of Opacus 1.6 then
+    gives other results than torch's layer. Calling it again changes nothing.
 
     Example:
         >>> seqkernels.integrations.opacus.register()
         >>> model = opacus.GradSampleModule(opacus.validators.ModuleValidator.fix(model))
     """
     layers = [*_RECURRENT, nn.MultiheadAttention]
-    register_module_validator(layers)(validate)
+    register_module_validator([*layers, *_CELLS])(validate)
     register_module_fixer(layers)(fix)
 
 
@@ -108,6 +109,8 @@ def _lacking(module: Module) -> list[str]:
 def validate(module: Module) -> list[UnsupportedModuleError]:
     """Why Opacus cannot train a layer of seqkernels as it is."""
     name, lacking = f"seqkernels.nn.{type(module).__name__}", _lacking(module)
+    if isinstance(module, _CELLS):
+        return [NotYetSupportedModuleError(f"{name}: Opacus has hooks for its own cells only; use sample_gradients")]
     if lacking:
         return [NotYetSupportedModuleError(f"{name}: Opacus has no right layer with {', '.join(lacking)}")]
     return [ShouldReplaceModuleError(f"{name}: Opacus has hooks for its own layers only; call ModuleValidator.fix")]

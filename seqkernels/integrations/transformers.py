@@ -18,8 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
-from transformers.utils.import_utils import is_tracing
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from transformers.utils.import_utils import is_tracing
+except ImportError as error:
+    raise ImportError(f"models of transformers need it: {error}; pip install 'seqkernels[transformers]'") from error
 
 from .. import backends
 from ..cells import accumulate_dtype

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import backends
 from .._attention import attend, check_float_mask
 from ..precision import check_precision
+from . import _fx
 from ._quantization import Refusal
 
 
@@ -92,6 +94,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             AssertionError, RuntimeError: shapes or dtypes do not fit; the message names the argument.
             ValueError: `need_weights` is another string, or ``"lazy"`` for nested tensors.
         """
+        traced: Any = query
+        if isinstance(traced, Proxy):
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return _fx.call(traced, self, query, key, value, *masks)
         lazy = isinstance(need_weights, str)
         if lazy and need_weights != "lazy":
             raise ValueError(f"need_weights: expected a bool or 'lazy', got {need_weights!r}")

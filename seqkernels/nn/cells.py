@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 
 from .. import functional
 from .._recurrent import step
 from ..ops.step import step as quick_step
+from . import _fx
 from ._quantization import Refusal
 
 
@@ -58,7 +60,9 @@ class _Cell(RNNCellBase):
     def _step(self, input: Tensor, hx: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _forward(self, input: Tensor, hx: Tensor | None) -> Tensor:
+    def _forward(self, input: Any, hx: Tensor | None) -> Any:
+        if isinstance(input, Proxy):
+            return _fx.call(input, self, input, hx)
         states = self._next(self._kind(), input, hx, None)
         if states is not None:
             return states[0]
@@ -119,7 +123,8 @@ class RNNCell(_Cell):
         Raises:
             ValueError, RuntimeError: torch's, where `input` or `hx` does not fit.
         """
-        return self._forward(input, hx)
+        result: Tensor = self._forward(input, hx)
+        return result
 
 
 class LSTMCell(_Cell):
@@ -156,6 +161,9 @@ class LSTMCell(_Cell):
         Raises:
             ValueError, RuntimeError: torch's, where `input` or `hx` does not fit.
         """
+        traced: Any = input
+        if isinstance(traced, Proxy):
+            return _fx.call(traced, self, input, hx)
         if hx is None or len(hx) == 2:
             states = self._next("lstm", input, *(hx or (None, None)))
             if states is not None:
@@ -193,4 +201,5 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Run one step; arguments, result and errors as `RNNCell.forward`."""
-        return self._forward(input, hx)
+        result: Tensor = self._forward(input, hx)
+        return result

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Parameter, init
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
@@ -22,6 +23,7 @@ from .._recurrent import run
 from .._sequences import check_reset
 from ..cells import CELLS
 from ..precision import check_precision
+from . import _fx
 from ._quantization import Refusal
 
 _CELLS = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
@@ -253,6 +255,10 @@ class _Layer(RNNBase):
             ValueError, RuntimeError: torch's, where `input` or `hx` does not fit.
             ValueError, TypeError: another argument is not allowed; the message names it.
         """
+        if isinstance(input, Proxy):
+            extras = {"max_seqlen": max_seqlen, "tbptt": tbptt, "checkpoint_every": checkpoint_every}
+            extras |= {"return_states": return_states, "return_gates": return_gates}
+            return _fx.call(input, self, input, hx, reset=reset, lengths=lengths, cu_seqlens=cu_seqlens, **extras)
         weights = self._weights()
         if (
             reset is not None
@@ -291,19 +297,8 @@ class _Layer(RNNBase):
             return self._general(input, hx, weights, options)
         if isinstance(input, PackedSequence) or not self._fits(input, hx, weights[0].dtype):
             return self._general(input, hx, weights, None)
-        output, *states = run(
-            _CELLS[self.mode],
-            input,
-            None,
-            None if hx is None else self._states(hx),
-            weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            self.batch_first,
-        )
+        flags = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
+        output, *states = run(_CELLS[self.mode], input, None, None if hx is None else self._states(hx), weights, *flags)
         return output, self._join(states)
 
     def step(self, input: Tensor, hx: Any = None, *, reset: Tensor | None = None) -> tuple[Tensor, Any]:

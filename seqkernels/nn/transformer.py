@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import backends
+from . import _fx
 from .attention import MultiheadAttention
 
 _Activation = str | Callable[[Tensor], Tensor]
@@ -91,6 +93,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         Raises:
             AssertionError, RuntimeError: shapes or dtypes do not fit; the message names the argument.
         """
+        traced: Any = src
+        if isinstance(traced, Proxy):
+            return _fx.call(traced, self, src, src_mask, src_key_padding_mask, is_causal)
         if src.is_nested:
             backends.note("nested tensors: TransformerEncoderLayer is torch's own")
             out: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
@@ -154,6 +159,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         Raises:
             AssertionError, RuntimeError: shapes or dtypes do not fit; the message names the argument.
         """
+        traced: Any = src
+        if isinstance(traced, Proxy):
+            return _fx.call(traced, self, src, mask, src_key_padding_mask, is_causal)
         if src.is_nested:
             out: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
             return out
@@ -211,6 +219,29 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         )
         self.self_attn.__class__ = self.multihead_attn.__class__ = MultiheadAttention
 
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Both attentions and the feed-forward block; arguments, result and errors as of `TransformerDecoder.forward`.
+
+        Masks are not compared with the causal one: ``tgt_is_causal`` is ``False`` by default.
+        """
+        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        traced: Any = tgt
+        if isinstance(traced, Proxy):
+            hints = (tgt_is_causal, memory_is_causal)
+            return _fx.call(traced, self, tgt, memory, *masks, *hints)
+        out: Tensor = super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
+        return out
+
 
 class TransformerDecoder(nn.TransformerDecoder):
     """``torch.nn.TransformerDecoder``.
@@ -252,6 +283,11 @@ class TransformerDecoder(nn.TransformerDecoder):
         Raises:
             AssertionError, RuntimeError: shapes or dtypes do not fit; the message names the argument.
         """
+        traced: Any = tgt
+        if isinstance(traced, Proxy):
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            hints = (tgt_is_causal, memory_is_causal)
+            return _fx.call(traced, self, tgt, memory, *masks, *hints)
         first: Any = self.layers[0]
         out: Tensor = super().forward(
             tgt,
@@ -308,6 +344,42 @@ class Transformer(nn.Transformer):
         super().__init__(
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Encode `src` and decode `tgt` over it.
+
+        Args:
+            src: as of `TransformerEncoder.forward`, with its `mask` as `src_mask` and its `src_key_padding_mask`.
+            tgt: as of `TransformerDecoder.forward`, with its other arguments.
+            src_is_causal: a promise that `src_mask` is the causal mask; by default it is compared with that.
+
+        Returns:
+            The shape and dtype of `tgt`.
+
+        Raises:
+            AssertionError, RuntimeError: shapes or dtypes do not fit; the message names the argument.
+        """
+        masks = (src_mask, tgt_mask, memory_mask)
+        padding = (src_key_padding_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        traced: Any = src
+        if isinstance(traced, Proxy):
+            hints = (src_is_causal, tgt_is_causal, memory_is_causal)
+            return _fx.call(traced, self, src, tgt, *masks, *padding, *hints)
+        out: Tensor = super().forward(src, tgt, *masks, *padding, src_is_causal, tgt_is_causal, memory_is_causal)
+        return out
 
 
 def _floating(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -108,12 +108,14 @@ def test_options_that_opacus_lacks_are_named() -> None:
     model = nn.Sequential(
         seqkernels.nn.LSTM(3, 4, proj_size=2, zoneout=(0.0, 0.5)),
         seqkernels.nn.MultiheadAttention(4, 2, batch_first=True),
+        seqkernels.nn.GRUCell(3, 4),
     )
     fixed = ModuleValidator.fix(model)
-    assert [type(layer) for layer in fixed] == [seqkernels.nn.LSTM, seqkernels.nn.MultiheadAttention]
+    assert [type(layer) for layer in fixed] == [type(layer) for layer in model]
     assert [str(error) for error in ModuleValidator.validate(fixed)] == [
         "seqkernels.nn.LSTM: Opacus has no right layer with proj_size, zoneout",
         "seqkernels.nn.MultiheadAttention: Opacus has no right layer with batch_first",
+        "seqkernels.nn.GRUCell: Opacus has hooks for its own cells only; use sample_gradients",
     ]
 
 

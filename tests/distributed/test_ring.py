@@ -174,6 +174,12 @@ def _errors():
         (lambda: ring_attention(q, q, q, scale="1"), TypeError, "scale: expected a number or None, got str"),
         (lambda: ring_attention(q, q, q, precision="half"), ValueError, "precision: expected one of .* got 'half'"),
         (lambda: ring_attention(*[q.to("meta")] * 3), ValueError, "q: expected on a device that sends .* got meta"),
+        (lambda: ring_attention(q, q, q, is_causal="yes"), TypeError, "is_causal: expected a bool, got str"),
+        (
+            lambda: torch.func.vmap(lambda k: ring_attention(q, k, q))(q.unsqueeze(0)),
+            NotImplementedError,
+            r"k: ring attention has no rules for torch\.func",
+        ),
         (lambda: shard_sequence(q, 4), IndexError, "dim: expected from -4 to 3, got 4"),
         (lambda: unshard_sequence(q, -5), IndexError, "dim: expected from -4 to 3, got -5"),
         (lambda: unshard_sequence(q.sum(), 0), IndexError, "dim: expected none, x having no dimension, got 0"),

@@ -55,10 +55,12 @@ def _layers():
         ("GRU", {"num_layers": 2, "bidirectional": True}),
         ("LSTM", {"layer_norm": True, "peephole": True}),
         ("RNN", {"bias": False}),
+        ("LSTM", {"proj_size": 2}),
+        ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
     ):
         layer = getattr(seqkernels.nn, kind)(4, 5, batch_first=True, dtype=torch.float64, **options)
         # A batch that the processes do not divide; norms go through operations of torch, which refuse it.
-        x = _random(4 if "layer_norm" in options else 3, 6, 4).requires_grad_()
+        x = _random(4 if options.keys() & {"layer_norm", "proj_size"} else 3, 6, 4).requires_grad_()
         output, final = layer(x)
         grad = _random(*output.shape)
         expected = torch.autograd.grad(output, [x, *layer.parameters()], grad)
@@ -69,7 +71,9 @@ def _layers():
         _same(found, output)
         for state, exact in zip(*([s] if kind != "LSTM" else s for s in (last, final)), strict=True):
             _same(state, exact)
-        grads = torch.autograd.grad(found, [split, *spread.parameters()], _split(grad, mesh, Shard(0)))
+        # In the layout of torch's own losses, steps first in memory.
+        grad_found = _split(grad, mesh, Shard(0)).transpose(0, 1).contiguous().transpose(0, 1)
+        grads = torch.autograd.grad(found, [split, *spread.parameters()], grad_found)
         assert [x.placements for x in grads] == [(Shard(0),), *[(Partial(),)] * (len(grads) - 1)]
         for one, exact in zip(grads, expected, strict=True):
             _same(one, exact)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import seqkernels
+from seqkernels.models import BERT, BERTConfig
 
 from ..twins import leaves
 
@@ -145,3 +146,42 @@ def test_alignment(kind: str) -> None:
     torch.testing.assert_close(tangent, sum((part.sum() for grads in one_by_one for part in grads), torch.zeros(())))
     inputs = (*weights, query.requires_grad_(), key.requires_grad_())
     assert torch.autograd.gradgradcheck(lambda *x: value(x[:-2], *x[-2:]), inputs, fast_mode=True)
+
+
+def test_lengths_of_each_sample() -> None:
+    """Lengths that are mapped too, and looked at all the same."""
+    torch.manual_seed(0)
+    lstm = seqkernels.nn.LSTM(4, 3, 2, bidirectional=True)
+    xs, lengths = torch.randn(3, 5, 2, 4), torch.tensor([[5, 2], [0, 1], [3, 3]])
+    found = vmap(lambda x, own: lstm(x, lengths=own)[0])(xs, lengths)
+    torch.testing.assert_close(
+        found, torch.stack([lstm(x, lengths=own)[0] for x, own in zip(xs, lengths, strict=True)])
+    )
+    said = r"lengths: expected values from 0 to T, .* got \[\[6, 3\], \[1, 2\], \[4, 4\]\]"
+    with pytest.raises(RuntimeError, match=said):
+        vmap(lambda x, own: lstm(x, lengths=own)[0])(xs, lengths + 1)
+    q = torch.randn(3, 2, 2, 5, 4)
+    attention = seqkernels.functional.attention
+    found = vmap(lambda q, own: attention(q, q, q, key_lengths=own))(q, lengths)
+    torch.testing.assert_close(
+        found, torch.stack([attention(x, x, x, key_lengths=own) for x, own in zip(q, lengths, strict=True)])
+    )
+
+
+def test_gradients_of_each_text() -> None:
+    """Of a model whose lengths are mapped."""
+    torch.manual_seed(0)
+    model = BERT(BERTConfig(11, context=6, embed_size=4, num_layers=1, num_heads=2, dropout=0.0)).double()
+    names, weights = zip(*model.named_parameters(), strict=True)
+    tokens, lengths = torch.randint(5, 11, (3, 6)), torch.tensor([6, 1, 4])
+
+    def value(own: tuple[Tensor, ...], tokens: Tensor, length: Tensor) -> Tensor:
+        given = (tokens.unsqueeze(0), length.unsqueeze(0))
+        return functional_call(model, dict(zip(names, own, strict=True)), given).square().mean()
+
+    found = vmap(grad(value), (None, 0, 0))(tuple(weight.detach() for weight in weights), tokens, lengths)
+    one_by_one = [
+        torch.autograd.grad(value(weights, *pair), weights, allow_unused=True, materialize_grads=True)
+        for pair in zip(tokens, lengths, strict=True)
+    ]
+    torch.testing.assert_close(list(found), stacked(one_by_one))
