@@ -307,7 +307,7 @@ def _sums(weights: Weights, needs: dict[str, bool], batch: int, hidden: int) -> 
         x = getattr(weights, name)
         if x is None or not needs[name]:
             return None
-        return torch.zeros((max(x.numel() // max(hidden, 1), 1), batch, hidden), device=x.device)
+        return torch.zeros((max(x.numel() // max(hidden, 1), 1), batch, hidden), dtype=torch.float32, device=x.device)
 
     return Sums._make(map(zeros, Sums._fields))
 

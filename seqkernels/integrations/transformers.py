@@ -391,7 +391,7 @@ def _without_mask(inputs: _Inputs, is_causal: bool, sliding_window: int | None, 
     return _Inputs(q, k, v, scores)
 
 
-def _refuse(cache: Any, attention_mask: Any, kwargs: dict[str, Any]) -> None:
+def _refuse(cache: Any, attention_mask: Any, sliding_window: Any, kwargs: dict[str, Any]) -> None:
     if cache is not None:
         raise ValueError(f"cache: seqkernels has no attention for the paged cache of transformers, got {type(cache)}")
     if kwargs.get("output_attentions"):
@@ -400,10 +400,14 @@ def _refuse(cache: Any, attention_mask: Any, kwargs: dict[str, Any]) -> None:
         known = name in _OF_NO_CONCERN or name in ("cu_seq_lens_q", "cu_seq_lens_k", "output_attentions")
         if not known and value is not None:
             raise ValueError(f"{name}: seqkernels does not know what this argument asks of attention; use 'sdpa'")
+    if isinstance(sliding_window, float | str) or (sliding_window is not None and sliding_window < 1):
+        raise ValueError(f"sliding_window: expected at least 1 key or None, got {sliding_window!r}")
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask: expected a Tensor or None, got {type(attention_mask).__name__}")
+    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        raise TypeError(f"attention_mask: expected torch.bool or floating point, got {attention_mask.dtype}")
     if attention_mask.dim() != 4:
         raise ValueError(f"attention_mask: expected 4 dimensions (B, 1, M, N), got {tuple(attention_mask.shape)}")
     asked = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None
@@ -474,7 +478,7 @@ def attention(
     Raises:
         ValueError, TypeError: an argument breaks the contract or asks for what is not there; the message names it.
     """
-    _refuse(cache, attention_mask, kwargs)
+    _refuse(cache, attention_mask, sliding_window, kwargs)
     batch, queries = query.shape[0], query.shape[2]
     q, k, v = _lower(query, key, value)
     scores = Scores(q.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap=softcap or 0.0)

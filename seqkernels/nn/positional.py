@@ -35,6 +35,8 @@ def _check_size(name: str, size: int, even: bool = False) -> None:
 def _check_places(positions: Tensor | None, offset: int, x: Tensor, length: int) -> None:
     """Raise unless `positions` are integers of shape (L,), or with leading dimensions of `x`, and go with `offset`."""
     if positions is None:
+        if isinstance(offset, float | str | None):
+            raise TypeError(f"offset: expected an int, got {offset!r}")
         if offset < 0:
             raise ValueError(f"offset: expected at least 0, got {offset}")
         return
@@ -167,16 +169,20 @@ class RotaryEmbedding(_Tables):
             raise ValueError(f"scaling: expected one of {', '.join(map(repr, _SCALINGS))}, got {scaling!r}")
         if (factor is None) != (scaling is None) or (factor is not None and not 1 <= factor < math.inf):
             raise ValueError(f"factor: expected a number of at least 1 with a scaling and None without, got {factor}")
-        if (original_max_position is None) == (scaling in ("dynamic", "yarn")) or (original_max_position or 1) < 1:
+        if (original_max_position is None) == (scaling in ("dynamic", "yarn")):
             raise ValueError(
                 "original_max_position: expected a positive number with scaling='dynamic' or 'yarn' and None else,"
                 f" got {original_max_position}"
             )
+        if original_max_position is not None:
+            _check_size("original_max_position", original_max_position)
         if scaling == "dynamic" and dim == 2:
             raise ValueError("dim: expected more than 2 with scaling='dynamic', got 2")
+        if not math.inf > beta_fast:
+            raise ValueError(f"beta_fast: expected a number, got {beta_fast}")
         if not beta_fast > beta_slow > 0:
             raise ValueError(f"beta_slow: expected a positive number below beta_fast {beta_fast}, got {beta_slow}")
-        if attention_factor is not None and (scaling != "yarn" or attention_factor <= 0):
+        if attention_factor is not None and (scaling != "yarn" or not 0 < attention_factor < math.inf):
             raise ValueError(f"attention_factor: expected a positive number with 'yarn', got {attention_factor}")
         self.dim = dim
         self.base = base
@@ -331,7 +337,13 @@ class ALiBi(nn.Module):
         super().__init__()
         _check_size("num_heads", num_heads)
         self.num_heads = num_heads
-        self.register_buffer("slopes", torch.tensor(_slopes(num_heads), device=device), persistent=False)
+        slopes = torch.tensor(_slopes(num_heads), dtype=torch.float32, device=device)
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Compute the slopes anew, where they are, or on torch's default device where that is none."""
+        device = None if self.slopes.is_meta else self.slopes.device
+        self.slopes = torch.tensor(_slopes(self.num_heads), dtype=torch.float32, device=device)
 
     def bias(self, queries: int, keys: int, bottom_right: bool = False) -> Tensor:
         """The bias as a matrix, for looking at and for other implementations of attention.
@@ -358,10 +370,11 @@ class ALiBi(nn.Module):
         return str(self.num_heads)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ALiBi:
+        before = self.slopes
         super()._apply(fn, recurse)
-        if self.slopes.dtype != torch.float32:
-            # A cast has rounded them.
-            self.slopes = torch.tensor(_slopes(self.num_heads), device=self.slopes.device)
+        if self.slopes is not before and not self.slopes.is_meta:
+            # A cast has rounded them, or ``to_empty`` left them as they happened to be.
+            self.reset_parameters()
         return self
 
 

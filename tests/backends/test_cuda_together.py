@@ -80,6 +80,17 @@ def test_16_bits(dtype, chained, monkeypatch):
         check(given, dtype, cell=cell, reverse=(False,) * 3, chained=chained)
 
 
+def test_another_default_dtype(monkeypatch):
+    _cheap_launches(monkeypatch)
+    given = given_of("lstm", 3, (3, 4, 8), torch.float32, True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        check(given, torch.float32, cell="lstm", reverse=(False,) * 3, chained=True)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_gates_that_are_given_are_widened_once(monkeypatch):
     _cheap_launches(monkeypatch)
     given = given_of("gru", 2, (5, 3, 8), torch.bfloat16, True)

@@ -232,6 +232,31 @@ def test_alibi_slopes(heads: int) -> None:
         assert torch.equal(module.slopes, torch.tensor(expected))
 
 
+def test_alibi_of_other_beginnings() -> None:
+    """Built without memory, made empty, or under another default dtype: the slopes are there."""
+    expected = ALiBi(6).slopes
+    with torch.device("meta"):
+        empty = torch.nn.Sequential(ALiBi(6))
+    assert empty[0].slopes.is_meta
+    assert torch.equal(empty.to_empty(device="cpu")[0].slopes, expected)
+    assert torch.equal(ALiBi(6).to_empty(device="cpu").slopes, expected)
+    shared = ALiBi(6)
+    memory = shared.slopes
+    assert shared.share_memory().slopes is memory
+    forgotten = ALiBi(6, device="meta")
+    forgotten.reset_parameters()
+    assert torch.equal(forgotten.slopes, expected)
+    default = torch.get_default_dtype()
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found = ALiBi(6).double().slopes
+        finally:
+            torch.set_default_dtype(default)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+
+
 def test_alibi_bias() -> None:
     alibi = ALiBi(6)
     for queries, keys in ((4, 7), (7, 4), (1, 5), (0, 3), (3, 0)):
@@ -319,7 +344,13 @@ X = torch.zeros(2, 3, 4)
         (lambda: RotaryEmbedding(4, scaling="linear", factor=2.0, original_max_position=8), "original_max_position"),
         (lambda: RotaryEmbedding(4, scaling="yarn", factor=2.0), "original_max_position"),
         (lambda: RotaryEmbedding(2, scaling="dynamic", factor=2.0, original_max_position=8), "dim"),
+        (lambda: RotaryEmbedding(4, scaling="dynamic", factor=2.0, original_max_position=0), "original_max_position"),
         (lambda: RotaryEmbedding(4, beta_fast=1.0), "beta_slow"),
+        (lambda: RotaryEmbedding(4, beta_fast=math.inf), "beta_fast"),
+        (
+            lambda: RotaryEmbedding(4, scaling="yarn", factor=2.0, original_max_position=8, attention_factor=math.nan),
+            "attention_factor",
+        ),
         (lambda: RotaryEmbedding(4, attention_factor=1.5), "attention_factor"),
         (lambda: RotaryEmbedding(4).tables(-1), "length"),
         (lambda: RotaryEmbedding(8)(X), "q"),

@@ -223,6 +223,24 @@ def test_what_one_saves_another_reads(options_backend, options_reader, cell):
     judge(found, inputs, grads, cell=cell, reverse=True, gates=True, **options)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_another_default_dtype_changes_nothing(options_backend, cell, default):
+    names = ["weight_ih", "bias_ih", "reset_state", "norm_h", *(["peephole", "norm_c"] if cell == "lstm" else [])]
+    inputs = testing.recurrence_inputs(cell, 5, 3, 8, control=True, input_size=6)
+    options = testing.recurrence_options(cell, 3, 8, names=names, input_size=6)
+    grads = testing.random_grads(testing.evaluate(recurrence, inputs, {}, cell=cell, **options))
+    whole = testing.evaluate(recurrence, inputs, grads, cell=cell, **options)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = testing.evaluate(recurrence, inputs, grads, cell=cell, **options)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_gates_are_those_of_the_step(options_backend, cell):
     (inputs,), options = _call(cell, (4, 3, 33), names=_names(cell)[:3], control=True, requires_grad=False)

@@ -126,9 +126,8 @@ def recurrences_forward(
             begin, end = bounds[k][part]
             x, weight_ih = passes[k], weights[k].weight_ih
             if part == 0:
-                x.loop = x.loop._replace(
-                    gates_x=torch.empty((steps, batch, x.loop.weight_hh.shape[0]), device=input.device)
-                )
+                shape = (steps, batch, x.loop.weight_hh.shape[0])
+                x.loop = x.loop._replace(gates_x=torch.empty(shape, dtype=torch.float32, device=input.device))
             gates = x.loop.gates_x
             assert weight_ih is not None
             assert gates is not None
