@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkernels
 from seqkernels.models import BERT, BERTConfig
@@ -125,6 +126,35 @@ def test_second_order(case: Any) -> None:
     assert torch.autograd.gradgradcheck(
         lambda x, *own: loss(ours[0], dict(zip(names, own, strict=True)), x), inputs, fast_mode=True
     )
+
+
+class Noted(TorchDispatchMode):
+    """The operations that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU", "MultiheadAttention"])
+def test_first_order_stays_fused(kind: str) -> None:
+    """One operation forward and one backward, as many others whatever the length, though there is a second order."""
+    layer = getattr(seqkernels.nn, kind)(4, 2)
+    op = "attention" if kind == "MultiheadAttention" else "recurrence"
+    counts = []
+    for steps in (3, 40):
+        x = torch.randn(steps, 2, 4, requires_grad=True)
+        given = (x, x, x, None, False) if op == "attention" else (x,)
+        with Noted() as noted:
+            torch.autograd.grad(layer(*given)[0].square().sum(), [x, *layer.parameters()])
+        ours = [name for name in noted.names if name.startswith("seqkernels::")]
+        assert ours == [f"seqkernels::{op}_forward", f"seqkernels::{op}_backward"]
+        counts.append(len(noted.names))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("kind", ["AdditiveAttention", "BilinearAttention"])
