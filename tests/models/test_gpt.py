@@ -123,7 +123,7 @@ def test_drawn_text() -> None:
     assert torch.equal(draw(0, temperature=1e-4), draw(0))
 
 
-@pytest.mark.parametrize("name", ["rotary", "sinusoidal", "alibi"])
+@pytest.mark.parametrize("name", ["rotary", "learned", "grouped", "sinusoidal", "alibi"])
 def test_training_goes_the_same_way(name: str) -> None:
     def loss(model: GPT, step: int, roll: int) -> Tensor:
         text = tokens(14, 6)[step % 2 :: 2].roll(roll, 0)

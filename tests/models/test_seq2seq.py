@@ -24,7 +24,7 @@ CONFIGS = {
     "gru": Seq2SeqConfig(**SIZES, cell="gru"),
     "bottleneck": Seq2SeqConfig(**SIZES, cell="lstm", attention="none"),
 }
-RATES = {"gru": 0.1, "bottleneck": 0.3}
+RATES = {"lstm": 0.3, "rnn": 0.1, "gru": 0.1, "bottleneck": 0.3}
 LAYERS = [torch.nn, seqkernels.nn]
 
 
