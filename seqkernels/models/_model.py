@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,16 @@ def attention_of(layers: ModuleType) -> Attention:
     return _ATTENTION[name]
 
 
+def check_tensor(x: Any, name: str) -> None:
+    """Raise unless `x` is a tensor.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+
+
 def check_tokens(tokens: Tensor, name: str = "tokens") -> None:
     """Raise unless `tokens` are (B, M) of int64 or int32.
 
@@ -60,6 +71,32 @@ def check_integers(x: Tensor, name: str) -> None:
     """
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int64 or int32, got {x.dtype}")
+
+
+def integer(value: Any, name: str) -> int:
+    """`value`, of Python, of NumPy or symbolic, as an int.
+
+    Raises:
+        TypeError: it is no integer, or a boolean.
+    """
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    return int(value)
+
+
+def number(value: Any, name: str) -> float:
+    """`value`, of Python, of NumPy or symbolic, as a float.
+
+    Raises:
+        TypeError: it is no number, or a boolean.
+    """
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    return float(value)
 
 
 def check_ints(config: Any, *names: str) -> None:

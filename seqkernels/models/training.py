@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._model import check_tensor, integer, number
+
 _DTYPES = (None, torch.bfloat16, torch.float16)
 #: Losses are read back from the device so many steps at a time.
 _READ_EVERY = 20
@@ -22,7 +24,7 @@ class Training:
     """The training of a model, step by step, of which a file holds all that is needed to go on with the same bits.
 
     Args:
-        model: of any class, on the device that it shall train on.
+        model: of any class, with parameters on the device that it shall train on.
         optimizer: of its parameters.
         loss: of a batch: ``loss(model, batch)`` is one number, which is minimised.
         batches: draws a batch: ``batches(generator)``. All that is random about it has to come from the generator, a
@@ -39,6 +41,7 @@ class Training:
 
     Raises:
         ValueError: the message names the argument, what it was and what is allowed.
+        TypeError: likewise, of an argument of another type.
     """
 
     def __init__(
@@ -55,8 +58,13 @@ class Training:
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.float16, got {dtype}")
-        if clip is not None and not clip > 0:
+        if clip is not None and not number(clip, "clip") > 0:
             raise ValueError(f"clip: expected a positive number, got {clip}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a Module, got {type(model).__name__}")
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise ValueError(f"model: expected one with parameters, got a {type(model).__name__} without")
         if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ValueError("schedule: expected one that needs no metric, got ReduceLROnPlateau")
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -67,7 +75,7 @@ class Training:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.loss, self.batches = loss, batches
         self.dtype, self.clip = dtype, clip
-        self.device = next(model.parameters()).device
+        self.device = parameter.device
         self.generator = torch.Generator().manual_seed(seed)
         self.scaler = self._new_scaler()
         self.losses: list[float] = []
@@ -93,7 +101,9 @@ class Training:
         Raises:
             ImportError: tqdm is not installed, and the bar is wanted.
             ValueError: `steps` is negative, or the loss not one number.
+            TypeError: `steps` is no integer, or the loss no tensor.
         """
+        steps = integer(steps, "steps")
         if steps < 0:
             raise ValueError(f"steps: expected at least 0, got {steps}")
         begin = self.steps
@@ -120,6 +130,7 @@ class Training:
             lower = contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
             with lower:
                 loss = self.loss(self.model, batch)
+            check_tensor(loss, "loss")
             if loss.dim() != 0:
                 raise ValueError(f"loss: expected one number, got {tuple(loss.shape)}")
             self.scaler.scale(loss).backward()
@@ -199,8 +210,8 @@ class Training:
             path: of the file.
 
         Raises:
-            ValueError: `save` did not write it, or for another model, configuration, optimizer, schedule or dtype;
-                nothing has changed then.
+            ValueError: `save` did not write it, or for another model, configuration, optimizer, schedule or dtype,
+                or for an optimizer with other groups of parameters; nothing has changed then.
         """
         with open(path, "rb") as file:
             # What torch.load says of other files names no argument.
@@ -211,7 +222,8 @@ class Training:
             raise ValueError(f"path: expected a file that Training.save wrote, got another: {error}") from error
         if not isinstance(state, dict) or not isinstance(state.get("training"), dict):
             raise ValueError("path: expected a file that Training.save wrote, got another")
-        theirs, ours = state["training"], self._identity()
+        theirs = {**state["training"], "param_groups": _sizes(state.get("optimizer", {}))}
+        ours = {**self._identity(), "param_groups": _sizes(self.optimizer.state_dict())}
         others = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
         if others:
             # Those of a configuration are text that was quoted where it was made.
@@ -250,6 +262,11 @@ def _names(schedule: Any) -> str:
     """Its class, and those of the schedules that it is made of."""
     parts = ", ".join(map(_names, getattr(schedule, "_schedulers", ())))
     return type(schedule).__name__ + (f"({parts})" if parts else "")
+
+
+def _sizes(optimizer: dict[str, Any]) -> list[int]:
+    """How many parameters each group of an optimizer's ``state_dict`` has."""
+    return [len(group["params"]) for group in optimizer.get("param_groups", [])]
 
 
 def _bar(steps: int, progress: bool) -> contextlib.AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import io
 import math
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -299,6 +300,34 @@ def test_files_of_other_optimizers_and_things_are_refused(tmp_path: Path) -> Non
         other.resume(tmp_path / "none.pt")
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_files_of_other_groups_of_parameters_are_refused(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    def training(*groups: slice) -> Training:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+        parameters = list(model.parameters())
+        optimizer = torch.optim.SGD([{"params": parameters[group]} for group in groups], momentum=0.5)
+        return Training(
+            model, optimizer, lambda model, x: model(x).square().sum(), lambda _: torch.ones(1, 2), dtype=dtype
+        )
+
+    path = tmp_path / "training.pt"
+    first = training(slice(3), slice(3, 4))
+    first.run(2, progress=False)
+    first.save(path)
+    for groups, sizes in (((slice(4),), [4]), ((slice(2), slice(2, 4)), [2, 2])):
+        other = training(*groups)
+        other.run(1, progress=False)
+        before = bits(other)
+        message = f"path: expected a training like this one, got one with param_groups [3, 1] instead of {sizes}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            other.resume(path)
+        for mine, its in zip(bits(other), before, strict=True):
+            assert torch.equal(mine, its)
+    same = training(slice(3), slice(3, 4))
+    same.resume(path)
+    assert same.losses == first.losses
+
+
 def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = make(LM_CONFIG)
     training.save(tmp_path / "training.pt")
@@ -392,3 +421,16 @@ def test_bad_arguments() -> None:
         Training(*arguments).run(-1)
     with pytest.raises(ValueError, match=r"loss: expected one number, got \(2,\)"):
         Training(*arguments).run(1)
+    for value, kind in ((None, "NoneType"), (0.5, "float")):
+        training = Training(*arguments[:2], lambda model, batch, value=value: value, arguments[3])
+        with pytest.raises(TypeError, match=f"loss: expected a Tensor, got {kind}"):
+            training.run(1)
+        assert training.steps == 0
+    with pytest.raises(ValueError, match="model: expected one with parameters, got a ReLU without"):
+        Training(torch.nn.ReLU(), *arguments[1:])
+    with pytest.raises(TypeError, match="model: expected a Module, got function"):
+        Training(loss_of, *arguments[1:])
+    with pytest.raises(TypeError, match="clip: expected a number, got '1'"):
+        Training(*arguments, clip="1")
+    with pytest.raises(TypeError, match=r"steps: expected an integer, got 2\.0"):
+        Training(*arguments).run(2.0)
