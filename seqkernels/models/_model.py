@@ -194,16 +194,20 @@ class Model(nn.Module):
         Raises:
             ValueError: a field is unknown or missing; or the configuration says what else.
         """
-        if isinstance(config, Mapping):
-            fields = {field.name: field for field in dataclasses.fields(cls.Config)}
-            unknown = sorted(set(config) - set(fields))
-            if unknown:
-                raise ValueError(f"config: expected fields among {', '.join(fields)}, got {', '.join(unknown)}")
-            needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
-            if needed - set(config):
-                raise ValueError(f"config: {', '.join(sorted(needed - set(config)))} is missing")
-            config = cls.Config(**config)
-        return cls(config, layers)
+        return cls(cls._config_of(config) if isinstance(config, Mapping) else config, layers)
+
+    @classmethod
+    def _config_of(cls, mapping: Any) -> Any:
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"config: expected a mapping, got {type(mapping).__name__}")
+        fields = {field.name: field for field in dataclasses.fields(cls.Config)}
+        unknown = sorted(map(str, set(mapping) - set(fields)))
+        if unknown:
+            raise ValueError(f"config: expected fields among {', '.join(fields)}, got {', '.join(unknown)}")
+        needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+        if needed - set(mapping):
+            raise ValueError(f"config: {', '.join(sorted(needed - set(mapping)))} is missing")
+        return cls.Config(**mapping)
 
     def save(self, path: str | Path) -> None:
         """Write weights and configuration as one safetensors file, whose metadata name the model and its sizes.
@@ -216,7 +220,7 @@ class Model(nn.Module):
         Raises:
             ImportError: safetensors is not installed.
         """
-        save_file, _ = _safetensors()
+        save_file, _, _ = _safetensors()
         path = Path(path)
         metadata = {"model": type(self).__name__, "config": json.dumps(dataclasses.asdict(self.config))}
         partial = path.with_name(path.name + ".partial")
@@ -237,19 +241,31 @@ class Model(nn.Module):
 
         Raises:
             ImportError: safetensors is not installed.
-            ValueError: the file has no such model.
-            RuntimeError: its weights are not those of its configuration.
+            ValueError: the file has no such model, or is none of safetensors.
+            RuntimeError: its weights are not those of its configuration; or there is no such device.
         """
-        _, open_file = _safetensors()
-        with open_file(str(path), framework="pt", device=str(device)) as file:
+        _, open_file, unreadable = _safetensors()
+        attention_of(layers)
+        expected, device = f"path: expected a file of a {cls.__name__}, got", torch.device(device)
+        try:
+            opened = open_file(str(path), framework="pt", device=str(device))
+        except unreadable as error:
+            raise ValueError(f"{expected} {path}, which is no safetensors file: {error}") from error
+        with opened as file:
             metadata = file.metadata() or {}
-            if metadata.get("model") != cls.__name__ or "config" not in metadata:
-                raise ValueError(f"path: expected a file of a {cls.__name__}, got one of {metadata.get('model')}")
+            if "model" not in metadata or "config" not in metadata:
+                raise ValueError(f"{expected} {path}, whose metadata name no model")
+            if metadata["model"] != cls.__name__:
+                raise ValueError(f"{expected} {path}, one of a {metadata['model']}")
+            try:
+                config = cls._config_of(json.loads(metadata["config"]))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{expected} {path}, whose configuration is none: {error}") from error
             # Copies: the file's own memory is mapped, one block for all, and not aligned as torch aligns tensors.
             weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         # The weights that it begins with are drawn for nothing.
         with torch.random.fork_rng(devices=[]):
-            model = cls.from_config(json.loads(metadata["config"]), layers).to(device)
+            model = cls(config, layers).to(device)
         model.load_state_dict(weights, assign=True)
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
@@ -258,10 +274,10 @@ class Model(nn.Module):
         return model
 
 
-def _safetensors() -> tuple[Any, Any]:
+def _safetensors() -> tuple[Any, Any, Any]:
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError("files of models need safetensors: pip install 'seqkernels[examples]'") from error
-    return save_file, safe_open
+    return save_file, safe_open, SafetensorError

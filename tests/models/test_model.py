@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy
 import pytest
@@ -75,10 +77,49 @@ def test_what_is_loaded_owns_its_memory(layers: ModuleType, tmp_path: Path, monk
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     Seq2Seq(CONFIGS[Seq2Seq]).save(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="path: expected a file of a GPT, got one of Seq2Seq"):
+    with pytest.raises(ValueError, match=r"path: expected a file of a GPT, got .*safetensors, one of a Seq2Seq"):
         GPT.load(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers: expected torch\.nn or seqkernels\.nn"):
+        Seq2Seq.load(tmp_path / "model.safetensors", torch)
+    with pytest.raises(RuntimeError, match=r"device type .*: nothing"):
+        Seq2Seq.load(tmp_path / "model.safetensors", device="nothing")
     with pytest.raises(FileNotFoundError):
         GPT.load(tmp_path / "none.safetensors")
+
+
+def header(metadata: dict[str, str] | None) -> bytes:
+    """A safetensors file of no tensors."""
+    text = json.dumps({} if metadata is None else {"__metadata__": metadata}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "which is no safetensors file"),
+        (b"weights of a model", "which is no safetensors file"),
+        (None, "whose metadata name no model"),
+        ({}, "whose metadata name no model"),
+        ({"config": "{}"}, "whose metadata name no model"),
+        ({"model": ""}, "whose metadata name no model"),
+        ({"model": "LSTM", "config": "{}"}, "one of a LSTM"),
+        ({"model": "", "config": "{"}, "whose configuration is none: Expecting property name"),
+        ({"model": "", "config": "[7]"}, "whose configuration is none: config: expected a mapping, got list"),
+        ({"model": "", "config": '{"3": 3}'}, "whose configuration is none: config: expected fields among .*, got 3"),
+        ({"model": "", "config": '{"dropout": 2}'}, "whose configuration is none: .*"),
+        ({"model": "", "config": '{"dropout": "2", "vocab_size": 9}'}, "whose configuration is none: .*"),
+    ],
+)
+def test_files_of_nothing_are_refused(kind: type[Model], content: Any, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    if isinstance(content, dict) and content.get("model") == "":
+        content = {**content, "model": kind.__name__}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content if isinstance(content, bytes) else header(content))
+    expected = f"path: expected a file of a {kind.__name__}, got {re.escape(str(path))}, {message}"
+    with pytest.raises(ValueError, match=f"^{expected}"):
+        kind.load(path)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -90,6 +131,10 @@ def test_configurations_are_mappings_too(kind: type[Model]) -> None:
     if "vocab_size" in fields:
         with pytest.raises(ValueError, match="config: vocab_size is missing"):
             kind.from_config({})
+    with pytest.raises(ValueError, match=r"config: expected fields among .*, got 3, sizes"):
+        kind.from_config({**fields, "sizes": 3, 3: 3})
+    with pytest.raises(TypeError, match=r"config: expected a \w+Config, got list"):
+        kind.from_config([3])
     with pytest.raises(TypeError, match=r"config: expected a \w+Config, got dict"):
         kind({"vocab_size": 3})
     for other in (torch, "torch.nn"):
