@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .. import nn as seqkernels_nn
+from .._sequences import require
 from ..nn.alignment import BilinearAttention
 from . import generation
 from ._model import (
@@ -27,6 +28,8 @@ from ._model import (
     check_ints,
     check_sizes,
     check_tokens,
+    integer,
+    number,
 )
 
 
@@ -142,20 +145,23 @@ class Seq2Seq(Model):
 
         Args:
             source: (B, N) int64 token ids, padded at the end.
-            lengths: (B,) int64, the number of tokens of each source, at least 1; for torch's layers on the CPU, for
+            lengths: (B,) int64, the number of tokens of each source, from 1 to N; for torch's layers on the CPU, for
                 those of seqkernels on any device.
 
         Returns:
             What the decoder sees, ``None`` without attention, and the state it starts from.
 
         Raises:
-            ValueError: an argument has another shape.
-            TypeError: one has no integers.
+            ValueError: an argument has another shape, or a length is out of range (torch's error in a compiled program
+                or on a GPU).
+            TypeError: one is no tensor of integers.
         """
         check_tokens(source, "source")
         check_integers(lengths, "lengths")
         if lengths.shape != source.shape[:1]:
             raise ValueError(f"lengths: expected ({source.shape[0]},), got {tuple(lengths.shape)}")
+        text = "lengths: expected values from 1 to N, the tokens of a row"
+        require((lengths >= 1) & (lengths <= source.shape[1]), lengths, text)
         embedded = self.dropout(self.embedding(source))
         if isinstance(self.encoder, seqkernels_nn.RNN | seqkernels_nn.LSTM | seqkernels_nn.GRU):
             # Without packing, whose sizes depend on values, torch.compile and torch.export see one graph. Dropout
@@ -180,7 +186,7 @@ class Seq2Seq(Model):
         """Score the tokens that follow each token of `target`.
 
         Args:
-            target: (B, M) int64 token ids: a whole target in training, one token in a step of `translate`.
+            target: (B, M) int64 token ids: a whole target in training, one token in a step of `generate`.
             memory: from `encode`.
             state: from `encode` or from the call before.
 
@@ -189,7 +195,7 @@ class Seq2Seq(Model):
 
         Raises:
             ValueError: `target` has another shape, or no tokens.
-            TypeError: it has no integers.
+            TypeError: it is no tensor of integers.
         """
         check_tokens(target, "target")
         if target.shape[1] < 1:
@@ -225,34 +231,109 @@ class Seq2Seq(Model):
             teacher_forcing: probability with which the decoder is fed a token of `target`, but for the first one; else
                 it is fed the token that it scored highest itself, in all rows of the batch (Bengio et al., "Scheduled
                 Sampling for Sequence Prediction with Recurrent Neural Networks", 2015). With 1, the default, the
-                decoder runs over whole targets in one call, otherwise in pieces up to where it is fed its own.
-            generator: of that choice, a CPU's; torch's own by default.
+                decoder runs over whole targets in one call, otherwise in pieces up to where it is fed its own, and in
+                a compiled program token by token, which is one graph for each M.
+            generator: of that choice, a CPU's; torch's own by default, and always in a compiled program.
 
         Returns:
             (B, M, V).
 
         Raises:
             ValueError: `teacher_forcing` is no probability, or an argument has another shape.
-            TypeError: `source`, `lengths` or `target` have no integers.
+            TypeError: `source`, `lengths` or `target` are no tensors of integers, or `teacher_forcing` is no number.
         """
+        teacher_forcing = number(teacher_forcing, "teacher_forcing")
         if not 0 <= teacher_forcing <= 1:
             raise ValueError(f"teacher_forcing: expected a probability from 0 to 1, got {teacher_forcing}")
         check_tokens(target, "target")
         memory, state = self.encode(source, lengths)
-        length, own = target.shape[1], []
-        if teacher_forcing < 1:
-            chances = torch.rand(max(length - 1, 0), generator=generator)
-            own = ((chances >= teacher_forcing).nonzero().flatten() + 1).tolist()
+        if teacher_forcing == 1:
+            return self.decode(target, memory, state)[0]
+        length = target.shape[1]
+        count = max(length - 1, 0)
+        # torch.compile knows the call without a generator alone, where M is dynamic.
+        chances = torch.rand(count) if generator is None else torch.rand(count, generator=generator)
+        own = chances >= teacher_forcing
+        # A program that is compiled knows not where: it asks before each token.
+        asks = torch.compiler.is_compiling()
+        cuts = range(1, length) if asks else (own.nonzero().flatten() + 1).tolist()
+        own = own.to(target.device) if asks else own
         found: list[Tensor] = []
-        for begin, end in pairwise([0, *own, length]):
+        for begin, end in pairwise([0, *cuts, length]):
             fed = target[:, begin:end]
             if found:
-                fed = torch.cat((found[-1][:, -1:].argmax(-1), fed[:, 1:]), dim=1)
+                token = found[-1][:, -1:].argmax(-1)
+                token = torch.where(own[begin - 1], token, fed[:, :1]) if asks else token
+                fed = torch.cat((token, fed[:, 1:]), dim=1)
             logits, state = self.decode(fed, memory, state)
             found.append(logits)
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     @torch.no_grad()
+    def generate(
+        self,
+        source: Tensor,
+        lengths: Tensor,
+        steps: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        start: Tensor | None = None,
+        top_p: float | None = None,
+        beams: int = 1,
+        length_penalty: float = 0.0,
+    ) -> Tensor:
+        """Translate, token by token; as tokens. Call ``eval()`` before, or dropout is active.
+
+        Args:
+            source: (B, N) int64 token ids, padded at the end.
+            lengths: (B,) int64, the number of tokens of each source, as of `encode`.
+            steps: how many tokens to add at most.
+            temperature: as of `GPT.generate`, and so the next two; 0, the default, takes the likeliest token.
+            top_k: draw among so many of the likeliest; among all by default.
+            generator: of the draws, on the model's device; torch's own by default.
+            start: (B,) int64, the token that opens each target; ``config.bos`` by default.
+            top_p: draw among the fewest of the likeliest that have this probability together.
+            beams: width of a beam search for the likeliest translation; 1, the default, does not search.
+            length_penalty: of the beam search, see `generation.beam_search`.
+
+        Returns:
+            (B, 1 + steps): the opening token and what follows, with ``config.eos`` in all places behind the first one
+            that follows.
+
+        Raises:
+            ValueError: the message names the argument, what it was and what is allowed.
+            TypeError: likewise, of an argument of another type.
+        """
+
+        def step(tokens: Tensor, seen: tuple[Memory | None, State]) -> tuple[Tensor, tuple[Memory | None, State]]:
+            logits, state = self.decode(tokens, *seen)
+            return logits[:, -1], (seen[0], state)
+
+        check_tokens(source, "source")
+        if start is None:
+            start = source.new_full(source.shape[:1], self.config.bos)
+        check_integers(start, "start")
+        if start.shape != source.shape[:1]:
+            raise ValueError(f"start: expected ({source.shape[0]},), got {tuple(start.shape)}")
+        tokens = start.unsqueeze(1)
+        new = generation.generate(
+            step,
+            tokens,
+            self.encode(source, lengths),
+            _reorder,
+            steps,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+            beams=beams,
+            eos=self.config.eos,
+            length_penalty=length_penalty,
+        )
+        return torch.cat((tokens, new), dim=1)
+
     def translate(
         self,
         source: Tensor,
@@ -267,7 +348,7 @@ class Seq2Seq(Model):
         beams: int = 1,
         length_penalty: float = 0.0,
     ) -> list[list[int]]:
-        """Translate, token by token. Call ``eval()`` before, or dropout is active.
+        """Translate, token by token; as lists. Call ``eval()`` before, or dropout is active.
 
         Args:
             source: (B, N) int64 token ids, padded at the end.
@@ -286,33 +367,24 @@ class Seq2Seq(Model):
 
         Raises:
             ValueError: the message names the argument, what it was and what is allowed.
+            TypeError: likewise, of an argument of another type.
         """
-
-        def step(tokens: Tensor, seen: tuple[Memory | None, State]) -> tuple[Tensor, tuple[Memory | None, State]]:
-            logits, state = self.decode(tokens, *seen)
-            return logits[:, -1], (seen[0], state)
-
+        max_length, eos = integer(max_length, "max_length"), self.config.eos
         if max_length < 0:
             raise ValueError(f"max_length: expected at least 0, got {max_length}")
-        eos = self.config.eos
-        token = source.new_full(source.shape[:1], self.config.bos) if start is None else start
-        if token.shape != source.shape[:1]:
-            raise ValueError(f"start: expected ({source.shape[0]},), got {tuple(token.shape)}")
-        found = generation.generate(
-            step,
-            token.unsqueeze(1),
-            self.encode(source, lengths),
-            _reorder,
+        found = self.generate(
+            source,
+            lengths,
             max_length,
-            temperature=temperature,
-            top_k=top_k,
+            temperature,
+            top_k,
+            generator,
+            start=start,
             top_p=top_p,
-            generator=generator,
             beams=beams,
-            eos=eos,
             length_penalty=length_penalty,
         )
-        rows: list[list[int]] = found.tolist()
+        rows: list[list[int]] = found[:, 1:].tolist()
         return [row[: row.index(eos)] if eos in row else row for row in rows]
 
     @torch.no_grad()
@@ -324,6 +396,8 @@ class Seq2Seq(Model):
 
         Raises:
             RuntimeError: the model has no attention.
+            ValueError: an argument has another shape, or a length is out of range.
+            TypeError: one is no tensor of integers.
         """
         check_tokens(target, "target")
         if target.shape[1] < 1:

@@ -168,6 +168,29 @@ def test_a_compiled_model_serves_other_sizes(name: str, backend: str) -> None:
     assert frames == frames[:1] * 2
 
 
+def test_scheduled_sampling_is_one_graph() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    make, inputs, _, _ = MODELS["seq2seq"]
+    model, (source, lengths, target) = make(), inputs(3, 2)
+    exact = copy.deepcopy(model).double()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+
+    def found(call: Callable[..., Tensor], model: nn.Module, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return value_and_gradients(call, model, (source, lengths, target[:, :3], 0.5))
+
+    results = []
+    for seed in range(5):
+        results.append(found(compiled, model, seed))
+        assert_within_budget(results[-1], found(exact, exact, seed), found(model, model, seed))
+        if seed == 0:
+            frames = counter.frame_count
+    assert counter.frame_count == frames
+    assert not all(torch.allclose(result, results[0]) for result in results)
+
+
 @torch.no_grad()
 def test_graphs_do_not_grow_with_the_length() -> None:
     make, inputs, _, _ = MODELS["classifier"]

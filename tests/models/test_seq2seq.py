@@ -223,6 +223,33 @@ def test_drawn_translations() -> None:
         draw(0, temperature=1.0, top_p=2.0)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}, {"beams": 3, "length_penalty": 1.0}]
+)
+@pytest.mark.parametrize("layers", LAYERS, ids=lambda layers: layers.__name__)
+def test_translations_as_tokens(layers: ModuleType, options: dict[str, Any]) -> None:
+    source, lengths, _ = batch()
+    model = make(layers).eval()
+    with torch.no_grad():
+        # So that some end.
+        model.output.bias[CONFIG.eos] += 0.3
+    for start in (None, torch.tensor([5, 6, 7, 8, 9], dtype=torch.int32)):
+        found = model.generate(source, lengths, 8, generator=torch.Generator().manual_seed(1), start=start, **options)
+        assert found.shape == (5, 9)
+        assert found.dtype == (torch.int64 if start is None else torch.int32)
+        assert torch.equal(found[:, 0], torch.full((5,), CONFIG.bos) if start is None else start)
+        generator = torch.Generator().manual_seed(1)
+        rows = model.translate(source, lengths, start, 8, generator=generator, **options)
+        assert [[*row, *[CONFIG.eos] * (8 - len(row))] for row in rows] == found[:, 1:].tolist()
+        assert 0 < sum(map(len, rows)) < 40
+        if not options:
+            logits = model(source, lengths, found)
+            ended = (found[:, 1:] == CONFIG.eos).cumsum(1) > 1
+            assert torch.equal(logits[:, :-1].argmax(-1).masked_fill(ended, CONFIG.eos), found[:, 1:].long())
+    assert torch.equal(model.generate(source, lengths, 0), torch.full((5, 1), CONFIG.bos))
+    assert not found.requires_grad
+
+
 @pytest.mark.parametrize("layers", LAYERS)
 def test_translate_stops_at_eos(layers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     source, lengths, _ = batch()
@@ -340,6 +367,8 @@ def test_tensors_that_do_not_fit_are_named(layers: ModuleType) -> None:
         ((source.float(), lengths, target), TypeError, r"source: expected int64 or int32, got torch\.float32"),
         ((source, lengths.float(), target), TypeError, r"lengths: expected int64 or int32, got torch\.float32"),
         ((source, lengths[:4], target), ValueError, r"lengths: expected \(5,\), got \(4,\)"),
+        ((source, lengths - 1, target), ValueError, r"lengths: expected values from 1 to N, .* \[3, 8, 0, 6, 1\]"),
+        ((source, lengths + 1, target), ValueError, r"lengths: expected values from 1 to N, .* \[5, 10, 2, 8, 3\]"),
         ((source, lengths, target[0]), ValueError, r"target: expected \(B, M\), got \(6,\)"),
         ((source, lengths, target[:, :0]), ValueError, r"target: expected at least one in each row, got \(5, 0\)"),
         ((source, lengths, target.float()), TypeError, "target: expected int64 or int32"),
@@ -348,3 +377,9 @@ def test_tensors_that_do_not_fit_are_named(layers: ModuleType) -> None:
             model(*arguments)
     with pytest.raises(ValueError, match=r"start: expected \(5,\), got \(1,\)"):
         model.translate(source, lengths, target[:1, 0])
+    with pytest.raises(TypeError, match=r"start: expected int64 or int32, got torch\.float32"):
+        model.generate(source, lengths, 1, start=torch.ones(5))
+    with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
+        model.generate(source, lengths, -1)
+    with pytest.raises(ValueError, match="temperature: expected 0 with 2 beams, got 1"):
+        model.generate(source, lengths, 1, temperature=1.0, beams=2)
