@@ -56,19 +56,21 @@ def check_tokens(tokens: Tensor, name: str = "tokens") -> None:
 
     Raises:
         ValueError: they have not two dimensions.
-        TypeError: they are not integers.
+        TypeError: they are no tensor, or not integers.
     """
+    check_tensor(tokens, name)
     if tokens.ndim != 2:
         raise ValueError(f"{name}: expected (B, M), got {tuple(tokens.shape)}")
     check_integers(tokens, name)
 
 
 def check_integers(x: Tensor, name: str) -> None:
-    """Raise unless `x` is of int64 or int32.
+    """Raise unless `x` is a tensor of int64 or int32.
 
     Raises:
         TypeError: it is not.
     """
+    check_tensor(x, name)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int64 or int32, got {x.dtype}")
 
@@ -137,14 +139,19 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
 
 
-def check_cell(cell: str) -> None:
-    """Raise unless `cell` is one of `CELLS`.
+def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise unless an attribute is one of `choices`.
 
     Raises:
-        ValueError: it is not.
+        TypeError: it is no string.
+        ValueError: it is another one.
     """
-    if cell not in CELLS:
-        raise ValueError(f"cell: expected one of {', '.join(map(repr, CELLS))}, got {cell!r}")
+    value = getattr(config, name)
+    text = f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}"
+    if not isinstance(value, str):
+        raise TypeError(text)
+    if value not in choices:
+        raise ValueError(text)
 
 
 def rows_of(state: State, rows: Tensor) -> State:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import nn as seqkernels_nn
 from .._sequences import require
-from ._model import Model, check_dropout, check_integers, check_ints, check_sizes, check_tokens
+from ._model import Model, check_dropout, check_integers, check_ints, check_sizes, check_tokens, number
 
 #: The target of tokens that are not to be predicted, which ``cross_entropy`` leaves out.
 IGNORED = -100
@@ -38,7 +38,7 @@ class BERTConfig:
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
-        TypeError: likewise, of an attribute that is no number.
+        TypeError: likewise, of an attribute of another type.
     """
 
     vocab_size: int
@@ -91,10 +91,11 @@ def mask_tokens(
         over the targets of a batch in which nothing was chosen is NaN.
 
     Raises:
-        TypeError: `tokens` are not integers.
+        TypeError: `tokens` are no tensor of integers, or `probability` is no number.
         ValueError: `probability` is none.
     """
     check_integers(tokens, "tokens")
+    probability = number(probability, "probability")
     if not 0 <= probability <= 1:
         raise ValueError(f"probability: expected from 0 to 1, got {probability}")
     drawn = torch.rand(tokens.shape, generator=generator, device=tokens.device)
@@ -179,7 +180,7 @@ class BERT(Model):
         Raises:
             ValueError: there are more tokens than the model is made for, a shape is another, or a length out of range
                 (torch's error in a compiled program or on a GPU).
-            TypeError: an argument has no integers.
+            TypeError: an argument is no tensor of integers.
         """
         check_tokens(tokens)
         if tokens.shape[1] > self.config.context:
@@ -233,7 +234,8 @@ class BERT(Model):
         """
         if self.pooler is None or self.classifier is None:
             raise ValueError("num_classes: expected at least 2 to classify, the model has 0")
-        if tokens.ndim == 2 and tokens.shape[1] == 0:
+        check_tokens(tokens)
+        if tokens.shape[1] == 0:
             raise ValueError(f"tokens: expected at least one in a row, got {tuple(tokens.shape)}")
         first = self.encode(tokens, lengths, segments)[:, 0]
         logits: Tensor = self.classifier(self.dropout(self.pooler(first).tanh()))

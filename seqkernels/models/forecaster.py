@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as seqkernels_nn
-from ._model import Model, check_dropout, check_sizes
-
-_CELLS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+from ._model import CELLS, Model, check_choice, check_dropout, check_sizes, check_tensor, integer
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,12 @@ class ForecasterConfig:
         horizon: K, steps that are forecast at once.
         hidden_size: units of the recurrent layer.
         num_layers: recurrent layers.
-        cell: ``"rnn"``, ``"gru"`` or ``"lstm"``.
+        cell: ``"rnn"`` (Elman's, with tanh), ``"lstm"`` or ``"gru"``.
         dropout: probability with which a feature is dropped between the parts in training.
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
-        TypeError: likewise, of an attribute that is no number.
+        TypeError: likewise, of an attribute of another type.
     """
 
     features: int = 1
@@ -41,8 +39,7 @@ class ForecasterConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "features", "horizon", "hidden_size", "num_layers")
-        if self.cell not in _CELLS:
-            raise ValueError(f"cell: expected one of {', '.join(map(repr, _CELLS))}, got {self.cell!r}")
+        check_choice(self, "cell", CELLS)
         check_dropout(self.dropout)
 
 
@@ -69,7 +66,7 @@ class Forecaster(Model):
     def __init__(self, config: ForecasterConfig, layers: ModuleType = seqkernels_nn) -> None:
         super().__init__(config, layers)
         size, between = config.hidden_size, config.dropout if config.num_layers > 1 else 0.0
-        layer = getattr(layers, _CELLS[config.cell])
+        layer = getattr(layers, config.cell.upper())
         self.recurrent = layer(config.features, size, config.num_layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(config.dropout)
         self.output = nn.Linear(size, config.horizon * config.features)
@@ -86,6 +83,7 @@ class Forecaster(Model):
 
         Raises:
             ValueError: `x` has another shape, or no steps.
+            TypeError: `x` is no tensor.
         """
         self._check(x)
         hidden, state = self.recurrent(x, state)
@@ -103,6 +101,7 @@ class Forecaster(Model):
 
         Raises:
             ValueError: `x` has another shape, or no steps.
+            TypeError: `x` is no tensor.
         """
         return self.read(x)[0]
 
@@ -121,8 +120,10 @@ class Forecaster(Model):
 
         Raises:
             ValueError: `x` has another shape, or no steps; or `steps` is negative.
+            TypeError: `x` is no tensor, or `steps` no integer.
         """
         self._check(x)
+        steps = integer(steps, "steps")
         if steps < 0:
             raise ValueError(f"steps: expected at least 0, got {steps}")
         state, parts = None, [x.new_empty(len(x), 0, self.config.features)]
@@ -133,5 +134,6 @@ class Forecaster(Model):
         return torch.cat(parts, dim=1)[:, :steps]
 
     def _check(self, x: Tensor) -> None:
+        check_tensor(x, "x")
         if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != self.config.features:
             raise ValueError(f"x: expected (B, T, {self.config.features}) with T at least 1, got {tuple(x.shape)}")

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ._model import check_tensor, integer, number
+
 S = TypeVar("S")
 #: Scores the next token: tokens (R, M) behind those in a state -> logits (R, V) and the state behind them.
 Step = Callable[[Tensor, S], tuple[Tensor, S]]
@@ -43,9 +45,12 @@ def draw(
 
     Raises:
         ValueError: the message names the argument, what it was and what is allowed.
+        TypeError: likewise, of an argument of another type.
     """
+    check_tensor(logits, "logits")
     if logits.dim() != 2:
         raise ValueError(f"logits: expected (R, V), got {tuple(logits.shape)}")
+    temperature, top_k, top_p = _choice(temperature, top_k, top_p)
     if not temperature >= 0:
         raise ValueError(f"temperature: expected a positive number, or 0, got {temperature}")
     if top_k is not None and not 1 <= top_k <= logits.shape[1]:
@@ -95,8 +100,10 @@ def sample(
 
     Raises:
         ValueError: the message names the argument, what it was and what is allowed.
+        TypeError: likewise, of an argument of another type.
     """
-    _check(start_tokens, steps)
+    steps, eos = _check(start_tokens, steps, eos)
+    temperature, top_k, top_p = _choice(temperature, top_k, top_p)
     found = start_tokens.new_full((len(start_tokens), steps), 0 if eos is None else eos)
     ended = torch.zeros(len(found), dtype=torch.bool, device=found.device)
     tokens = start_tokens
@@ -151,8 +158,10 @@ def beam_search(
 
     Raises:
         ValueError: the message names the argument, what it was and what is allowed.
+        TypeError: likewise, of an argument of another type.
     """
-    _check(start_tokens, steps)
+    steps, eos = _check(start_tokens, steps, eos)
+    width, length_penalty = integer(width, "width"), number(length_penalty, "length_penalty")
     if width < 1:
         raise ValueError(f"width: expected at least 1 beam, got {width}")
     if not math.isfinite(length_penalty):
@@ -222,7 +231,10 @@ def generate(
 
     Raises:
         ValueError: also where there are several beams and a temperature, since these draw nothing.
+        TypeError: also of an option that is not used.
     """
+    beams, length_penalty = integer(beams, "beams"), number(length_penalty, "length_penalty")
+    temperature, top_k, top_p = _choice(temperature, top_k, top_p)
     if beams == 1:
         return sample(
             step,
@@ -246,11 +258,21 @@ def _wide(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _check(start_tokens: Tensor, steps: int) -> None:
+def _check(start_tokens: Tensor, steps: int, eos: int | None) -> tuple[int, int | None]:
+    check_tensor(start_tokens, "tokens")
+    steps, eos = integer(steps, "steps"), None if eos is None else integer(eos, "eos")
     if start_tokens.dim() != 2 or start_tokens.shape[1] < 1:
         raise ValueError(f"tokens: expected (B, M) with at least one in each row, got {tuple(start_tokens.shape)}")
     if steps < 0:
         raise ValueError(f"steps: expected at least 0, got {steps}")
+    return steps, eos
+
+
+def _choice(temperature: float, top_k: int | None, top_p: float | None) -> tuple[float, int | None, float | None]:
+    """What `draw` chooses by, of the right types."""
+    top_k = None if top_k is None else integer(top_k, "top_k")
+    top_p = None if top_p is None else number(top_p, "top_p")
+    return number(temperature, "temperature"), top_k, top_p
 
 
 def _check_eos(eos: int | None, logits: Tensor) -> None:

@@ -19,7 +19,17 @@ from torch.nn.attention.bias import causal_lower_right
 from .. import functional
 from .. import nn as seqkernels_nn
 from . import generation
-from ._model import Attention, Model, attention_of, check_dropout, check_ints, check_sizes, check_tokens
+from ._model import (
+    Attention,
+    Model,
+    attention_of,
+    check_choice,
+    check_dropout,
+    check_ints,
+    check_sizes,
+    check_tokens,
+    integer,
+)
 
 POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
 
@@ -46,7 +56,7 @@ class GPTConfig:
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
-        TypeError: likewise, of an attribute that is no number.
+        TypeError: likewise, of an attribute of another type.
     """
 
     vocab_size: int
@@ -67,8 +77,7 @@ class GPTConfig:
         if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
             raise ValueError(f"num_kv_heads: expected a divisor of {self.num_heads} heads, got {self.num_kv_heads}")
         check_dropout(self.dropout)
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions: expected one of {', '.join(map(repr, POSITIONS))}, got {self.positions!r}")
+        check_choice(self, "positions", POSITIONS)
         if self.positions == "rotary" and self.embed_size // self.num_heads % 2:
             text = f"expected an even number for each of {self.num_heads} heads with rotary"
             raise ValueError(f"embed_size: {text}, got {self.embed_size}")
@@ -222,7 +231,7 @@ class GPT(Model):
 
         Raises:
             ValueError: there are more tokens than the model, or the cache, is made for, or not two dimensions of them.
-            TypeError: `tokens` are not integers.
+            TypeError: `tokens` are no tensor of integers.
         """
         check_tokens(tokens)
         if cache is not None and cache.keys[0].shape[0] != tokens.shape[0]:
@@ -295,8 +304,10 @@ class GPT(Model):
 
         Raises:
             ValueError: the message names the argument, what it was and what is allowed.
+            TypeError: likewise, of an argument of another type.
         """
         check_tokens(tokens)
+        steps = integer(steps, "steps")
         batch, length = tokens.shape
         if length > self.config.context:
             raise ValueError(f"tokens: expected at most {self.config.context} in a row, got {length}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import nn as seqkernels_nn
 from .._sequences import check_reset
 from . import generation
-from ._model import Model, State, check_cell, check_dropout, check_sizes, check_tokens, rows_of
+from ._model import CELLS, Model, State, check_choice, check_dropout, check_sizes, check_tokens, rows_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RecurrentLMConfig:
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
-        TypeError: likewise, of an attribute that is no number.
+        TypeError: likewise, of an attribute of another type.
     """
 
     vocab_size: int
@@ -49,7 +49,7 @@ class RecurrentLMConfig:
         check_sizes(self, "vocab_size", "embed_size", "num_layers")
         if self.hidden_size is not None:
             check_sizes(self, "hidden_size")
-        check_cell(self.cell)
+        check_choice(self, "cell", CELLS)
         check_dropout(self.dropout)
 
 
@@ -100,7 +100,7 @@ class RecurrentLM(Model):
 
         Raises:
             ValueError: `tokens` or `reset` have another shape.
-            TypeError: `tokens` are not integers, or `reset` not booleans.
+            TypeError: `tokens` are no tensor of integers, or `reset` not booleans.
         """
         check_tokens(tokens)
         if tokens.shape[1] < 1:
@@ -162,7 +162,9 @@ class RecurrentLM(Model):
 
         Raises:
             ValueError: the message names the argument, what it was and what is allowed.
+            TypeError: likewise, of an argument of another type.
         """
+        check_tokens(tokens)
 
         def step(new: Tensor, state: State | None) -> tuple[Tensor, State | None]:
             logits, state = self(new, state)

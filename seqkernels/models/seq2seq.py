@@ -20,9 +20,10 @@ from .._sequences import require
 from ..nn.alignment import BilinearAttention
 from . import generation
 from ._model import (
+    CELLS,
     Model,
     attention_of,
-    check_cell,
+    check_choice,
     check_dropout,
     check_integers,
     check_ints,
@@ -51,7 +52,7 @@ class Seq2SeqConfig:
 
     Raises:
         ValueError: the message names the attribute, what it was and what is allowed.
-        TypeError: likewise, of an attribute that is no number.
+        TypeError: likewise, of an attribute of another type.
     """
 
     vocab_size: int
@@ -73,9 +74,8 @@ class Seq2SeqConfig:
         for name in ("pad", "bos", "eos"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name}: expected an id below {self.vocab_size}, got {getattr(self, name)}")
-        check_cell(self.cell)
-        if self.attention not in ("bilinear", "none"):
-            raise ValueError(f"attention: expected 'bilinear' or 'none', got {self.attention!r}")
+        check_choice(self, "cell", CELLS)
+        check_choice(self, "attention", ("bilinear", "none"))
 
 
 class Memory(NamedTuple):

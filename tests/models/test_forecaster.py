@@ -197,7 +197,7 @@ BAD: dict[str, dict[str, Any]] = {
     "horizon: expected a positive number, got -1": {"horizon": -1},
     "hidden_size: expected a positive number": {"hidden_size": 0},
     "num_layers: expected a positive number": {"num_layers": 0},
-    "cell: expected one of 'rnn', 'gru', 'lstm', got 'LSTM'": {"cell": "LSTM"},
+    "cell: expected one of 'rnn', 'lstm', 'gru', got 'LSTM'": {"cell": "LSTM"},
     "dropout: expected 0 <= dropout < 1, got 1": {"dropout": 1.0},
 }
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -182,6 +183,44 @@ def test_a_nucleus_of_one_is_all_there_are(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch, "multinomial", lambda p, *args, **options: seen.append(p) or multinomial(p, *args))
     draw(torch.randn(20, 100_000, generator=torch.Generator().manual_seed(0)), 1.0, top_p=1.0)
     assert bool((seen[0] > 0).all())
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_options_of_other_types_are_named(beams: int) -> None:
+    for name, value, what in (
+        ("steps", 2.0, "an integer"),
+        ("eos", 1.5, "an integer"),
+        ("eos", True, "an integer"),
+        ("beams", float(beams), "an integer"),
+        ("beams", "2", "an integer"),
+        ("top_k", 2.5, "an integer"),
+        ("top_k", True, "an integer"),
+        ("top_p", "a", "a number"),
+        ("temperature", "0", "a number"),
+        ("temperature", None, "a number"),
+        ("length_penalty", False, "a number"),
+    ):
+        # Where nothing is to be generated, too.
+        for steps in (0, 2):
+            options: dict[str, Any] = {"steps": steps, "beams": beams, name: value}
+            with pytest.raises(TypeError, match=f"^{name}: expected {what}, got {value!r}$"):
+                generate(step, STARTS, STARTS[:, :0], reorder, **options)
+    with pytest.raises(TypeError, match=r"^width: expected an integer, got 2\.0"):
+        beam_search(step, STARTS, STARTS[:, :0], reorder, 2.0, 1)
+    for call in (lambda: draw([[1.0]]), lambda: sample(step, STARTS.tolist(), STARTS[:, :0], 1)):
+        with pytest.raises(TypeError, match=r"^(logits|tokens): expected a Tensor, got list"):
+            call()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    def found(integer: Callable[[int], Any], number: Callable[[float], Any], **options: Any) -> Tensor:
+        options |= {"generator": torch.Generator().manual_seed(0), "length_penalty": number(1.5)}
+        return generate(step, STARTS, STARTS[:, :0], reorder, integer(STEPS), eos=integer(EOS), **options)
+
+    for integer, number in ((numpy.int64, numpy.float32), (numpy.uint8, numpy.float64)):
+        assert torch.equal(found(integer, number, beams=integer(2)), found(int, float, beams=2))
+        drawn = found(integer, number, temperature=number(0.5), top_k=integer(3), top_p=number(0.75))
+        assert torch.equal(drawn, found(int, float, temperature=0.5, top_k=3, top_p=0.75))
 
 
 def test_bad_arguments() -> None:

@@ -26,6 +26,7 @@ from seqkernels.models import (
     RecurrentLMConfig,
     Seq2Seq,
     Seq2SeqConfig,
+    mask_tokens,
 )
 
 CONFIGS = {
@@ -156,3 +157,69 @@ def test_what_is_no_number_is_no_size(kind: type[Model]) -> None:
     if kind is GPT:
         with pytest.raises(TypeError, match=r"^num_kv_heads: expected an int, got 2\.0"):
             kind.from_config({**fields, "num_kv_heads": 2.0})
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_fields_of_other_types_are_named(kind: type[Model]) -> None:
+    for field in dataclasses.fields(CONFIGS[kind]):
+        optional = "None" in str(field.type)
+        others: list[Any] = [["lstm"], {}, {"lstm"}, b"lstm", 1j, numpy.array([1, 2]), torch.ones(2)]
+        others += [3 if field.type == "str" else "3", *([] if optional else [None])]
+        for other in others:
+            with pytest.raises(TypeError, match=f"^{field.name}: expected .*, got {re.escape(repr(other))}$"):
+                dataclasses.replace(CONFIGS[kind], **{field.name: other})
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    models = {kind: kind(config).eval() for kind, config in CONFIGS.items()}
+    tokens, lengths = torch.ones(2, 3, dtype=torch.int64), torch.tensor([3, 2])
+    text, series = [[1, 2, 3]], [[[0.5]]]
+    bert, gpt, lm, pairs = models[BERT], models[GPT], models[RecurrentLM], models[Seq2Seq]
+    forecaster = models[Forecaster]
+    for name, calls in {
+        "tokens": [
+            *(lambda model=model: model(text) for model in (bert, gpt, lm)),
+            *(lambda model=model: model.generate(text, 1) for model in (gpt, lm)),
+            *(lambda call=call: call(text) for call in (bert.encode, bert.classify)),
+            lambda: mask_tokens(text, bert.config),
+        ],
+        "segments": [lambda: bert(tokens, lengths, text)],
+        "lengths": [
+            lambda: bert(tokens, [3, 2]),
+            *(lambda call=call: call(tokens, [3, 2], tokens) for call in (pairs, pairs.align)),
+            lambda: pairs.translate(tokens, [3, 2]),
+        ],
+        "source": [
+            *(lambda call=call: call(text, lengths, tokens) for call in (pairs, pairs.align)),
+            lambda: pairs.translate(text, lengths),
+            lambda: pairs.generate(text, lengths, 1),
+            lambda: pairs.encode(text, lengths),
+        ],
+        "target": [lambda call=call: call(tokens, lengths, text) for call in (pairs, pairs.align)],
+        "start": [lambda: pairs.translate(tokens, lengths, [1, 1])],
+        "x": [lambda: forecaster(series), lambda: forecaster.read(series), lambda: forecaster.forecast(series, 1)],
+    }.items():
+        for call in calls:
+            with pytest.raises(TypeError, match=f"^{name}: expected a Tensor, got list$"):
+                call()
+
+
+def test_other_numbers_of_calls_are_named() -> None:
+    tokens, lengths = torch.ones(2, 3, dtype=torch.int64), torch.tensor([3, 2])
+    gpt, lm, pairs = (kind(CONFIGS[kind]).eval() for kind in (GPT, RecurrentLM, Seq2Seq))
+    forecaster = Forecaster(CONFIGS[Forecaster])
+    for call, message in (
+        (lambda: gpt.generate(tokens, 2.0), r"steps: expected an integer, got 2\.0"),
+        (lambda: gpt.generate(tokens, 2, eos=1.5), r"eos: expected an integer, got 1\.5"),
+        (lambda: lm.generate(tokens, True), "steps: expected an integer, got True"),
+        (lambda: pairs.generate(tokens, lengths, 2.0), r"steps: expected an integer, got 2\.0"),
+        (lambda: pairs.translate(tokens, lengths, max_length=2.5), r"max_length: expected an integer, got 2\.5"),
+        (lambda: pairs.translate(tokens, lengths, beams=2.0), r"beams: expected an integer, got 2\.0"),
+        (lambda: pairs(tokens, lengths, tokens, "1"), "teacher_forcing: expected a number, got '1'"),
+        (lambda: forecaster.forecast(torch.ones(1, 2, 1), 1.5), r"steps: expected an integer, got 1\.5"),
+        (lambda: mask_tokens(tokens, CONFIGS[BERT], probability="1"), "probability: expected a number, got '1'"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}"):
+            call()
+    assert gpt.generate(tokens, numpy.int64(2), eos=numpy.int32(1)).shape == (2, 5)
+    assert forecaster.forecast(torch.ones(1, 2, 1), numpy.int64(2)).shape == (1, 2, 1)
