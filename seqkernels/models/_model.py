@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -161,6 +162,18 @@ def rows_of(state: State, rows: Tensor) -> State:
     return tuple(part.index_select(1, rows) for part in state)
 
 
+@contextlib.contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A place beside `path` to write to. It becomes `path` where all goes well, and else there is nothing of it."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class Model(nn.Module):
     """Base of the models: written once, told whose layers to use, saved and loaded as one safetensors file.
 
@@ -228,11 +241,9 @@ class Model(nn.Module):
             ImportError: safetensors is not installed.
         """
         save_file, _, _ = _safetensors()
-        path = Path(path)
         metadata = {"model": type(self).__name__, "config": json.dumps(dataclasses.asdict(self.config))}
-        partial = path.with_name(path.name + ".partial")
-        save_file({name: x.detach().contiguous() for name, x in self.state_dict().items()}, str(partial), metadata)
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file({name: x.detach().contiguous() for name, x in self.state_dict().items()}, str(partial), metadata)
 
     @classmethod
     def load(cls, path: str | Path, layers: ModuleType = seqkernels_nn, device: torch.device | str = "cpu") -> Self:

@@ -251,8 +251,13 @@ class Seq2Seq(Model):
             return self.decode(target, memory, state)[0]
         length = target.shape[1]
         count = max(length - 1, 0)
+        place = "cpu" if generator is None else generator.device
         # torch.compile knows the call without a generator alone, where M is dynamic.
-        chances = torch.rand(count) if generator is None else torch.rand(count, generator=generator)
+        chances = (
+            torch.rand(count, device=place)
+            if generator is None
+            else torch.rand(count, generator=generator, device=place)
+        )
         own = chances >= teacher_forcing
         # A program that is compiled knows not where: it asks before each token.
         asks = torch.compiler.is_compiling()

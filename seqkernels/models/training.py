@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._model import check_tensor, integer, number
+from ._model import check_tensor, integer, number, whole
 
 _DTYPES = (None, torch.bfloat16, torch.float16)
 #: Losses are read back from the device so many steps at a time.
@@ -187,10 +187,9 @@ class Training:
         Args:
             path: of the file; its folder has to be there.
         """
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         state = {
             "training": self._identity(),
+            "parameters": self._parameters(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
@@ -198,8 +197,8 @@ class Training:
             "random": self._random(),
             "losses": self.losses,
         }
-        torch.save(state, partial)
-        partial.replace(path)
+        with whole(path) as partial:
+            torch.save(state, partial)
 
     def resume(self, path: str | Path) -> None:
         """Go on where a training was when it was saved, on any device; on the same one, with the same bits.
@@ -211,7 +210,7 @@ class Training:
 
         Raises:
             ValueError: `save` did not write it, or for another model, configuration, optimizer, schedule or dtype,
-                or for an optimizer with other groups of parameters; nothing has changed then.
+                or for an optimizer with other groups of parameters, or in another order; nothing has changed then.
         """
         with open(path, "rb") as file:
             # What torch.load says of other files names no argument.
@@ -232,6 +231,12 @@ class Training:
                 f"{name} {said[name](theirs.get(name))} instead of {said[name](ours.get(name))}" for name in others[:3]
             ]
             raise ValueError(f"path: expected a training like this one, got one with {', '.join(texts)}")
+        order, of_file = self._parameters(), state.get("parameters")
+        if of_file != order:
+            raise ValueError(
+                f"path: expected an optimizer with the parameters {', '.join(order)} in this order, got one with"
+                f" {', '.join(map(str, of_file or ['others']))}"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.model.load_state_dict(state["model"])
         if self.schedule is not None:
@@ -239,6 +244,11 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self._set_random(state["random"])
         self.losses = state["losses"]
+
+    def _parameters(self) -> list[str]:
+        """The names of what the optimizer has, in its order; empty ones of what is not the model's."""
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        return [names.get(id(weight), "") for group in self.optimizer.param_groups for weight in group["params"]]
 
     def _identity(self) -> dict[str, Any]:
         """What has to be equal in the training that is saved and the one that goes on."""

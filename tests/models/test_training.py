@@ -300,6 +300,32 @@ def test_files_of_other_optimizers_and_things_are_refused(tmp_path: Path) -> Non
         other.resume(tmp_path / "none.pt")
 
 
+def test_files_of_another_order_of_parameters_are_refused(tmp_path: Path) -> None:
+    """Momenta of equal shapes would change places."""
+
+    def training(names: list[str]) -> Training:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        optimizer = torch.optim.SGD([model.get_parameter(name) for name in names], momentum=0.5)
+        return Training(model, optimizer, lambda model, x: model(x).square().sum(), lambda _: torch.ones(1, 2))
+
+    first = training(["0.weight", "1.weight"])
+    first.run(2, progress=False)
+    first.save(tmp_path / "training.pt")
+    other = training(["1.weight", "0.weight"])
+    said = "parameters 1.weight, 0.weight in this order, got one with 0.weight, 1.weight"
+    with pytest.raises(ValueError, match=f"^path: expected an optimizer with the {said}$"):
+        other.resume(tmp_path / "training.pt")
+    training(["0.weight", "1.weight"]).resume(tmp_path / "training.pt")
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for save in (make(GPT_CONFIG).save, make(GPT_CONFIG).model.save):
+        with pytest.raises(OSError, match="folder"):
+            save(tmp_path / "folder")
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_files_of_other_groups_of_parameters_are_refused(dtype: torch.dtype | None, tmp_path: Path) -> None:
     def training(*groups: slice) -> Training:
